@@ -1,0 +1,57 @@
+# GNU Make 3.81 and bash 3.2 suffice. `make` alone prints the help.
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= cpu
+JOBS    ?=
+NB      ?=
+SHELL   := /bin/bash
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/ready
+UV_PIN  := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
+COMPILE := $(VENV)/bin/uv pip compile -q --universal --generate-hashes --no-header --no-annotate \
+           --python-version 3.11 --extra dev
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+
+.PHONY: help setup reproduce test lab refresh lint lock clean
+.DEFAULT_GOAL := help
+
+help:  ## show this help
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study] [NB=31] [JOBS=2]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## make .venv from requirements.lock (about 5 GB with the GPU build of torch)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "setup needs Python 3.11 or newer, but %s is %d.%d; name another one: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check "uv==$(UV_PIN)"
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes requirements.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
+	@$(PY) -m vitlib check
+	@touch $@
+
+reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
+	@$(PY) -m vitlib reproduce --profile "$(PROFILE)" $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+
+test: $(READY)  ## pytest and nbval, each with an empty temporary run store
+	@$(PY) -m pytest
+
+lab: $(READY)  ## JupyterLab on the index notebook
+	@$(PY) -m jupyter trust notebooks/*.ipynb >/dev/null
+	$(PY) -m jupyter lab notebooks/00_claims.ipynb
+
+refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
+	@$(PY) -m vitlib refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+
+lint: $(READY)  ## ruff over code and notebooks
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+lock: $(READY)  ## compile requirements.lock anew (universal, with hashes)
+	$(COMPILE) pyproject.toml -o requirements.lock
+
+clean:  ## remove .venv and everything that git ignores, except outputs/runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

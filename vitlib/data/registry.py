@@ -1,0 +1,136 @@
+"""Data sets by name: the card says what the data must be, the loader refuses anything else.
+
+A card (data_cards/<name>.md, Hugging Face dataset-card form) carries under `vitlib:` the files, the channels, the
+pixel statistics and, per split, the SHA-256 over the decoded arrays, so that a file that was re-encoded without loss
+passes and one changed pixel does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import yaml
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vitlib.errors import UsageError, unknown
+from vitlib.paths import DATA_CARDS, EMBEDDED
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One split in memory. `images` uint8 (N, C, H, W), `labels` int64 (N,)."""
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: float  # of the training split's pixels / 255
+    std: float
+    checksum: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray | Tensor) -> DataSet:
+        """The same data set with these images only, in this order."""
+        index = torch.as_tensor(index)
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def checksum(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 over the decoded arrays: uint8 (N, C, H, W), then little-endian int64 (N,)."""
+    digest = hashlib.sha256(repr((images.shape, labels.shape)).encode())
+    digest.update(np.ascontiguousarray(images, np.uint8).data)
+    digest.update(np.ascontiguousarray(labels, "<i8").data)
+    return digest.hexdigest()
+
+
+def names() -> list[str]:
+    """Every data set that has a card."""
+    return sorted(path.stem for path in DATA_CARDS.glob("*.md"))
+
+
+def card(name: str) -> dict:
+    """The YAML part of a data card. Raises UsageError for a data set without one."""
+    if name not in names():
+        raise unknown("data set", name, names())
+    text = (DATA_CARDS / f"{name}.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def data_checksum(name: str) -> str:
+    """One checksum for a data set, from its card: what a run's hash holds. Reads no image."""
+    sums = card(name)["vitlib"]["sha256"]
+    return hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=8)
+def load(name: str, split: str) -> DataSet:
+    """A split, decoded once a process and held as one uint8 tensor.
+
+    Raises UsageError for a name or a split that does not exist, and for a file that is missing, damaged, or decodes to
+    something other than its card says.
+    """
+    about = card(name)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    facts = about["vitlib"]
+    path = _folder(name, facts) / facts["files"][split]
+    images, labels = read_parquet(path)
+    found, wanted = checksum(images, labels), facts["sha256"][split]
+    if found != wanted:
+        raise UsageError(
+            f"{path.name} does not hold the {split} images of {name}: its decoded arrays have SHA-256 {found[:16]}..., "
+            f"data_cards/{name}.md says {wanted[:16]}...; take the file from a fresh clone"
+        )
+    features = {f["name"]: f for f in about["dataset_info"]["features"]}
+    classes = features["label"]["dtype"]["class_label"]["names"]
+    return DataSet(
+        name, split, torch.from_numpy(images), torch.from_numpy(labels),
+        tuple(classes[key] for key in sorted(classes, key=int)), facts["mean"], facts["std"], data_checksum(name),
+    )  # fmt: skip
+
+
+def _folder(name: str, facts: dict) -> Path:
+    """Embedded files lie in the package; others in $VITLIB_DATA/<name>."""
+    if facts.get("embedded"):
+        return EMBEDDED
+    return Path(os.environ.get("VITLIB_DATA", "data")) / name
+
+
+def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one parquet file in the Hugging Face layout: uint8 (N, C, H, W) and int64 (N,).
+
+    Raises UsageError for a missing or damaged file and for images of different sizes.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path.name} in {path.parent}: take it from a fresh clone of the project")
+    try:
+        table = pq.read_table(path, columns=["image", "label"])
+        cells = pc.struct_field(table["image"].combine_chunks(), "bytes")
+        decoded = [_pixels(cell.as_buffer()) for cell in cells]
+        images = np.stack(decoded)
+    except (pa.ArrowException, OSError, UnidentifiedImageError, KeyError, ValueError, SyntaxError) as fault:
+        raise UsageError(
+            f"{path.name} is damaged and cannot be read ({type(fault).__name__}): take it from a fresh clone"
+        ) from fault
+    return images, table["label"].to_numpy().astype(np.int64)
+
+
+def _pixels(encoded: pa.Buffer) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

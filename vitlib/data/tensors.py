@@ -1,0 +1,121 @@
+"""Images as one tensor, and the batches of an epoch: resize, flip, mixup on whole batches.
+
+Every draw is a function of (seed, purpose, epoch, image index): see `vitlib.draws`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlib import draws
+from vitlib.data.registry import DataSet, load
+from vitlib.errors import UsageError
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 (N, C, H, W) -> uint8 (N, C, size, size): bilinear, antialiased; the only resize there is."""
+    if images.shape[-2:] == (size, size):
+        return images
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        for part in images.split(4096)
+    ]
+    return torch.cat(parts).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=8)
+def load_resized(name: str, split: str, size: int) -> DataSet:
+    """`registry.load`, then `resize`, once a process."""
+    from dataclasses import replace
+
+    data = load(name, split)
+    return replace(data, images=resize(data.images, size))
+
+
+def subset(data: DataSet, count: int | None, seed: int) -> np.ndarray:
+    """Indices of `count` images, the same number of each class, nested: the 200 are among the 500. None = all.
+
+    Equal for all arms of a seed. Raises UsageError for a count that the classes cannot share equally.
+    """
+    if count is None:
+        return np.arange(len(data))
+    classes = len(data.classes)
+    labels = data.labels.numpy()
+    fewest = int(np.bincount(labels, minlength=classes).min())
+    if count % classes or not 0 < count // classes <= fewest:
+        raise UsageError(
+            f"{count} images of {data.name} cannot be class-balanced: allowed are multiples of {classes} "
+            f"from {classes} to {fewest * classes}"
+        )
+    position = draws.uniform(seed, "subset", 0, np.arange(len(data)))[:, 0]
+    chosen = [
+        rows[np.argsort(position[rows], kind="stable")][: count // classes]
+        for rows in (np.flatnonzero(labels == c) for c in range(classes))
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`index` (B,) says which images of the split these are; every further draw is made from it."""
+
+    images: Tensor  # float (B, C, H, W), normalised
+    targets: Tensor  # int64 (B,), or float (B, classes) under mixup
+    index: np.ndarray  # int64 (B,)
+    flipped: Tensor  # bool (B,)
+    epoch: int
+
+
+def normalise(images: Tensor, data: DataSet) -> Tensor:
+    """uint8 -> float32 with the training split's mean and deviation."""
+    return (images.float() / 255 - data.mean) / data.std
+
+
+def epoch_batches(
+    data: DataSet, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float
+) -> Iterator[Batch]:
+    """All of `rows` once, in this epoch's order; the last batch may be smaller.
+
+    flip: mirror half of the images. mixup: alpha of the Beta distribution, 0 = off.
+    """
+    position = draws.uniform(seed, "order", epoch, rows)[:, 0]
+    shuffled = rows[np.argsort(position, kind="stable")]
+    for start in range(0, len(shuffled), batch_size):
+        index = shuffled[start : start + batch_size]
+        images, flipped = _flipped(data, index, seed, epoch, flip)
+        targets = data.labels[torch.from_numpy(index)]
+        if mixup > 0:
+            images, targets = _mixed(data, rows, index, images, targets, seed, epoch, flip, mixup)
+        yield Batch(images, targets, index, flipped, epoch)
+
+
+def _flipped(data: DataSet, index: np.ndarray, seed: int, epoch: int, flip: bool) -> tuple[Tensor, Tensor]:
+    images = data.images[torch.from_numpy(index)]
+    flipped = torch.from_numpy(draws.uniform(seed, "flip", epoch, index)[:, 0] < 0.5) & flip
+    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    return normalise(images, data), flipped
+
+
+def _mixed(data, rows, index, images, targets, seed, epoch, flip, alpha):
+    """Mixup with a partner and a weight that belong to the image, not to the batch.
+
+    timm's Mixup pairs an image with its mirror position in the batch and draws one weight a batch, so an image's
+    neighbours would change its noise; only its one-hot targets are used here.
+    """
+    from timm.data.mixup import one_hot
+
+    partner = rows[(draws.uniform(seed, "mixup partner", epoch, index)[:, 0] * len(rows)).astype(np.int64)]
+    weight = [np.random.Generator(np.random.Philox(draws.key(seed, "mixup", epoch, i))).beta(alpha, alpha) for i in index]
+    weight = torch.tensor(weight, dtype=torch.float32)
+    other, _ = _flipped(data, partner, seed, epoch, flip)
+    images = images * weight[:, None, None, None] + other * (1 - weight)[:, None, None, None]
+    classes = len(data.classes)
+    own, theirs = one_hot(targets, classes), one_hot(data.labels[torch.from_numpy(partner)], classes)
+    return images, own * weight[:, None] + theirs * (1 - weight)[:, None]

@@ -1,0 +1,8 @@
+"""The three model variants: parallel layers (eq. 2), stems (Algorithm 1), and the ViT around them."""
+
+from vitlib.model.config import ViTConfig, vit_config
+from vitlib.model.parallel import ParallelLayer
+from vitlib.model.stems import make_stem
+from vitlib.model.vit import ViT, resize_positions
+
+__all__ = ["ParallelLayer", "ViT", "ViTConfig", "make_stem", "resize_positions", "vit_config"]

@@ -1,0 +1,146 @@
+"""What a model is, as a small frozen record. `vit_config("B18x2/16")` reads the paper's names.
+
+B18x2 is the width of ViT-B, 18 layers deep, 2 branches a layer: 36 pairs of (MHSA, FFN), the parameters and
+multiply-adds of B36x1. Widths below the paper's are called by their number, W64-12x2/4, so that no table calls a
+width-64 model "S".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+
+from vitlib.errors import UsageError, unknown
+
+# name -> (width, heads). Paper: Table 1, columns "width" and "heads".
+WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
+_NAME = re.compile(r"(Ti|S|B|L|W(\d+)-)(\d+)(?:x(\d+))?(?:/(\d+))?")
+_CHOICES = {
+    "stem": ("linear", "conv", "hmlp"),
+    "stem_norm": ("none", "bn", "ln"),
+    "stem_act": ("none", "gelu"),
+    "pool": ("cls", "mean"),
+    "pos": ("patches", "all", "relative"),
+}
+# (norm, activation) that each stem of Table 7 has unless told otherwise
+STEM_DEFAULTS = {"linear": ("none", "none"), "conv": ("bn", "gelu"), "hmlp": ("bn", "gelu")}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The size and the parts of one Vision Transformer. Made by `vit_config`, which checks it."""
+
+    width: int  # D, the token's length
+    depth: int  # layers, one after the other
+    branches: int = 1  # (MHSA, FFN) pairs side by side in each layer; eq. (2) has 2
+    heads: int = 12
+    patch_size: int = 16
+    image_size: int = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    layer_scale: float | None = None  # initial value; None = off. Released code: 1e-4; the paper gives none
+    drop_path: float = 0.0  # stochastic-depth rate, the same in every layer as in the released code
+    stem: str = "linear"
+    stem_norm: str = "none"
+    stem_act: str = "none"
+    pool: str = "cls"  # what the head reads: the class token, or the mean of the patch tokens (BEiT)
+    pos: str = "patches"  # "patches": none for the class token (released code); "all": timm; "relative": BEiT
+    init_std: float = 0.02
+
+    @property
+    def pairs(self) -> int:
+        """(MHSA, FFN) pairs in the whole model: what Figure 3 has on its x-axis."""
+        return self.depth * self.branches
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """N: patches and the class token."""
+        return self.grid**2 + 1
+
+    @property
+    def name(self) -> str:
+        """The canonical name, e.g. "B18x2/16" or "W64-12x1/4"."""
+        sizes = {size: name for name, size in WIDTHS.items()}
+        width = sizes.get((self.width, self.heads), f"W{self.width}-")
+        return f"{width}{self.depth}x{self.branches}/{self.patch_size}"
+
+
+def vit_config(name: str, **overrides: object) -> ViTConfig:
+    """The configuration that a name means, e.g. "B12", "S18x2/16", "W64-6x2/4", with fields overridden by keyword.
+
+    `B12` and `B12x1` are the same model. Ti, S, B and L have the paper's widths and heads and initial standard
+    deviation 0.02; W<n> has heads = n / 32 and 0.02 sqrt(768 / n), which keeps the variance of a layer's output
+    at that of ViT-B.
+
+    Raises UsageError for a name, a field or a value that does not exist, and for an image size that the patch
+    does not divide.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UsageError(
+            f"unknown model {name!r}: allowed are WIDTH DEPTH [xBRANCHES] [/PATCH] with width "
+            f"{', '.join(WIDTHS)} or W<n>-, for example B12, S18x2/16 or W64-6x2/4"
+        )
+    letter, number, depth, branches, patch = match.groups()
+    if number is None:
+        width, heads = WIDTHS[letter]
+        std = 0.02
+    else:
+        width = int(number)
+        if width == 0 or width % 32:
+            raise UsageError(f"model {name!r} has width {width}: allowed are multiples of 32 (heads = width / 32)")
+        heads, std = width // 32, 0.02 * math.sqrt(768 / width)
+    known = {f.name for f in fields(ViTConfig)}
+    for key in overrides:
+        if key not in known:
+            raise unknown("model field", key, sorted(known))
+    stem = overrides.get("stem", "linear")
+    if stem not in STEM_DEFAULTS:
+        raise unknown("stem", stem, STEM_DEFAULTS)
+    norm, act = STEM_DEFAULTS[stem]
+    config = ViTConfig(
+        width=width,
+        depth=int(depth),
+        branches=int(branches or 1),
+        heads=heads,
+        patch_size=int(patch or 16),
+        stem_norm=norm,
+        stem_act=act,
+        init_std=std,
+    )
+    return check(replace(config, **overrides))
+
+
+def check(config: ViTConfig) -> ViTConfig:
+    """The same configuration, or a UsageError that names the field that cannot be."""
+    for field, allowed in _CHOICES.items():
+        if getattr(config, field) not in allowed:
+            raise unknown(field, getattr(config, field), allowed)
+    for field in ("width", "depth", "branches", "heads", "patch_size", "image_size", "in_chans"):
+        if not isinstance(getattr(config, field), int) or getattr(config, field) < 1:
+            raise UsageError(f"{field} is {getattr(config, field)!r}: allowed is a whole number from 1")
+    if config.image_size % config.patch_size:
+        below = config.image_size // config.patch_size * config.patch_size
+        near = [str(size) for size in (below, below + config.patch_size) if size]
+        raise UsageError(
+            f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}: "
+            f"the nearest allowed are {' and '.join(near)}"
+        )
+    if config.width % config.heads:
+        raise UsageError(f"width {config.width} cannot be split into {config.heads} heads")
+    if config.layer_scale is not None and not config.layer_scale > 0:
+        # timm reads init_values=0 as "no LayerScale"; here that is said with None.
+        raise UsageError(f"layer_scale is {config.layer_scale!r}: allowed are None (off) or a positive initial value")
+    if not 0 <= config.drop_path < 1:
+        raise UsageError(f"drop_path is {config.drop_path!r}: allowed is a rate from 0 up to, not including, 1")
+    if config.stem == "conv" and config.patch_size not in (2, 4, 8, 16, 32, 64):
+        raise UsageError(f"the convolutional stem has patch_size {config.patch_size}: allowed are 2, 4, 8, 16, 32, 64")
+    if config.stem == "hmlp" and config.width % 4:
+        raise UsageError(f"the hMLP stem has hidden width width / 4, and width {config.width} is no multiple of 4")
+    return config

@@ -1,0 +1,154 @@
+"""The Vision Transformer that all three ideas are variants of.
+
+Released code: models_v2.py, vit_models. Positions on patches only, none for the class token; class-token readout
+after a last LayerNorm; truncated-normal initialisation of linear layers, positions and class token; convolutions
+keep PyTorch's default. (The released pre-training code re-initialises convolutions too: one of the differences
+between the two halves of Table 7 that we do not follow.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.draws import key
+from vitlib.model.config import ViTConfig
+from vitlib.model.layers import EPS
+from vitlib.model.parallel import ParallelLayer
+from vitlib.model.stems import make_stem
+
+
+class ViT(nn.Module):
+    """`ViT(config)(images)` gives logits: (B, C, H, W) -> (B, num_classes).
+
+    Initial values are a function of (seed, role, pair), pair = layer * branches + branch, so that 12x1, 6x2, 4x3 and
+    3x4 start from identical tensors, and arms with different stems from identical blocks.
+    """
+
+    def __init__(self, config: ViTConfig, seed: int = 0):
+        super().__init__()
+        D = config.width
+        self.config = config
+        self.stem = make_stem(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        positions = {"patches": config.tokens - 1, "all": config.tokens, "relative": 0}[config.pos]
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, D)) if positions else None
+        self.relative = RelativeBias(config) if config.pos == "relative" else None
+        self.layers = nn.ModuleList(ParallelLayer(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(D, eps=EPS)
+        self.head = nn.Linear(D, config.num_classes) if config.num_classes else nn.Identity()
+        initialise(self, seed)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes). `draws` (pairs, 2, B): stochastic depth, uniform in [0, 1)."""
+        return self.head(self.pool(self.encode(self.embed(images), draws)))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The stem: (B, C, H, W) -> (B, patches, D). Masked pre-training replaces tokens behind it."""
+        C, size = self.config.in_chans, self.config.image_size
+        if images.shape[1:] != (C, size, size):
+            raise ValueError(f"images have shape {tuple(images.shape)}, this model wants (B, {C}, {size}, {size})")
+        return self.stem(images)
+
+    def encode(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D)."""
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        if self.config.pos == "patches":
+            x = x + self.pos_embed
+        x = torch.cat([cls_token, x], dim=1)
+        if self.config.pos == "all":
+            x = x + self.pos_embed
+        bias = self.relative() if self.relative is not None else None
+        K = self.config.branches
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if draws is None else draws[i * K : (i + 1) * K], bias)
+        return self.norm(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """What the head reads: (B, 1 + patches, D) -> (B, D)."""
+        return x[:, 0] if self.config.pool == "cls" else x[:, 1:].mean(dim=1)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters of two or more dimensions that timm's optimizer factory must not decay."""
+        return {"cls_token", "pos_embed", "relative.table"}
+
+
+class RelativeBias(nn.Module):
+    """One learned bias per head and relative position, shared by all layers, as in BEiT: () -> (H, N, N).
+
+    The class token has three entries of its own: to itself, to a patch, from a patch.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        side, span = config.grid, 2 * config.grid - 1
+        self.table = nn.Parameter(torch.zeros(span * span + 3, config.heads))
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        place = torch.stack([rows.flatten(), columns.flatten()])
+        apart = place[:, :, None] - place[:, None, :] + side - 1  # (2, patches, patches), from 0
+        index = torch.full((config.tokens, config.tokens), span * span)
+        index[0, 1:] += 1
+        index[1:, 0] += 2
+        index[1:, 1:] = apart[0] * span + apart[1]
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.table[self.index].permute(2, 0, 1)
+
+
+@torch.no_grad()
+def initialise(model: ViT, seed: int) -> None:
+    """Fill every parameter of `model` in place; each tensor has a generator of its own."""
+    config = model.config
+
+    def generator(role: str, pair: int) -> torch.Generator:
+        return torch.Generator().manual_seed(key(seed, "init", role, pair) >> 1)
+
+    def linear(module: nn.Linear, role: str, pair: int = 0) -> None:
+        normal(module.weight, role, pair)
+        nn.init.zeros_(module.bias)
+
+    def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
+        """Truncated at +-2 (absolute), which cuts nothing: the real deviation is the nominal one."""
+        if not tensor.is_meta:
+            nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
+
+    for i, layer in enumerate(model.layers):
+        for k in range(config.branches):
+            pair = i * config.branches + k
+            for kind, residual in (("mhsa", layer.mhsa[k]), ("ffn", layer.ffn[k])):
+                for name, module in residual.f.named_children():
+                    linear(module, f"{kind}.{name}", pair)
+    if config.num_classes:
+        linear(model.head, "head")
+    normal(model.cls_token, "cls_token")
+    if model.pos_embed is not None:
+        normal(model.pos_embed, "pos_embed")
+    for name, module in model.stem.named_children():
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            own = generator(f"stem.{name}", 0)
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=own)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=own)
+
+
+def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
+    """Position embedding of another resolution: (1, n * n, D) or (1, 1 + n * n, D) -> the same with grid * grid.
+
+    Bicubic, no corner alignment, no antialiasing, the class token's row kept: the released code's way. (timm
+    resizes with antialiasing, which uses another bicubic kernel and differs even when enlarging.)
+    """
+    patches = pos_embed.shape[1]
+    old = math.isqrt(patches)
+    extra = patches - old * old  # 1 where the class token has a position too
+    if extra not in (0, 1):
+        raise ValueError(f"{patches} positions are neither a square grid nor a square grid and a class token")
+    if old == grid:
+        return pos_embed
+    table = pos_embed[:, extra:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :extra], table.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)], dim=1)
