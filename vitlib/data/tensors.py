@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,8 +33,6 @@ def resize(images: Tensor, size: int) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def load_resized(name: str, split: str, size: int) -> DataSet:
     """`registry.load`, then `resize`, once a process."""
-    from dataclasses import replace
-
     data = load(name, split)
     return replace(data, images=resize(data.images, size))
 
@@ -112,7 +110,9 @@ def _mixed(data, rows, index, images, targets, seed, epoch, flip, alpha):
     from timm.data.mixup import one_hot
 
     partner = rows[(draws.uniform(seed, "mixup partner", epoch, index)[:, 0] * len(rows)).astype(np.int64)]
-    weight = [np.random.Generator(np.random.Philox(draws.key(seed, "mixup", epoch, i))).beta(alpha, alpha) for i in index]
+    weight = [
+        np.random.Generator(np.random.Philox(draws.key(seed, "mixup", epoch, i))).beta(alpha, alpha) for i in index
+    ]
     weight = torch.tensor(weight, dtype=torch.float32)
     other, _ = _flipped(data, partner, seed, epoch, flip)
     images = images * weight[:, None, None, None] + other * (1 - weight)[:, None, None, None]

@@ -8,6 +8,8 @@ leak into visible tokens.
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,7 +72,7 @@ def conv_stem(config: ViTConfig) -> Stem:
     steps = config.patch_size.bit_length() - 1
     widths = [config.in_chans] + [config.width >> (steps - 1 - i) for i in range(steps)]
     parts: list[nn.Module] = []
-    for i, (fan_in, width) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, width) in enumerate(itertools.pairwise(widths)):
         parts += [nn.Conv2d(fan_in, width, 3, 2, 1, bias=False), *_norm(config.stem_norm, width)]
         parts += _act(config.stem_act) if i < steps - 1 else []
     return Stem(*parts)

@@ -1,0 +1,639 @@
+"""The rules of judging: the interval, the words, the checks, and that the ledger is complete."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from vitlib import paths
+from vitlib.errors import UsageError
+from vitlib.lab import claims
+from vitlib.lab.claims import Estimate, interval, judge
+from vitlib.lab.ledger import ARMS, CHECKS, ledger, ledger_hashes, part_hash
+
+LEDGER = ledger()
+HASHES = [ledger_hashes()]
+PARTS = {
+    "P1": 1, "P2": 3, "A1": 1, "P5": 1, "F1": 1, "F2": 2, "F3": 2, "F4": 1,
+    "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H6": 2, "H7": 1,
+}  # fmt: skip
+TRAINED = [part for part in LEDGER.values() if part.kind != "exact"]
+OF_POINTS = [part for part in TRAINED if part.kind != "ratio"]
+
+
+def answers(accuracy: float, n: int = 5, images: int = 2000, seed: int = 0) -> np.ndarray:
+    """(n, images) bool: about this accuracy; images differ in difficulty, the same for every arm."""
+    difficulty = np.random.default_rng(99).random(images)
+    noise = np.random.default_rng(seed).normal(0, 0.02, (n, images))
+    return difficulty + noise < accuracy
+
+
+def every_arm(part, accuracies: dict[str, float], default: float = 0.7) -> dict[str, np.ndarray]:
+    """Synthetic answers of all arms of a part's notebook, at its 36-pair names too."""
+    arms = [*ARMS[part.notebook], *part.contrast_at(12), *part.contrast_at(36)]
+    return {arm: answers(accuracies.get(arm, default), seed=i) for i, arm in enumerate(dict.fromkeys(arms))}
+
+
+def verdict_on(id: str, accuracies: dict[str, float], profile: str = "study", pairs: int = 36, **more):
+    part = LEDGER[id]
+    return judge(part, every_arm(part, accuracies), profile, pairs, 10, hashes=HASHES, **more)
+
+
+# What passes every check of notebooks 41 and 52
+TUNED = {"full": 0.75, "attn": 0.75, "ffn": 0.7, "head": 0.6, "trunk": 0.74}
+HELPED = {"linear scratch": 0.6, "linear pretrained": 0.7}
+
+
+# ---- The interval ----
+
+
+def simulated(
+    rng, mu: tuple[float, float], seed_sd: float, image_sd: float, n: int, images: int, repeats: int
+) -> list[tuple[np.ndarray, float]]:
+    """Differences of two arms' correctness, and the true mean: an arm is right where its latent normal is above 0.
+
+    Difficulty is shared by the arms, so their answers are correlated; each arm has image effects of its own (the same
+    in all seeds), seed effects of its own, and noise.
+    """
+    out = []
+    for _ in range(repeats):
+        shared = rng.normal(size=images)
+        own = rng.normal(0, image_sd, (2, 1, images)) + rng.normal(0, seed_sd, (2, n, 1))
+        latent = np.array(mu)[:, None, None] + shared + own + rng.normal(0, 0.5, (2, n, images))
+        out.append((latent[0] > 0) * 1.0 - (latent[1] > 0))
+    sd = math.sqrt(1 + image_sd**2 + seed_sd**2 + 0.25)
+    truth = 100 * (stats.norm.cdf(mu[0] / sd) - stats.norm.cdf(mu[1] / sd))
+    return [(D, truth) for D in out]
+
+
+@pytest.mark.parametrize("seed_sd, image_sd", [(0.02, 0.5), (0.1, 0.2), (0.06, 0.4)])
+def test_the_interval_covers_the_truth_and_paired_t_covers_less_where_images_dominate(seed_sd, image_sd):
+    rng = np.random.default_rng(7)
+    trials = simulated(rng, (1.3, 1.2), seed_sd, image_sd, n=5, images=600, repeats=400)
+    estimates = [(interval(D), truth) for D, truth in trials]
+    covered = np.mean([e.low <= truth <= e.high for e, truth in estimates])
+    paired = np.mean([e.paired[0] <= truth <= e.paired[1] for e, truth in estimates])
+    assert 0.92 <= covered <= 0.98
+    assert paired <= covered
+    if image_sd == 0.5:
+        assert paired < 0.85
+
+
+def test_the_interval_equals_a_long_form_anova():
+    from statsmodels.formula.api import ols
+    from statsmodels.stats.anova import anova_lm
+
+    rng = np.random.default_rng(3)
+    n, N = 5, 40
+    D = rng.integers(-1, 2, (n, N)) + rng.integers(0, 2, (1, N)) + rng.normal(0, 0.1, (n, 1))
+    seeds, images = np.indices((n, N))
+    long = pd.DataFrame({"d": 100 * D.ravel(), "seed": seeds.ravel(), "image": images.ravel()})
+    table = anova_lm(ols("d ~ C(seed) + C(image)", long).fit())
+    ms_s, ms_i, ms_r = (table.loc[row, "mean_sq"] for row in ("C(seed)", "C(image)", "Residual"))
+    total = ms_s + ms_i - ms_r
+    se = math.sqrt(max(total, ms_s) / (n * N))
+    df = max(total**2 / (ms_s**2 / (n - 1) + ms_i**2 / (N - 1) + ms_r**2 / ((n - 1) * (N - 1))), n - 1)
+    e = interval(D)
+    assert e.mean == pytest.approx(long["d"].mean(), rel=1e-10)
+    assert e.mean_squares == pytest.approx((ms_s, ms_i, ms_r), rel=1e-10)
+    assert (e.se, e.df) == pytest.approx((se, df), rel=1e-10)
+    assert (e.low, e.high) == pytest.approx(stats.t.interval(0.95, df, long["d"].mean(), se), rel=1e-10)
+    assert e.seed_term + e.image_term == pytest.approx(se**2, rel=1e-10)
+    per_seed = long.groupby("seed")["d"].mean()
+    assert e.paired == pytest.approx(stats.t.interval(0.95, n - 1, per_seed.mean(), stats.sem(per_seed)), rel=1e-10)
+
+
+def test_without_image_effects_the_interval_falls_back_on_seeds_with_n_minus_1_degrees_of_freedom():
+    e = Estimate(0.0, (1.0, 0.2, 9.0), n=5, images=600)
+    assert e.se**2 == pytest.approx(1.0 / 3000) and e.df == 4 and e.image_term == 0
+
+
+def test_the_interval_does_not_depend_on_the_order_of_seeds_or_images_and_has_the_level_asked_for():
+    D = answers(0.7, seed=1).astype(float) - answers(0.68, seed=2)
+    rng = np.random.default_rng(0)
+    shuffled = interval(D[rng.permutation(5)][:, rng.permutation(D.shape[1])])
+    assert (shuffled.low, shuffled.high) == pytest.approx((interval(D).low, interval(D).high), rel=1e-9)
+    assert interval(D, level=0.9).low == pytest.approx(interval(D).bounds(0.9)[0])
+    assert interval(D, level=0.9).low > interval(D).low
+
+
+@pytest.mark.parametrize("shape", [(1, 600), (5, 1), (600,)])
+def test_an_interval_of_one_seed_or_one_image_is_refused(shape):
+    with pytest.raises(UsageError, match="two or more"):
+        interval(np.zeros(shape))
+
+
+def test_a_slope_is_the_change_from_the_smallest_to_the_largest_size():
+    widths = [64, 128, 512]
+    line = np.array([0.0, 1.0, 3.0])  # one point a doubling
+    e = claims.slope(line[None] + np.array([[0.0], [5.0], [-5.0]]) + 0.0, widths)
+    assert e.mean == pytest.approx(3.0) and e.se == pytest.approx(0.0, abs=1e-12)
+    noisy = line + np.random.default_rng(0).normal(size=(5, 3))
+    per_seed = [3 * np.polyfit(np.log2(widths), y, 1)[0] for y in noisy]
+    e = claims.slope(noisy, widths)
+    assert e.df == 4
+    assert (e.low, e.high) == pytest.approx(stats.t.interval(0.95, 4, np.mean(per_seed), stats.sem(per_seed)))
+
+
+# ---- The words ----
+
+
+def spread(mean: float, se: float = 0.2) -> Estimate:
+    """An estimate with this mean and standard error, the seed as unit."""
+    return Estimate(mean, (5 * se**2, 0.0, 0.0), n=5, images=1)
+
+
+@pytest.mark.parametrize(
+    "test, mean, se, word",
+    [
+        (claims.superiority, 2.0, 0.2, "same direction"),
+        (claims.superiority, -2.0, 0.2, "opposite direction"),
+        (claims.superiority, 0.1, 0.2, "equivalent within m"),
+        (claims.superiority, 0.1, 2.0, "inconclusive"),
+        (claims.superiority, 0.7, 0.2, "same direction"),  # inside the margin too, but beyond 0 comes first
+        (claims.equivalence, 0.7, 0.2, "equivalent within m"),  # beyond 0 too, but inside the margin comes first
+        (claims.equivalence, 3.0, 0.2, "different by more than m"),
+        (claims.equivalence, -3.0, 0.2, "different by more than m"),
+        (claims.equivalence, 1.5, 0.2, "inconclusive"),
+        (claims.non_inferiority, 5.0, 0.2, "not inferior by m"),
+        (
+            claims.non_inferiority,
+            -1.0,
+            0.2,
+            "not inferior by m",
+        ),  # by the one-sided limit; the 95 % interval reaches -m
+        (claims.non_inferiority, -3.0, 0.2, "inferior by more than m"),
+        (claims.non_inferiority, -1.5, 0.2, "inconclusive"),
+    ],
+)
+def test_each_word_is_reached(test, mean, se, word):
+    assert test(spread(mean, se), 1.5) == word
+
+
+def test_exact_parts_hold_or_fail():
+    assert (claims.exact(True), claims.exact(False)) == ("exact", "fails")
+    assert claims.exact_holds("0", 0.0) and not claims.exact_holds("0", 1e-12)
+    assert claims.exact_holds("not 0", 1e-12) and not claims.exact_holds("not 0", 0.0)
+    assert not claims.exact_holds("not 0", math.nan)
+    assert claims.prints_as(17.583, "17.58") and not claims.prints_as(17.583, "17.59")
+    assert claims.prints_as(256.7, "257")
+
+
+@pytest.mark.parametrize(
+    "test, level, bound",
+    [
+        (claims.superiority, 0.95, 0.0),
+        (claims.equivalence, 0.90, 1.5),
+        (claims.equivalence, 0.95, 1.5),
+        (claims.non_inferiority, 0.90, -1.5),
+        (claims.non_inferiority, 0.95, -1.5),
+    ],
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_touched_bound_is_inconclusive(test, level, bound, side):
+    """The margin is set to the very number that is the interval's end, so that they touch to the last bit."""
+    se = 2.0 if test is claims.superiority else 0.2  # too wide to be equivalent instead
+    if bound == 0.0:
+        half = spread(0.0, se).bounds(level)[1]
+        estimate, m = spread(half if side == 0 else -half, se), 1.5
+        assert estimate.bounds(level)[side] == 0.0
+    else:
+        sign = 1 if side == 0 else -1
+        estimate = spread(sign * abs(bound))
+        # the inner or the outer end, whichever the test looks at
+        m = abs(estimate.bounds(level)[side if level == 0.95 else 1 - side])
+        if test is claims.non_inferiority:
+            estimate = spread(-abs(bound))
+            m = -estimate.bounds(level)[0 if level == 0.90 else 1]
+    assert test(estimate, m) == "inconclusive"
+
+
+def test_swapping_the_arms_swaps_the_direction_and_leaves_equivalence():
+    a, b = answers(0.75, seed=1), answers(0.70, seed=2)
+    there, back = (interval(x.astype(float) - y) for x, y in ((a, b), (b, a)))
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    assert claims.superiority(there, 1.5) == "same direction"
+    assert claims.superiority(back, 1.5) == "opposite direction"
+    for m in (1.5, 5.0, 20.0):
+        assert claims.equivalence(there, m) == claims.equivalence(back, m)
+        assert claims.p_value("equivalence", there, m) == pytest.approx(claims.p_value("equivalence", back, m))
+
+
+@pytest.mark.parametrize("mean", [-3.0, -1.2, -1.0, -0.4, 0.0, 0.3, 0.5, 0.6, 1.1, 2.5])
+def test_p_and_word_agree(mean):
+    e, m = spread(mean), 1.5
+    assert (claims.p_value("superiority", e, m) < 0.05) == (
+        claims.superiority(e, m) in ("same direction", "opposite direction")
+    )
+    assert (claims.p_value("equivalence", e, m) < 0.05) == (claims.equivalence(e, m) == "equivalent within m")
+    assert (claims.p_value("non-inferiority", e, m) < 0.05) == (claims.non_inferiority(e, m) == "not inferior by m")
+
+
+def test_arms_that_answer_alike_are_equivalent_with_certainty():
+    e = interval(np.zeros((5, 100)))
+    assert (e.low, e.high, e.df) == (0, 0, 4)
+    assert claims.equivalence(e, 1.5) == "equivalent within m"
+    assert (claims.p_value("equivalence", e, 1.5), claims.p_value("superiority", e, 1.5)) == (0, 1)
+
+
+# ---- Beside a verdict ----
+
+
+def test_holm_agrees_with_a_hand_computation():
+    # sorted .01 .02 .03 .04, times 4 3 2 1 = .04 .06 .06 .04, then the running maximum
+    assert claims.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert claims.holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
+    assert len(claims.holm([])) == 0
+
+
+def test_seeds_needed_are_the_fewest_that_make_the_papers_difference_visible():
+    e = spread(0.0)
+    n = claims.seeds_needed(e, 0.4)
+    again = [claims.smallest_visible(replace(e, n=k)) for k in (n - 1, n)]
+    assert again[0] > 0.4 >= again[1]
+    assert claims.seeds_needed(e, -0.4) == n
+    assert claims.seeds_needed(e, claims.smallest_visible(e) * (1 + 1e-12)) == e.n
+    with_images = Estimate(0.0, (40.0, 20.0, 9.0), n=5, images=500)
+    assert claims.seeds_needed(with_images, claims.smallest_visible(with_images) * (1 + 1e-12)) == 5
+
+
+def test_more_seeds_cannot_make_up_for_too_few_images():
+    D = answers(0.7, seed=1).astype(float) - answers(0.7, seed=2)[:, np.random.default_rng(0).permutation(2000)]
+    e = interval(D)
+    assert e.image_term > 10 * e.seed_term
+    floor = (stats.t.ppf(0.975, 1999) + stats.t.ppf(0.8, 1999)) * math.sqrt(e.image_term)
+    assert claims.seeds_needed(e, 0.99 * floor) == "not reachable with this test set"
+    assert claims.seeds_needed(e, 1.05 * floor) > 1
+
+
+def test_the_margin_is_a_tenth_of_the_controls_error_between_half_a_point_and_one_and_a_half():
+    assert [claims.margin_from_error(x, "study") for x in (2, 10, 40)] == [0.5, 1.0, 1.5]
+    assert claims.margin_from_error(40, "imagenet") == 0.3
+    with pytest.raises(UsageError, match="did you mean 'study'"):
+        claims.margin_from_error(10, "studdy")
+
+
+# ---- Verdicts ----
+
+
+def test_every_judged_word_is_reached_through_judge():
+    words = [
+        verdict_on("P2-1", {"18x2": 0.75}).word,
+        verdict_on("P2-1", {"18x2": 0.65}).word,
+        verdict_on("P2-1", {}).word,
+        verdict_on("A1", {}).word,
+        verdict_on("A1", {"18x2+LS": 0.65}).word,
+        verdict_on("H4-stems", {**HELPED, "conv pretrained": 0.65}).word,
+        verdict_on("H4-stems", {**HELPED, "conv pretrained": 0.75}).word,
+        verdict_on("A1", {"18x2+LS": 0.685}).word,
+    ]
+    assert words == [
+        "same direction",
+        "opposite direction",
+        "equivalent within m",
+        "equivalent within m",
+        "different by more than m",
+        "not inferior by m",
+        "inferior by more than m",
+        "inconclusive",
+    ]
+
+
+def test_a_predicted_word_supports_and_its_opposite_contradicts():
+    assert verdict_on("P2-1", {"18x2": 0.75}).stance == "supports"
+    assert verdict_on("P2-1", {"18x2": 0.65}).stance == "contradicts"
+    assert verdict_on("A1", {"18x2+LS": 0.65}).stance == "contradicts"
+    assert verdict_on("A1", {"18x2+LS": 0.685}).stance == "open"
+    assert verdict_on("H4-stems", {**HELPED, "conv pretrained": 0.75}).stance == "contradicts"
+
+
+def test_equivalence_contradicts_a_predicted_difference_only_where_the_papers_own_lies_outside_the_margin():
+    part = LEDGER["P2-1"]
+    for paper, stance in ((0.4, "open"), (1.6, "contradicts"), (-1.6, "contradicts"), (1.5, "open")):
+        changed = replace(part, paper=paper)
+        hashes = [{part.id: part_hash(changed)}]
+        verdict = judge(changed, every_arm(part, {}), "study", 36, 10, hashes=hashes)
+        assert (verdict.word, verdict.stance) == ("equivalent within m", stance)
+
+
+@pytest.mark.parametrize("part", TRAINED, ids=lambda part: part.id)
+def test_no_trained_part_is_judged_at_smoke(part):
+    verdict = judge(part, every_arm(part, {}), "smoke", 36, 10, hashes=HASHES, device="cpu")
+    assert (verdict.word, verdict.stance, verdict.estimate, verdict.p) == ("not judged at smoke", "open", None, None)
+
+
+def test_exact_parts_are_judged_at_every_profile():
+    for profile in claims.PROFILES:
+        for part in LEDGER.values():
+            if part.kind == "exact":
+                assert judge(part, {}, profile, 12, 10).word == "not run"
+                held = judge(part, {}, profile, 12, 10, holds=True)
+                failed = judge(part, {}, profile, 12, 10, holds=False)
+                assert [(v.word, v.stance) for v in (held, failed)] == [("exact", "supports"), ("fails", "contradicts")]
+
+
+@pytest.mark.parametrize("part", TRAINED, ids=lambda part: part.id)
+def test_a_missing_arm_reads_not_run(part):
+    arms = every_arm(part, {**TUNED, **HELPED})
+    contrast = part.contrast_at(36)
+    assert judge(part, {}, "study", 36, 10, hashes=HASHES).word == "not run"
+    needed = [*contrast, *(arm for check in part.checks for arm in CHECKS[check])]
+    for arm in needed:
+        rest = {name: value for name, value in arms.items() if name != arm}
+        verdict = judge(part, rest, "study", 36, 10, hashes=HASHES, device="cpu")
+        assert verdict.word == "not run" and arm in verdict.note
+
+
+def test_other_than_the_ledgers_number_of_seeds_reads_not_run():
+    part = LEDGER["A1"]
+    for n in (4, 6):
+        arms = {arm: answers(0.7, n=n) for arm in part.contrast}
+        verdict = judge(part, arms, "cpu", 12, 10, hashes=HASHES)
+        assert verdict.word == "not run" and "n = 5" in verdict.note
+
+
+def test_runs_without_the_entrys_hash_read_not_run():
+    part, arms = LEDGER["A1"], every_arm(LEDGER["A1"], {})
+    stored = HASHES[0]
+    for hashes in ([], [{}], [stored, {}], [stored, stored | {"A1": "0" * 16}]):
+        assert judge(part, arms, "cpu", 12, 10, hashes=hashes).word == "not run"
+    assert judge(part, arms, "cpu", 12, 10, hashes=[stored, stored]).word == "equivalent within m"
+
+
+@pytest.mark.parametrize("id", ["P2-1", "P2-3", "P2-4", "P5"])
+def test_below_36_pairs_the_difference_is_shown_but_not_judged(id):
+    verdict = verdict_on(id, {"6x2": 0.2, "6x2+LS": 0.2}, pairs=12)
+    assert (verdict.word, verdict.stance, verdict.p) == ("out of scope at this scale", "open", None)
+    assert "6x2" in verdict.contrast and verdict.estimate.high < -40
+
+
+def test_a1_is_judged_at_the_profiles_own_number_of_pairs_and_says_at_which():
+    twelve, thirty_six = (verdict_on("A1", {}, pairs=pairs) for pairs in (12, 36))
+    assert (twelve.contrast, twelve.note) == ("6x2+LS - 12x1+LS", "at 12 pairs")
+    assert (thirty_six.contrast, thirty_six.note) == ("18x2+LS - 36x1+LS", "at 36 pairs")
+    with pytest.raises(UsageError, match="cannot be split"):
+        verdict_on("A1", {}, pairs=35)
+
+
+def test_a_failed_check_makes_the_part_inconclusive_and_is_named():
+    cases = {
+        "control learned": [
+            verdict_on("P2-1", {"36x1": 0.19, "18x2": 0.9}),
+            verdict_on("P2-1", {"36x1": 0.96, "18x2": 0.8}),
+        ],
+        "full beats head": [verdict_on("F1", {**TUNED, "head": 0.745}), verdict_on("F2-full", {**TUNED, "head": 0.9})],
+        "pre-training helps": [
+            verdict_on(id, {**HELPED, "linear scratch": 0.7})
+            for id in ("H4-stems", "H4-linear", "H4-conv", "H4i", "H7")
+        ],
+    }
+    for check, verdicts in cases.items():
+        for verdict in verdicts:
+            assert verdict.word == f"inconclusive (check failed: {check})"
+            assert verdict.stance == "open" and verdict.estimate is not None and verdict.checks[check] is False
+
+
+def test_twice_chance_is_not_asked_for_on_imagenet():
+    assert verdict_on("P2-1", {"36x1": 0.19, "18x2": 0.9}, profile="imagenet").word == "same direction"
+
+
+def test_interactions_are_differences_of_differences():
+    verdict = verdict_on("H4i", {**HELPED, "hmlp pretrained": 0.78, "hmlp scratch": 0.62})
+    assert verdict.contrast == "hmlp pretrained - linear pretrained - hmlp scratch + linear scratch"
+    assert verdict.estimate.mean == pytest.approx(6.0, abs=1.0)
+
+
+def test_tuning_that_does_not_beat_its_parent_is_called_adaptation():
+    assert verdict_on("F1", {**TUNED, "trunk": 0.8}).note == "adaptation to a new resolution"
+    assert verdict_on("F2-full", {**TUNED, "trunk": 0.75}).note == "adaptation to a new resolution"
+    assert verdict_on("F1", {**TUNED, "trunk": 0.7}).note == ""
+
+
+def test_a_ratio_is_judged_against_1_on_a_named_device():
+    part = LEDGER["F3-time"]
+    times = {"full": np.array([1.2, 1.21, 1.19, 1.2, 1.22]), "attn": np.array([1.0, 1.01, 0.99, 1.0, 1.0])}
+    verdict = judge(part, times, "cpu", 12, 10, hashes=HASHES, device="2 cores")
+    assert (verdict.word, verdict.note) == ("same direction", "on 2 cores")
+    assert verdict.ours[0] == pytest.approx(1.204, abs=0.001) and 1 < verdict.ours[1] < 1.204 < verdict.ours[2]
+    swapped = {"full": times["attn"], "attn": times["full"]}
+    assert judge(part, swapped, "cpu", 12, 10, hashes=HASHES, device="x").word == "opposite direction"
+    with pytest.raises(UsageError, match="device"):
+        judge(part, times, "cpu", 12, 10, hashes=HASHES)
+
+
+def test_a_slope_is_judged_from_its_estimate():
+    part = replace(LEDGER["P2-1"], id="P3", kind="slope", contrast={}, control=None, checks=(), min_pairs=0)
+    hashes = [{"P3": part_hash(part)}]
+    for mean, word in ((2.0, "same direction"), (-2.0, "opposite direction"), (0.0, "equivalent within m")):
+        assert judge(part, {}, "study", 36, 10, hashes=hashes, estimate=spread(mean)).word == word
+    assert judge(part, {}, "study", 36, 10, hashes=hashes).word == "not run"
+
+
+@pytest.mark.parametrize("profile", [p for p in claims.PROFILES if p != "imagenet"])
+def test_reproduced_is_never_said_below_imagenet(profile):
+    for part in OF_POINTS:
+        for accuracy in (0.6, 0.7, 0.71, 0.8):
+            favoured = {arm: accuracy for arm in (*part.contrast, *part.contrast_at(36)) if part.contrast.get(arm) == 1}
+            verdict = verdict_on(part.id, {**TUNED, **HELPED, **favoured}, profile=profile)
+            assert "reproduced" not in verdict.text + verdict.word + verdict.stance + verdict.note
+    for part in LEDGER.values():
+        for holds in (True, False):
+            if part.kind == "exact":
+                assert "reproduced" not in judge(part, {}, profile, 36, 10, holds=holds).text
+
+
+def test_imagenet_may_say_reproduced_where_the_papers_difference_lies_in_the_interval():
+    def on_imagenet(paper: float, confidence: str, accuracy: float):
+        part = replace(LEDGER["P2-1"], paper=paper, paper_confidence=confidence)
+        hashes = [{part.id: part_hash(part)}]
+        return judge(part, every_arm(part, {"18x2": accuracy}), "imagenet", 36, 1000, hashes=hashes)
+
+    high = on_imagenet(5.0, "read", 0.75).estimate.high
+    assert on_imagenet(5.0, "read", 0.75).text == "same direction (reproduced)"
+    assert on_imagenet(high + 0.05, "read", 0.75).text == "same direction"
+    assert on_imagenet(high + 0.05, "read-chart", 0.75).text == "same direction (reproduced)"
+    assert on_imagenet(high + 0.15, "read-chart", 0.75).text == "same direction"
+    assert on_imagenet(5.0, "read", 0.65).text == "opposite direction (not reproduced)"
+    assert on_imagenet(5.0, "read", 0.75).margin == 0.3
+
+
+def test_a_claim_is_as_strong_as_its_weakest_part():
+    win, lose = ([verdict_on(f"P2-{k}", {"18x2": x}) for k in (1, 3, 4)] for x in (0.75, 0.65))
+    tie = verdict_on("P2-4", {})
+    assert claims.claim_stance(win) == "supports"
+    assert claims.claim_stance([*win[:2], lose[2]]) == "contradicts"
+    assert claims.claim_stance([*win[:2], tie]) == "open (P2-4)"
+    assert claims.claim_stance(win[:1]) == "open (P2-3, P2-4)"
+    with pytest.raises(UsageError, match="one claim"):
+        claims.claim_stance([win[0], verdict_on("A1", {})])
+
+
+def test_the_table_has_a_row_a_verdict_and_adjusts_p_within_a_profile():
+    verdicts = [
+        verdict_on("P2-1", {"18x2": 0.71}),
+        verdict_on("P2-3", {"18x2": 0.71}),
+        verdict_on("A1", {}),
+        verdict_on("A1", {}, profile="cpu", pairs=12),
+        verdict_on("P5", {}, pairs=12),
+        judge(LEDGER["P1"], {}, "study", 36, 10, holds=True),
+    ]
+    table = claims.verdict_table(verdicts)
+    assert list(table.columns) == (
+        "part claim contrast n ours low high paper margin p p_holm verdict stance "
+        "smallest_visible seeds_needed notebook".split()
+    )
+    assert list(table["part"]) == ["P2-1", "P2-3", "A1", "A1", "P5", "P1"]
+    assert list(table["p_holm"][:3]) == pytest.approx(list(claims.holm([v.p for v in verdicts[:3]])))
+    assert table["p_holm"][3] == pytest.approx(verdicts[3].p)  # alone in its profile
+    assert table["p_holm"].isna().tolist() == [False] * 4 + [True] * 2
+    part_of_it = claims.verdict_table(verdicts[:1], family=verdicts)
+    assert part_of_it["p_holm"][0] == pytest.approx(table["p_holm"][0])
+    assert len(claims.verdict_table([])) == 0
+
+
+def test_arms_of_different_images_are_refused():
+    arms = {"6x2+LS": answers(0.7, images=100), "12x1+LS": answers(0.7, images=99)}
+    with pytest.raises(UsageError, match="same seeds and images"):
+        judge(LEDGER["A1"], arms, "cpu", 12, 10, hashes=HASHES)
+
+
+# ---- The ledger ----
+
+
+def test_the_ledger_has_every_part_of_the_four_notebooks():
+    counts = {claim: sum(part.claim == claim for part in LEDGER.values()) for claim in PARTS}
+    assert counts == PARTS and len(LEDGER) == sum(PARTS.values())
+    room = {"P": "31", "A": "31", "F": "41"}
+    for part in LEDGER.values():
+        stems = "51" if part.claim in ("H1", "H2") else "52"
+        assert part.notebook == room.get(part.claim[0], stems), part.id
+
+
+@pytest.mark.parametrize("part", LEDGER.values(), ids=lambda part: part.id)
+def test_every_arm_is_from_the_fixed_list_and_every_check_is_known(part):
+    for arm in (*part.contrast, part.control, part.parent):
+        assert arm is None or arm in ARMS[part.notebook]
+    assert set(part.checks) <= set(CHECKS)
+    assert sum(part.contrast.values()) == 0
+    if part in OF_POINTS:
+        assert (part.margin_imagenet, part.n) == (0.3, 5) and 0.5 <= part.margin <= 1.5
+
+
+def test_the_checks_are_those_that_were_fixed():
+    with_check = {check: {p.claim for p in TRAINED if check in p.checks} for check in CHECKS}
+    assert with_check["pre-training helps"] == {"H4", "H4i", "H7"}
+    assert with_check["full beats head"] == {"F1", "F2"}
+    assert with_check["control learned"] == {part.claim for part in OF_POINTS}
+
+
+def test_the_hash_changes_with_every_field_and_with_nothing_else():
+    part = LEDGER["H4i"]
+    other = {
+        "id": "x", "claim": "x", "title": "x", "notebook": "41", "kind": "equivalence", "metric": "x", "scope": "any",
+        "contrast": {"a": 1.0}, "margin": 1.4, "margin_imagenet": 0.2, "images": "all", "n": 6, "min_pairs": 36,
+        "checks": (), "control": "x", "parent": "x", "paper": 0.1, "paper_source": "x", "paper_confidence": "read",
+        "expected": "0",
+    }  # fmt: skip
+    assert set(other) == {f.name for f in fields(part)}
+    hashes = [part_hash(part), *(part_hash(replace(part, **{key: value})) for key, value in other.items())]
+    assert len(set(hashes)) == len(hashes)
+    turned = dict(reversed(part.contrast.items()))
+    assert part_hash(replace(part, contrast=turned)) == part_hash(part)
+    assert ledger_hashes() == {id: part_hash(part) for id, part in LEDGER.items()}
+
+
+GOOD = (paths.PAPER / "claims.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        ('kind = "superiority"', 'kind = "superiorty"', "did you mean 'superiority'"),
+        ('"18x2" = 1', '"18x3" = 1', "unknown arm in ledger entry P2-1: '18x3'"),
+        ('"36x1" = -1', '"36x1" = -2', "do not add up to 0"),
+        ('claim = "P2"\n', "", "P2-1 lacks the key 'claim'"),
+        ('control = "36x1"\n', "", "lacks the key 'control'"),
+        ("margin = 1.5\n", "", "lacks the key 'margin'"),
+        ("margin = 1.5", 'margin = "1.5"', "allowed is a number above 0"),
+        ("margin = 1.5", "margn = 1.5", "did you mean 'margin'"),
+        ("n = 5", "n = 1", "allowed is a whole number from 2"),
+        ('["control learned"]', '["control learnt"]', "did you mean 'control learned'"),
+        ('["control learned"]', "[]", "lacks the check 'control learned'"),
+        ('scope = "trained"', 'scope = "all"', "unknown scope"),
+        ('paper_source = "A, Table 2"\n', "", "lacks the key 'paper_source'"),
+        ("n = 5", "n = ", "not valid TOML"),
+        ("[P2-1]", "P9 = 3\n[P2-1]", "unknown key in ledger entry P1: 'P9'"),
+        ("[P1]", "P9 = 3\n[P1]", "'P9' is not a table"),
+    ],
+)
+def test_a_malformed_entry_is_refused_in_one_sentence(tmp_path, old, new, says):
+    assert old in GOOD
+    path = tmp_path / "claims.toml"
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(UsageError) as error:
+        ledger(path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_ledger_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"no\.toml cannot be read"):
+        ledger(tmp_path / "no.toml")
+
+
+# ---- The paper's numbers ----
+
+
+def paper_csv(name: str) -> pd.DataFrame:
+    table = pd.read_csv(paths.PAPER / f"{name}.csv", dtype={"source": str})
+    assert set(table["source"]) <= set("ANBCDEF") and set(table["confidence"]) <= {"read", "read-chart", "computed"}
+    return table
+
+
+def test_the_papers_tables_have_all_their_rows():
+    rows = {"figure1": 12, "figure4": 3, "table5": 12, "table7": 10}
+    assert {name: len(paper_csv(name)) for name in rows} == rows
+    assert not paper_csv("table5").duplicated(["model", "dataset", "optimizer"]).any()
+    figure1 = paper_csv("figure1")
+    parts = figure1["model"].str.extract(r"([BS])(\d+)x(\d+)")
+    assert (parts[2].astype(int) == figure1["branches"]).all()
+    assert (
+        "ViT-" + parts[0] + (parts[1].astype(int) * parts[2].astype(int)).astype(str) == figure1["model_family"]
+    ).all()
+
+
+def test_the_ledgers_differences_are_those_of_the_papers_tables():
+    t7 = paper_csv("table7").set_index(["stem", "norm", "act", "model"])
+    stem = {
+        "linear": ("linear", "none", "none", "ViT-B12"),
+        "conv": ("conv", "bn", "gelu", "ViT-B12"),
+        "hmlp": ("hmlp", "bn", "gelu", "ViT-B12"),
+        "hmlp-ln": ("hmlp", "ln", "gelu", "ViT-B12"),
+    }
+    t5 = paper_csv("table5").set_index(["model", "dataset", "optimizer"]).loc[("ViT-B", "val", "AdamW")]
+    f4 = paper_csv("figure4").set_index("panel")
+    for part in LEDGER.values():
+        if part.paper is None:
+            continue
+        if part.notebook == "52":
+            cells = {a: t7.loc[stem[a.split()[0]], f"{a.split()[1]}_top1"] for a in part.contrast}
+        elif part.kind == "ratio":
+            row = f4.loc[{"time_s": "latency", "mem_mb": "peak memory"}[part.metric]]
+            assert part.paper == pytest.approx(row["full"] / row["attn"], abs=5e-4)
+            continue
+        elif part.notebook == "41":
+            cells = t5
+        else:
+            continue
+        assert part.paper == pytest.approx(sum(c * cells[arm] for arm, c in part.contrast.items()), abs=1e-9), part.id
+
+
+def test_figure_4_saves_what_its_own_bars_say_and_the_text_says_less():
+    f4 = paper_csv("figure4")
+    computed = 100 * (1 - f4["attn"] / f4["full"])
+    assert list(f4["saving_percent"]) == pytest.approx(list(computed), abs=0.4)
+    assert list(f4["text_percent"]) == [66, 10, 10]

@@ -1,0 +1,309 @@
+"""Counts against the published ones and against sums done by hand."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vitlib.errors import UsageError
+from vitlib.lab.measure import macs, params, params_by_role, saved_bytes, training_state
+from vitlib.model import ParallelLayer, ViT, ViTConfig, vit_config
+
+torch.set_num_threads(1)
+
+SMALL = {"image_size": 16, "num_classes": 10}  # with patches of 4: N = 17 tokens
+
+
+def small(name: str = "W64-2x2/4", **overrides: object) -> ViTConfig:
+    return vit_config(name, **{**SMALL, **overrides})
+
+
+# --- multiply-adds: paper-facts.md, section 2, patch 16, 224 pixels, 1000 classes ---
+
+# models: linear stem without and with the norms, hMLP stem (batch norm) with them
+GMACS = {
+    "Ti12": ("1.254", "1.258", "1.252"),
+    "Ti12x2 Ti24": ("2.478", "2.488", "2.481"),
+    "S12": ("4.599", "4.608", "4.624"),
+    "S12x2 S24": ("9.140", "9.158", "9.173"),
+    "S12x3 S18x2 S36": ("13.680", "13.708", "13.723"),
+    "S24x2 S48": ("18.221", "18.258", "18.273"),
+    "S15x4 S30x2 S60": ("22.762", "22.807", "22.823"),
+    "B6x2 B12": ("17.564", "17.583", "17.729"),
+    "B13": ("19.018", "19.038", "19.185"),
+    "B12x2 B24": ("35.011", "35.048", "35.195"),
+    "B9x4 B18x2 B36": ("52.459", "52.514", "52.660"),
+    "L12x2 L24": ("61.555", "61.604", "61.902"),
+}
+
+
+@cache
+def dearer_stem(width: str) -> tuple[int, int]:
+    """Multiply-adds that the hMLP stem has more than the linear one, without and with norms: from one layer each."""
+    linear, hmlp = macs(vit_config(f"{width}1")), macs(vit_config(f"{width}1", stem="hmlp"))
+    return hmlp.matmul - linear.matmul, hmlp.paper - linear.paper
+
+
+@pytest.mark.parametrize("names", GMACS)
+def test_multiply_adds_are_the_papers_to_the_printed_digit(names):
+    name = names.split()[0]  # one model of each size is run, 20 ms a pair
+    hmlp = macs(vit_config(name, stem="hmlp"))
+    matmul, paper = dearer_stem(name.rstrip("x0123456789"))
+    found = [f"{count / 1e9:.3f}" for count in (hmlp.matmul - matmul, hmlp.paper - paper, hmlp.paper)]
+    assert tuple(found) == GMACS[names]
+
+
+@pytest.mark.parametrize(("name", "row"), [("S12", "S12"), ("B12", "B6x2 B12")])
+def test_multiply_adds_of_the_plain_model_are_the_papers_to_the_printed_digit(name, row):
+    assert tuple(f"{count / 1e9:.3f}" for count in macs(vit_config(name))) == GMACS[row][:2]
+
+
+def test_multiply_adds_with_the_convolutional_stem_are_the_papers():
+    assert f"{macs(vit_config('B12', stem='conv')).paper / 1e9:.3f}" == "19.065"
+
+
+@pytest.mark.parametrize(("name", "printed"), [("Ti12", "4.70"), ("S12", "15.52"), ("B12", "55.54"), ("L24", "191.21")])
+def test_multiply_adds_at_384_pixels_are_the_papers(name, printed):
+    config = vit_config(name, layer_scale=1e-4)
+    assert f"{macs(config, image_size=384).paper / 1e9:.2f}" == printed
+
+
+@pytest.mark.parametrize(
+    ("width", "linear", "hmlp"),
+    [("Ti", "0.029", "0.022"), ("S", "0.058", "0.072"), ("B", "0.116", "0.260"), ("L", "0.154", "0.450")],
+)
+def test_multiply_adds_of_the_stem_alone_are_the_papers(width, linear, hmlp):
+    found = []
+    for stem in ("linear", "hmlp"):
+        config = vit_config(f"{width}1", stem=stem)
+        rest = 12 * 197 * config.width**2 + 2 * 197**2 * config.width + 1000 * config.width
+        found.append(f"{(macs(config).matmul - rest) / 1e9:.3f}")
+    assert found == [linear, hmlp]
+
+
+@pytest.mark.parametrize("name", ["W64-4x1/4", "W64-2x2/4", "W96-1x3/8"])
+def test_multiply_adds_are_the_formula_exactly(name):
+    c = small(name)
+    D, N = c.width, c.tokens
+    matmul = c.pairs * (12 * N * D * D + 2 * N * N * D) + (N - 1) * 3 * c.patch_size**2 * D + 10 * D
+    norms = 5 * N * D * (2 * c.pairs + 1)
+    assert macs(c) == (matmul, matmul + norms)
+
+
+def test_stem_norms_count_5_and_2_an_element():
+    elements = 8 * 8 * 16 + 4 * 4 * 16 + 4 * 4 * 64  # hMLP at patch 4: kernels 2, 2, 1
+    bn, ln = macs(small(stem="hmlp")), macs(small(stem="hmlp", stem_norm="ln"))
+    none = macs(small(stem="hmlp", stem_norm="none"))
+    assert bn.matmul == ln.matmul == none.matmul
+    assert (bn.paper - none.paper, ln.paper - none.paper) == (2 * elements, 5 * elements)
+
+
+def test_counting_leaves_a_model_as_it_was():
+    model = ViT(small(stem="hmlp", drop_path=0.5)).train()
+    model.stem.eval()  # a frozen stem
+    modes, values = [m.training for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    assert macs(model) == macs(model.config) == macs(ViT(small(stem="hmlp", layer_scale=1e-4)))
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_a_norm_without_an_affine_part_counts_one_less_an_element():
+    model = ViT(small("W64-1/4"))
+    before = macs(model)
+    model.norm = nn.LayerNorm(64, elementwise_affine=False)
+    assert macs(model) == (before.matmul, before.paper - 17 * 64)
+
+
+def test_relative_positions_cost_no_multiply_adds():
+    assert macs(small(pos="relative")) == macs(small())
+
+
+def test_timms_model_counts_as_ours():
+    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=4, num_heads=2, num_classes=10)
+    assert macs(theirs, image_size=16) == macs(small("W64-4/4"))
+
+
+def test_an_image_size_is_asked_for_where_it_is_missing_and_refused_where_it_is_built_in():
+    theirs = VisionTransformer(img_size=16, patch_size=4, embed_dim=64, depth=1, num_heads=2, num_classes=10)
+    for model, size in ((theirs, None), (ViT(small()), 32)):
+        with pytest.raises(UsageError, match="image_size"):
+            macs(model, size)
+    with pytest.raises(UsageError, match="16 and 20"):
+        macs(small(), image_size=18)
+
+
+# --- parameters ---
+
+
+@pytest.mark.parametrize(
+    ("name", "mhsa", "ffn", "with_mhsa", "with_ffn"),
+    [
+        ("Ti12", 1_778_688, 3_550_464, 2_082_280, 3_854_056),
+        ("S12", 7_096_320, 14_178_816, 7_702_504, 14_785_000),
+        ("B6x2", 28_348_416, 56_669_184, 29_559_784, 57_880_552),
+        ("L24", 100_761_600, 201_449_472, 102_376_424, 203_064_296),
+    ],
+)
+def test_fine_tuning_subsets_at_384_pixels_are_the_papers(name, mhsa, ffn, with_mhsa, with_ffn):
+    with torch.device("meta"):
+        role = params_by_role(ViT(vit_config(name, image_size=384, layer_scale=1e-4)))
+    assert (role["mhsa"], role["ffn"]) == (mhsa, ffn)
+    assert role["mhsa"] + role["head"] + role["pos_embed"] == with_mhsa
+    assert role["ffn"] + role["head"] + role["pos_embed"] == with_ffn
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"layer_scale": 1e-4},
+        {"stem": "hmlp", "stem_norm": "ln"},
+        {"stem": "conv", "pos": "all"},
+        {"pos": "relative", "pool": "mean", "num_classes": 0},
+    ],
+)
+def test_roles_sum_to_all_parameters_and_none_is_left_over(parts):
+    model = ViT(small(**parts))
+    role = params_by_role(model)
+    assert sum(role.values()) == params(model)
+    assert role["other"] == 0
+    assert role["stem"] == params(model.stem)
+    assert role["norm"] == 2 * 64 * (2 * 4 + 1)
+    assert role["layer_scale"] == (2 * 64 * 4 if "layer_scale" in parts else 0)
+    positions = {"patches": 16 * 64, "all": 17 * 64, "relative": (7 * 7 + 3) * 2}
+    assert role["pos_embed"] == positions[model.config.pos]
+    assert role["cls_token"] == 64
+    assert role["head"] == (0 if "num_classes" in parts else 64 * 10 + 10)
+
+
+# --- bytes kept for the backward pass ---
+
+
+def loss_fn(logits: Tensor) -> Tensor:
+    return logits.logsumexp(1).mean()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_linear_layer_keeps_its_input_and_a_gelu_its_own(device):
+    with torch.device(device):
+        model, x = nn.Sequential(nn.Linear(3, 2), nn.GELU()), torch.zeros(5, 3)
+    assert saved_bytes(model, x, torch.sum) == 4 * (5 * 3 + 5 * 2)
+    assert saved_bytes(model, x, lambda y: y.square().sum()) == 4 * (5 * 3 + 5 * 2 + 5 * 2)
+    model[0].weight.requires_grad_(False)  # the bias alone needs no input
+    assert saved_bytes(model, x, torch.sum) == 4 * (5 * 2)
+    assert saved_bytes(model.requires_grad_(False), x, torch.sum) == 0
+
+
+class Twice(nn.Module):
+    """Two layers that read one tensor, the second only a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).sum() + self.second(x[:1]).sum()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_storage_counts_once_and_whole(device):
+    with torch.device(device):
+        model, x = Twice(), torch.zeros(5, 3)
+        wide = torch.zeros(5, 300)[:, :3]
+    assert saved_bytes(model, x, torch.sum) == 4 * 5 * 3
+    assert saved_bytes(model, wide, torch.sum) == 4 * 5 * 300
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_layer_keeps_is_the_sum_done_by_hand(device):
+    B, N, D, H = 2, 17, 64, 2
+    with torch.device(device):
+        layer, x = ParallelLayer(small("W64-1/4", layer_scale=1e-4)), torch.zeros(B, N, D)
+    # Each norm keeps x, its output and two numbers a token; LayerScale keeps what it multiplies; attention keeps
+    # q, k, v, its output and a number per query; the FFN keeps the hidden tokens before and after GELU.
+    norms, scales = 2 * (2 * B * N * D + 2 * B * N), 2 * B * N * D
+    mhsa, ffn = 3 * B * N * D + B * N * D + B * H * N, 2 * B * N * 4 * D
+    assert saved_bytes(layer, x, torch.sum) == 4 * (norms + scales + mhsa + ffn)
+    # Explicitly, the map instead of the number per query; q, k and v are kept as scaled copies instead of as one qkv.
+    explicit = saved_bytes(layer, x, torch.sum, attention="explicit")
+    assert explicit - saved_bytes(layer, x, torch.sum) == 4 * (B * H * N * N - B * H * N)
+
+
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("parts", [{}, {"stem": "hmlp", "layer_scale": 1e-4}, {"pos": "relative"}])
+def test_the_meta_device_keeps_what_the_cpu_keeps(parts, attention):
+    config = small(drop_path=0.1, **parts)
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            found.append(saved_bytes(ViT(config).train(), torch.zeros(2, 3, 16, 16), loss_fn, attention))
+    assert found[0] == found[1] > 0
+
+
+def freeze_all_but(model: ViT, kind: str | None) -> ViT:
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    for layer in model.layers:
+        for residual in {"mhsa": layer.mhsa, "ffn": layer.ffn, None: ()}[kind]:
+            residual.f.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("name", ["W64-4x1/4", "W64-2x2/4"])
+def test_frozen_parts_keep_less(name):
+    model, images = ViT(small(name, layer_scale=1e-4)), torch.zeros(2, 3, 16, 16)
+    full = saved_bytes(model, images, loss_fn)
+    attn = saved_bytes(freeze_all_but(model, "mhsa"), images, loss_fn)
+    ffn = saved_bytes(freeze_all_but(model, "ffn"), images, loss_fn)
+    head = saved_bytes(freeze_all_but(model, None), images, loss_fn)
+    assert 0 < head < min(attn, ffn) and max(attn, ffn) < full
+
+
+@pytest.mark.parametrize(("attention", "saving"), [("fused", 0.316), ("explicit", 0.266)])
+def test_attention_only_saves_what_was_measured_for_vit_s(attention, saving):
+    """traps.md, "Memory saved depends on the attention kernel": ViT-S at 224 pixels, no LayerScale."""
+    with torch.device("meta"):
+        model, images = ViT(vit_config("S12")), torch.zeros(2, 3, 224, 224)
+    full = saved_bytes(model, images, loss_fn, attention)
+    freeze_all_but(model, "mhsa").pos_embed.requires_grad_(True)
+    assert 1 - saved_bytes(model, images, loss_fn, attention) / full == pytest.approx(saving, abs=0.001)
+
+
+def test_an_unknown_way_of_attention_is_refused():
+    with pytest.raises(UsageError, match="did you mean 'fused'"):
+        saved_bytes(ViT(small()), torch.zeros(2, 3, 16, 16), loss_fn, attention="fussed")
+
+
+# --- bytes of weights, gradients and optimizer ---
+
+
+@pytest.mark.parametrize("kind", [None, "mhsa", "full"])
+def test_training_state_is_what_adamw_really_holds(kind):
+    model = ViT(small(layer_scale=1e-4))
+    if kind != "full":
+        freeze_all_but(model, kind)
+    expected = training_state(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss_fn(model(torch.ones(2, 3, 16, 16))).backward()
+    optimizer.step()
+    held = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    assert expected == {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        "adamw": sum(tensor.nbytes for tensor in held),
+    }
+
+
+def test_training_state_of_vit_b_is_four_bytes_times_its_parameters():
+    with torch.device("meta"):
+        state = training_state(ViT(vit_config("B12")))
+    tensors = 12 * 12 + 2 + 2 + 2 + 2  # 12 a block; stem, cls_token and pos_embed, last norm, head
+    assert state == {
+        "weights": 4 * 86_566_888,
+        "gradients": 4 * 86_566_888,
+        "adamw": 8 * 86_566_888 + 4 * tensors,
+    }

@@ -1,0 +1,623 @@
+"""The model room: the paper's equations written out, its published sizes, and what each stem lets through.
+
+Numerics are compared in float64: a wrong epsilon moves float32 logits by less than their own rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from torch import Tensor, nn
+
+from vitlib.errors import UsageError
+from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
+from vitlib.model.layers import EPS
+from vitlib.model.stems import HMLP_KERNELS
+from vitlib.model.vit import RelativeBias
+
+torch.set_num_threads(1)
+
+SMALL = {"image_size": 16, "num_classes": 10}  # with patches of 4: a 4 x 4 grid, 17 tokens
+
+
+def small(name: str = "W64-2x2/4", **overrides: object) -> ViTConfig:
+    return vit_config(name, **{**SMALL, **overrides})
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def filled(module: nn.Module, seed: int = 1) -> nn.Module:
+    """The module in float64 and eval mode with every parameter and statistic random: no zero or one hides a term."""
+    generator = torch.Generator().manual_seed(seed)
+    module = module.double().eval()
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            tensor.uniform_(0.05, 0.35, generator=generator)
+            if tensor.ndim > 1:
+                tensor.sub_(0.2)
+    return module
+
+
+# --- equations (1) and (2), written out ---
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6) * norm.weight + norm.bias
+
+
+def mhsa(x: Tensor, r: nn.Module) -> Tensor:
+    heads, D = r.f.heads, x.shape[-1]
+    y = layer_norm(x, r.norm)
+    # The rows of qkv are q, k, v; within each, head after head.
+    weight, bias = r.f.qkv.weight.view(3, heads, D // heads, D), r.f.qkv.bias.view(3, heads, D // heads)
+    q, k, v = torch.einsum("bnd,thed->tbnhe", y, weight) + bias[:, None, None]
+    logits = torch.einsum("bnhe,bmhe->bhnm", q, k) / math.sqrt(D // heads)
+    weights = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    mixed = torch.einsum("bhnm,bmhe->bnhe", weights, v).flatten(2)
+    y = torch.einsum("bnd,ed->bne", mixed, r.f.proj.weight) + r.f.proj.bias
+    return y if r.gamma is None else r.gamma * y
+
+
+def ffn(x: Tensor, r: nn.Module) -> Tensor:
+    y = torch.einsum("bnd,ed->bne", layer_norm(x, r.norm), r.f.fc1.weight) + r.f.fc1.bias
+    y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    y = torch.einsum("bnd,ed->bne", y, r.f.fc2.weight) + r.f.fc2.bias
+    return y if r.gamma is None else r.gamma * y
+
+
+@pytest.mark.parametrize("layer_scale", [None, 1e-4])
+def test_two_layers_of_one_branch_are_equation_1(layer_scale):
+    config = small("W64-2x1/4", layer_scale=layer_scale)
+    first, second = (filled(ParallelLayer(config), seed) for seed in (1, 2))
+    x = noise(2, 17, 64)
+    with torch.no_grad():
+        x1 = x + mhsa(x, first.mhsa[0])
+        x2 = x1 + ffn(x1, first.ffn[0])
+        x3 = x2 + mhsa(x2, second.mhsa[0])
+        x4 = x3 + ffn(x3, second.ffn[0])
+        torch.testing.assert_close(second(first(x)), x4, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 1e-4])
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_a_layer_of_k_branches_is_equation_2(branches, layer_scale):
+    layer = filled(ParallelLayer(small(f"W64-1x{branches}/4", layer_scale=layer_scale)))
+    x = noise(2, 17, 64)
+    with torch.no_grad():
+        x1 = x + sum(mhsa(x, r) for r in layer.mhsa)
+        x2 = x1 + sum(ffn(x1, r) for r in layer.ffn)
+        torch.testing.assert_close(layer(x), x2, rtol=0, atol=1e-12)
+        for a, f in zip(layer.mhsa[1:], layer.ffn[1:], strict=True):  # it is not eq. (1) in another order
+            x2 = x2 + mhsa(x2, a)
+            x2 = x2 + ffn(x2, f)
+            assert (layer(x) - x2).abs().max() > 1e-2
+
+
+def test_the_whole_model_is_stem_positions_layers_norm_and_head():
+    model = filled(ViT(small("W64-3x2/4", layer_scale=1e-4)))
+    images = noise(2, 3, 16, 16)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, 48)
+    with torch.no_grad():
+        x = patches @ model.stem[0].weight.flatten(1).T + model.stem[0].bias + model.pos_embed
+        x = torch.cat([model.cls_token.expand(2, 1, 64), x], dim=1)  # no position for the class token
+        for layer in model.layers:
+            x = x + sum(mhsa(x, r) for r in layer.mhsa)
+            x = x + sum(ffn(x, r) for r in layer.ffn)
+        logits = layer_norm(x, model.norm)[:, 0] @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-11)
+
+
+def test_mean_pooling_leaves_the_class_token_out():
+    model = filled(ViT(small(pool="mean")))
+    x = noise(2, 17, 64)
+    assert torch.equal(model.pool(x), x[:, 1:].mean(1))
+    assert torch.equal(filled(ViT(small())).pool(x), x[:, 0])
+
+
+# --- against timm ---
+
+
+@torch.no_grad()
+def copy_branch(ours_mhsa: nn.Module, ours_ffn: nn.Module, norm1, attn, ls1, norm2, mlp, ls2) -> None:
+    pairs = [
+        (ours_mhsa.norm, norm1), (ours_mhsa.f.qkv, attn.qkv), (ours_mhsa.f.proj, attn.proj),
+        (ours_ffn.norm, norm2), (ours_ffn.f.fc1, mlp.fc1), (ours_ffn.f.fc2, mlp.fc2),
+    ]  # fmt: skip
+    for ours, theirs in pairs:
+        ours.load_state_dict(theirs.state_dict())
+    for ours, theirs in ((ours_mhsa.gamma, ls1), (ours_ffn.gamma, ls2)):
+        assert (ours is None) == isinstance(theirs, nn.Identity)
+        if ours is not None:
+            ours.copy_(theirs.gamma)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 1e-5])
+@pytest.mark.parametrize("branches", [2, 3])
+def test_a_parallel_layer_equals_timms_with_the_same_weights(branches, layer_scale):
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    theirs = ParallelThingsBlock(64, 2, branches, qkv_bias=True, init_values=layer_scale, norm_layer=norm)
+    theirs = filled(theirs)
+    ours = ParallelLayer(small(f"W64-1x{branches}/4", layer_scale=layer_scale)).double().eval()
+    for k, (a, f) in enumerate(zip(theirs.attns, theirs.ffns, strict=True)):
+        copy_branch(ours.mhsa[k], ours.ffn[k], a.norm, a.attn, a.ls, f.norm, f.mlp, f.ls)
+    x = noise(2, 17, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 1e-5])
+def test_a_sequential_model_with_a_position_for_every_token_equals_timms(layer_scale):
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 12, "num_heads": 2, "num_classes": 10}
+    theirs = filled(VisionTransformer(**size, init_values=layer_scale))
+    ours = ViT(small("W64-12x1/4", pos="all", layer_scale=layer_scale)).double().eval()
+    with torch.no_grad():
+        ours.cls_token.copy_(theirs.cls_token)
+        ours.pos_embed.copy_(theirs.pos_embed)
+    ours.stem[0].load_state_dict(theirs.patch_embed.proj.state_dict())
+    ours.norm.load_state_dict(theirs.norm.state_dict())
+    ours.head.load_state_dict(theirs.head.state_dict())
+    for layer, block in zip(ours.layers, theirs.blocks, strict=True):
+        copy_branch(
+            layer.mhsa[0], layer.ffn[0], block.norm1, block.attn, block.ls1, block.norm2, block.mlp, block.ls2
+        )  # fmt: skip
+    images = noise(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-10)
+
+
+# --- published sizes: paper-facts.md, section 2, patch 16, 224 pixels, 1000 classes (multiply-adds: test_measure.py) ---
+
+# models of one size: parameters with the linear stem, + LayerScale, hMLP (batch norm), hMLP + LayerScale
+PARAMETERS = {
+    "Ti12": (5_717_224, 5_721_832, 5_618_824, 5_623_432),
+    "Ti24 Ti12x2": (11_055_592, 11_064_808, 10_957_192, 10_966_408),
+    "S12": (22_050_280, 22_059_496, 21_945_640, 21_954_856),
+    "S24 S12x2": (43_343_848, 43_362_280, 43_239_208, 43_257_640),
+    "S36 S18x2 S12x3 S9x4": (64_637_416, 64_665_064, 64_532_776, 64_560_424),
+    "S48 S24x2": (85_930_984, 85_967_848, 85_826_344, 85_863_208),
+    "S60 S30x2 S20x3 S15x4": (107_224_552, 107_270_632, 107_119_912, 107_165_992),
+    "B12 B6x2": (86_566_888, 86_585_320, 86_726_248, 86_744_680),
+    "B13": (93_654_760, 93_674_728, 93_814_120, 93_834_088),
+    "B24 B12x2": (171_621_352, 171_658_216, 171_780_712, 171_817_576),
+    "B36 B18x2 B12x3 B9x4": (256_675_816, 256_731_112, 256_835_176, 256_890_472),
+    "L24 L12x2": (304_325_608, 304_374_760, 304_865_768, 304_914_920),
+}
+# width: parameters of the linear and of the hMLP stem (batch norm)
+STEMS = {"Ti": (147_648, 49_248), "S": (295_296, 190_656), "B": (590_592, 749_952), "L": (787_456, 1_327_616)}
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("names", PARAMETERS)
+def test_parameters_are_the_papers_to_the_digit(names):
+    first, *twins = names.split()
+    variants = list(itertools.product(("linear", "hmlp"), (None, 1e-4)))
+    with torch.device("meta"):
+        assert (
+            tuple(count(ViT(vit_config(first, stem=s, layer_scale=scale))) for s, scale in variants)
+            == PARAMETERS[names]
+        )
+        for twin in twins:  # the same pairs, side by side
+            assert count(ViT(vit_config(twin, stem="hmlp", layer_scale=1e-4))) == PARAMETERS[names][3], twin
+
+
+@pytest.mark.parametrize("width", STEMS)
+def test_parameters_of_the_stem_alone_are_the_papers_to_the_digit(width):
+    found = [count(make_stem(vit_config(f"{width}12", stem=stem))) for stem in ("linear", "hmlp")]
+    assert found == list(STEMS[width])
+
+
+def test_parameters_of_the_convolutional_stem_for_vit_b_are_3489120():
+    assert count(make_stem(vit_config("B12", stem="conv"))) == 3_489_120
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [("Ti12", 5_794_792), ("S12", 22_205_416), ("B12", 86_877_160), ("L24", 304_763_880)],
+)
+def test_parameters_at_384_pixels_are_the_papers_to_the_digit(name, total):
+    with torch.device("meta"):
+        assert count(ViT(vit_config(name, image_size=384, layer_scale=1e-4))) == total
+
+
+# --- names and configurations ---
+
+
+def test_b12_and_b12x1_name_the_same_model():
+    assert vit_config("B12") == vit_config("B12x1") == vit_config("B12/16") == vit_config("B12x1/16")
+    assert vit_config("B12").name == "B12x1/16"
+
+
+@pytest.mark.parametrize("name", ["Ti12x1/16", "S18x2/16", "B9x4/16", "L24x1/14", "W64-6x2/4", "W192-12x1/8"])
+def test_a_canonical_name_reads_back(name):
+    image_size = 224 if "/14" in name else 32
+    assert vit_config(name, image_size=image_size).name == name
+
+
+def test_widths_have_the_papers_heads_and_initial_deviation():
+    assert [(c.width, c.heads, c.init_std) for c in map(vit_config, ("Ti12", "S12", "B12", "L24"))] == [
+        (192, 3, 0.02), (384, 6, 0.02), (768, 12, 0.02), (1024, 16, 0.02),
+    ]  # fmt: skip
+    assert vit_config("W192-12").heads == 6
+    assert vit_config("W192-12").init_std == pytest.approx(0.04)
+
+
+def test_pairs_and_tokens_are_what_the_name_says():
+    config = vit_config("B18x2/16")
+    assert (config.pairs, config.grid, config.tokens) == (36, 14, 197)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("B12y2", {}, ["'B12y2'", "Ti, S, B, L", "S18x2/16"]),
+        ("XL12", {}, ["'XL12'", "Ti, S, B, L"]),
+        ("W70-12", {}, ["70", "multiples of 32"]),
+        ("B0", {}, ["depth", "0"]),
+        ("B12x0", {}, ["branches", "0"]),
+        ("B12/0", {}, ["patch_size", "0"]),
+        ("B12", {"layerscale": 1e-4}, ["'layerscale'", "did you mean 'layer_scale'?"]),
+        ("B12", {"img_size": 224}, ["'img_size'", "did you mean 'image_size'?"]),
+        ("B12", {"stem": "hmpl"}, ["'hmpl'", "linear, conv, hmlp", "did you mean 'hmlp'?"]),
+        ("B12", {"stem_norm": "bm"}, ["stem_norm 'bm'", "none, bn, ln", "did you mean 'bn'?"]),
+        ("B12", {"stem_act": "glu"}, ["stem_act 'glu'", "did you mean 'gelu'?"]),
+        ("B12", {"pool": "avg_mean"}, ["pool 'avg_mean'", "did you mean 'mean'?"]),
+        ("B12", {"pos": "patch"}, ["pos 'patch'", "did you mean 'patches'?"]),
+        ("B12", {"image_size": 225}, ["225", "16", "224 and 240"]),
+        ("B12", {"image_size": 10}, ["10", "nearest allowed are 16"]),
+        ("B12", {"image_size": "224"}, ["image_size", "'224'"]),
+        ("B12", {"heads": 7}, ["768", "7 heads"]),
+        ("B12", {"layer_scale": 0}, ["layer_scale is 0", "None (off)"]),
+        ("B12", {"drop_path": 1.0}, ["drop_path is 1.0"]),
+        ("B12", {"drop_path": -0.1}, ["drop_path is -0.1"]),
+        ("B12/14", {"stem": "conv"}, ["14", "2, 4, 8, 16, 32, 64"]),
+    ],
+)
+def test_a_wrong_name_field_or_value_is_one_sentence_that_says_what_is_allowed(name, fields, said):
+    with pytest.raises(UsageError) as error:
+        vit_config(name, **fields)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(part in message for part in said), message
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(1, 3, 20, 20\).*\(B, 3, 16, 16\)"):
+        ViT(small())(torch.zeros(1, 3, 20, 20))
+
+
+# --- initial values ---
+
+
+def initial(config: ViTConfig, seed: int = 0) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each (MHSA, FFN) pair in order, and those outside of the layers."""
+    model = ViT(config, seed)
+    branches = [(layer.mhsa[k], layer.ffn[k]) for layer in model.layers for k in range(config.branches)]
+    pairs = [
+        {f"{part}.{name}": tensor for part, r in zip(("mhsa", "ffn"), pair, strict=True) for name, tensor in r.state_dict().items()}
+        for pair in branches
+    ]  # fmt: skip
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("layers.")}
+    return pairs, rest
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_models_of_12_pairs_start_from_identical_tensors():
+    names = ("W64-12x1/4", "W64-6x2/4", "W64-4x3/4", "W64-3x4/4")
+    models = [initial(small(name, layer_scale=1e-4)) for name in names]
+    for (pairs_a, rest_a), (pairs_b, rest_b) in itertools.combinations(models, 2):
+        assert len(pairs_a) == len(pairs_b) == 12
+        assert all(same(a, b) for a, b in zip(pairs_a, pairs_b, strict=True))
+        assert same(rest_a, rest_b)
+
+
+def test_no_two_linear_layers_start_alike_and_no_two_seeds():
+    pairs, rest = initial(small("W64-6x2/4"))
+    weights = [pair[name] for pair in pairs for name in ("mhsa.f.qkv.weight", "mhsa.f.proj.weight", "ffn.f.fc1.weight")]
+    assert len({tuple(weight.flatten()[:8].tolist()) for weight in weights}) == 36
+    others, other_rest = initial(small("W64-6x2/4"), seed=1)
+    assert not any(
+        torch.equal(a["ffn.f.fc2.weight"], b["ffn.f.fc2.weight"]) for a, b in zip(pairs, others, strict=True)
+    )
+    assert not any(torch.equal(rest[name], other_rest[name]) for name in ("head.weight", "pos_embed", "stem.0.weight"))
+
+
+def test_models_with_different_stems_start_from_identical_blocks():
+    arms = [{}, {"stem": "conv"}, {"stem": "hmlp"}, {"stem": "hmlp", "stem_norm": "ln"}]
+    models = [initial(small(**arm)) for arm in arms]
+    for (pairs_a, rest_a), (pairs_b, rest_b) in itertools.combinations(models, 2):
+        assert all(same(a, b) for a, b in zip(pairs_a, pairs_b, strict=True))
+        assert all(torch.equal(rest_a[name], rest_b[name]) for name in rest_a if not name.startswith("stem."))
+
+
+@pytest.mark.parametrize("name", ["S1", "W128-1x2/4"])
+def test_linear_layers_start_at_the_nominal_deviation(name):
+    config = vit_config(name, **({} if name == "S1" else SMALL))
+    model = ViT(config)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() > 10_000}
+    assert len(linear) >= 4 * config.pairs
+    for n, module in linear.items():
+        assert module.weight.std().item() == pytest.approx(config.init_std, rel=0.02), n
+        assert not module.bias.any(), n
+    assert model.pos_embed.std().item() == pytest.approx(config.init_std, rel=0.05)
+
+
+def test_stem_convolutions_start_as_pytorch_starts_them():
+    for stem in ("linear", "conv", "hmlp"):
+        for module in ViT(vit_config("S1", stem=stem)).stem:
+            if isinstance(module, nn.Conv2d):  # uniform between +- 1 / sqrt(fan in)
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                assert 0.98 * bound < module.weight.abs().max() <= bound
+                assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+                assert module.bias is None or 0.5 * bound < module.bias.abs().max() <= bound
+
+
+# --- stems ---
+
+STEM_ARMS = {
+    "linear": {"stem": "linear"},
+    "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
+    "hmlp-bn": {"stem": "hmlp", "stem_norm": "bn"},
+    "conv": {"stem": "conv"},
+}
+TIGHT = [("linear", True), ("linear", False), ("hmlp-ln", True), ("hmlp-ln", False), ("hmlp-bn", False)]
+LEAKY = [("hmlp-bn", True), ("conv", True), ("conv", False)]
+
+
+def filled_stem(arm: str, train: bool, patch: int = 16) -> nn.Module:
+    return filled(make_stem(small(f"W64-1/{patch}", image_size=4 * patch, **STEM_ARMS[arm]))).train(train)
+
+
+def moved(stem: nn.Module, images: Tensor, others: Tensor) -> np.ndarray:
+    """How far each token moves between two images: (B, N), the largest difference over the width."""
+    with torch.no_grad():
+        return (stem(images) - stem(others)).abs().amax(-1).numpy()
+
+
+@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize(("arm", "train"), TIGHT)
+def test_a_patch_reaches_its_own_token_only(arm, train, patch):
+    images = noise(2, 3, 4 * patch, 4 * patch)
+    others = images.clone()
+    others[0, :, patch : 2 * patch, 2 * patch : 3 * patch] += 1  # row 1, column 2: token 6
+    distance = moved(filled_stem(arm, train, patch), images, others)
+    assert distance[0, 6] > 1e-3
+    distance[0, 6] = 0
+    assert distance.max() < 1e-12
+
+
+@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize(("arm", "train"), LEAKY)
+def test_a_patch_reaches_other_tokens_through_overlap_or_batch_statistics(arm, train, patch):
+    images = noise(2, 3, 4 * patch, 4 * patch)
+    others = images.clone()
+    others[0, :, patch : 2 * patch, 2 * patch : 3 * patch] += 1
+    distance = moved(filled_stem(arm, train, patch), images, others)
+    distance[0, 6] = 0
+    assert distance[0].max() > 1e-4
+    assert (distance[1].max() > 1e-4) == train  # only batch statistics reach the other image
+
+
+@pytest.mark.parametrize(("arm", "train", "commutes"), [(*a, True) for a in TIGHT] + [(*a, False) for a in LEAKY])
+def test_masking_commutes_with_the_stem_unless_patches_overlap_or_share_statistics(arm, train, commutes):
+    images = noise(2, 3, 64, 64)
+    mask = noise(2, 16, seed=3) > 0  # True = masked
+    assert 0 < mask.sum() < mask.numel()
+    pixels = mask.view(2, 1, 4, 1, 4, 1).expand(2, 3, 4, 16, 4, 16).reshape(2, 3, 64, 64)
+    distance = moved(filled_stem(arm, train), images, images.masked_fill(pixels, 0.0))[~mask.numpy()]
+    assert (distance.max() < 1e-12) if commutes else (distance.max() > 1e-4)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14, 16, 32])
+def test_the_hmlp_stem_gives_one_token_a_patch(patch):
+    assert math.prod(HMLP_KERNELS[patch]) == patch
+    config = vit_config(f"W64-1/{patch}", stem="hmlp", image_size=3 * patch)
+    convolutions = [m for m in make_stem(config) if isinstance(m, nn.Conv2d)]
+    assert [m.kernel_size for m in convolutions] == [m.stride for m in convolutions]
+    assert [m.kernel_size[0] for m in convolutions] == list(HMLP_KERNELS[patch])
+    assert [m.out_channels for m in convolutions] == [16, 16, 64]
+    assert make_stem(config)(torch.zeros(2, 3, 3 * patch, 3 * patch)).shape == (2, 9, 64)
+
+
+def test_the_hmlp_stem_has_three_norms_two_gelus_and_ends_in_a_norm():
+    kinds = [type(m).__name__ for m in make_stem(vit_config("B12", stem="hmlp"))]
+    assert kinds == [*("Conv2d", "BatchNorm2d", "GELU") * 2, "Conv2d", "BatchNorm2d"]
+    kinds = [type(m).__name__ for m in make_stem(vit_config("B12", stem="hmlp", stem_norm="ln"))]
+    assert kinds == [*("Conv2d", "ChannelNorm", "GELU") * 2, "Conv2d", "ChannelNorm"]
+
+
+def test_the_channel_norm_is_a_layer_norm_over_channels():
+    stem = filled(make_stem(small(stem="hmlp", stem_norm="ln")))
+    x = noise(2, 16, 4, 4)
+    by_hand = layer_norm(x.permute(0, 2, 3, 1), stem[1]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(stem[1](x), by_hand, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("patch", [4, 16])
+@pytest.mark.parametrize("arm", STEM_ARMS)
+def test_every_stem_gives_grid_squared_tokens_in_row_major_order(arm, patch):
+    stem = filled_stem(arm, False, patch)
+    images = noise(2, 3, 4 * patch, 4 * patch)
+    assert stem(images).shape == (2, 16, 64)
+    others = images.clone()
+    others[:, :, 3 * patch :, :patch] += 1  # the last row's first patch
+    assert moved(stem, images, others).argmax(1).tolist() == [12, 12]
+
+
+# --- stochastic depth ---
+
+
+def test_a_result_does_not_depend_on_who_else_is_in_the_batch():
+    config = small("W64-3x2/4", drop_path=0.5, layer_scale=1e-4, stem="hmlp", stem_norm="ln")
+    model = filled(ViT(config)).train()
+    images = noise(6, 3, 16, 16)
+    draws = torch.rand(config.pairs, 2, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        together = model(images, draws)
+        for chosen in ([3], [5, 0], [1, 2, 3, 4]):
+            torch.testing.assert_close(model(images[chosen], draws[..., chosen]), together[chosen], rtol=0, atol=1e-11)
+        assert (model(images, draws.roll(1, -1)) - together).abs().max() > 1e-3
+
+
+def test_given_draws_drop_each_branch_by_itself_and_scale_the_kept_ones():
+    rate = 0.3
+    layer = filled(ParallelLayer(small("W64-1x2/4", drop_path=rate, layer_scale=1e-4))).train()
+    x = noise(3, 17, 64)
+    draws = torch.tensor([[[0.1, 0.9, 0.3], [0.9, 0.1, 0.2]], [[0.9, 0.2, 0.9], [0.29, 0.3, 0.9]]])
+    keep = (draws >= rate).double()[..., None, None] / (1 - rate)
+    with torch.no_grad():
+        x1 = x + sum(keep[k, 0] * mhsa(x, r) for k, r in enumerate(layer.mhsa))
+        x2 = x1 + sum(keep[k, 1] * ffn(x1, r) for k, r in enumerate(layer.ffn))
+        torch.testing.assert_close(layer(x, draws), x2, rtol=0, atol=1e-12)
+
+
+def test_branches_are_dropped_independently_at_the_rate_where_no_draws_are_given():
+    rate, B = 0.25, 8000
+    layer = ParallelLayer(small("W64-1x2/4", drop_path=rate)).train()
+    with torch.no_grad():  # each residual writes 1 into a column of its own: what comes out is what was kept
+        for column, r in enumerate([*layer.mhsa, *layer.ffn]):
+            last = r.f.proj if hasattr(r.f, "proj") else r.f.fc2
+            last.weight.zero_()
+            last.bias.copy_(torch.eye(64)[column])
+        torch.manual_seed(0)
+        kept = layer(torch.zeros(B, 1, 64))[:, 0, :4]
+    assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / (1 - rate)).item()}
+    assert (kept > 0).double().mean(0).tolist() == pytest.approx([1 - rate] * 4, abs=0.02)
+    correlation = np.corrcoef(kept.numpy().T)
+    assert np.abs(correlation - np.eye(4)).max() < 0.05
+
+
+def test_each_layer_gets_its_own_draws():
+    config = small("W64-3x2/4", drop_path=0.5)
+    model = filled(ViT(config)).train()
+    images, kept = noise(1, 3, 16, 16), torch.ones(config.pairs, 2, 1)
+    with torch.no_grad():
+        results = [model(images, kept)]
+        for pair, part in itertools.product(range(config.pairs), range(2)):
+            draws = kept.clone()
+            draws[pair, part] = 0
+            results.append(model(images, draws))
+    for a, b in itertools.combinations(results, 2):
+        assert (a - b).abs().max() > 1e-9
+
+
+def test_eval_mode_drops_nothing():
+    config = small(drop_path=0.9)
+    model = filled(ViT(config))
+    plain = filled(ViT(replace(config, drop_path=0.0)))
+    images = noise(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(images), plain(images))
+        assert torch.equal(model(images, torch.zeros(config.pairs, 2, 4)), plain(images))
+
+
+# --- positions ---
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_positions_of_the_same_grid_stay_as_they_are(extra):
+    table = noise(1, extra + 16, 8)
+    assert torch.equal(resize_positions(table, 4), table)
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("grid", [2, 5, 7])
+def test_resized_positions_keep_the_class_token_and_constants(extra, grid):
+    table = noise(1, extra + 16, 8)
+    resized = resize_positions(table, grid)
+    assert resized.shape == (1, extra + grid * grid, 8)
+    assert torch.equal(resized[:, :extra], table[:, :extra])
+    constant = table[:, :1].expand(1, extra + 16, 8)
+    torch.testing.assert_close(resize_positions(constant, grid), table[:, :1].expand_as(resized), rtol=0, atol=1e-12)
+
+
+def test_positions_are_resized_as_the_released_code_does_it():
+    table = noise(1, 16, 8)
+    by_hand = F.interpolate(table.transpose(1, 2).view(1, 8, 4, 4), (6, 6), mode="bicubic", align_corners=False)
+    assert torch.equal(resize_positions(table, 6), by_hand.flatten(2).transpose(1, 2))
+
+
+def test_positions_that_are_no_grid_are_refused():
+    with pytest.raises(ValueError, match="18 positions"):
+        resize_positions(torch.zeros(1, 18, 8), 5)
+
+
+def test_a_model_with_relative_positions_runs_and_trains_its_table():
+    model = ViT(small(pos="relative", pool="mean", layer_scale=0.1))
+    assert model.pos_embed is None
+    model(torch.ones(2, 3, 16, 16)).square().mean().backward()
+    assert model.relative.table.grad.abs().sum() > 0
+
+
+def test_relative_positions_depend_on_the_offset_alone():
+    bias = RelativeBias(small(pos="relative"))
+    with torch.no_grad():
+        bias.table.copy_(torch.arange(bias.table.numel()).view_as(bias.table))
+        entries = bias()
+    assert entries.shape == (2, 17, 17)
+    offset = {}
+    for i, j in itertools.product(range(16), repeat=2):
+        offset.setdefault((i // 4 - j // 4, i % 4 - j % 4), set()).add(entries[0, i + 1, j + 1].item())
+    assert len(offset) == 49
+    assert all(len(values) == 1 for values in offset.values())
+    own = [{entries[0, 0, 0].item()}, set(entries[0, 0, 1:].tolist()), set(entries[0, 1:, 0].tolist())]
+    assert all(len(values) == 1 for values in own)  # the class token: to itself, to a patch, from a patch
+    assert len(set.union(*offset.values(), *own)) == 49 + 3
+
+
+def test_relative_positions_are_added_to_the_logits():
+    layer = filled(ParallelLayer(small("W64-1/4")))
+    x, bias = noise(2, 17, 64), noise(2, 17, 17)
+    r = layer.mhsa[0]
+    with torch.no_grad():
+        q, k, v = r.f.qkv(r.norm(x)).view(2, 17, 3, 2, 32).unbind(2)
+        weights = (torch.einsum("bnhe,bmhe->bhnm", q, k) / math.sqrt(32) + bias).softmax(-1)
+        y = r.f.proj(torch.einsum("bhnm,bmhe->bnhe", weights, v).flatten(2))
+        torch.testing.assert_close(r(x, bias=bias), y, rtol=0, atol=1e-12)
+
+
+# --- the room itself ---
+
+
+def test_every_layer_norm_has_the_released_codes_epsilon():
+    model = ViT(small(stem="hmlp", stem_norm="ln"))
+    assert EPS == 1e-6
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {EPS}
+    assert {m.eps for m in ViT(small(stem="hmlp")).modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+
+
+def test_the_model_room_imports_without_timm_and_measure_with_timm_alone():
+    heavy = ("pandas", "pyarrow", "PIL", "datasets", "matplotlib", "seaborn", "scipy", "statsmodels", "papermill")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({("timm", "torchvision", *heavy)}))
+import torch
+from vitlib.model import ViT, vit_config
+print(ViT(vit_config("W64-2x2/4", image_size=16, num_classes=10))(torch.zeros(2, 3, 16, 16)).shape)
+del sys.modules["timm"], sys.modules["torchvision"]
+import vitlib.lab.measure
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2, 10])" in done.stdout

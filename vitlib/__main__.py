@@ -1,0 +1,133 @@
+"""The command line: `python -m vitlib --help`. Heavy imports happen inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vitlib.errors import UsageError
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
+    arguments = parser().parse_args(words)
+    try:
+        return arguments.command(arguments) or 0
+    except UsageError as fault:
+        print(f"vitlib: {fault}", file=sys.stderr)
+        return 2
+    except RuntimeError as fault:
+        if type(fault).__module__.startswith("vitlib"):  # a run or a notebook that failed: what and where
+            print(f"vitlib: {fault}", file=sys.stderr)
+            return 1
+        raise
+    except KeyboardInterrupt:
+        print("\nvitlib: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m vitlib", description=__import__("vitlib").__doc__.splitlines()[0])
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str, profile: str | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        if profile:
+            command.add_argument("--profile", default=profile, help="smoke, cpu or study (default: %(default)s)")
+        return command
+
+    add("check", check, "is the installation whole: torch and torchvision of one family, data undamaged")
+    plan = add("plan", plan_, "runs, CPU seconds, memory and disk of a profile, before anything starts", "cpu")
+    run = add("run", run_, "train what is missing, without rendering notebooks", "cpu")
+    reproduce = add("reproduce", reproduce_, "train what is missing and render the notebooks", "cpu")
+    refresh = add("refresh", refresh_, "run the committed notebooks at smoke and keep their outputs")
+    for command in (plan, run, reproduce, refresh):
+        command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
+        command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
+    add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
+    for name, function, text in (
+        ("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)"),
+        ("import", import_, "merge a runs.jsonl into the run store"),
+    ):
+        add(name, function, text).add_argument("file", type=Path)
+    return top
+
+
+def check(_) -> None:
+    """Raises UsageError with one sentence for a broken pair of torch and torchvision, or for damaged data."""
+    from vitlib.lab.installation import check_pair
+
+    versions = check_pair()
+    from vitlib.data.registry import SPLITS, load, names
+
+    for name in names():
+        counts = [f"{split} {len(load(name, split)):,}" for split in SPLITS]
+        print(f"data set {name}: {', '.join(counts)} images, as its card says")
+    print(f"installation: {versions}")
+
+
+def _notebooks(arguments) -> list[str]:
+    from vitlib.lab.experiments import NOTEBOOKS, notebook_number
+
+    return [notebook_number(name) for name in arguments.notebook or NOTEBOOKS]
+
+
+def _specs(arguments) -> list:
+    from vitlib.lab.experiments import all_specs, profile
+
+    profile(arguments.profile)
+    if arguments.jobs < 0:
+        raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one a core) and up")
+    return all_specs(arguments.profile, _notebooks(arguments))
+
+
+def plan_(arguments) -> None:
+    from vitlib.lab import report
+
+    print(report.plan_table(_specs(arguments), arguments.jobs))
+
+
+def run_(arguments) -> None:
+    from vitlib.lab.launch import launch
+
+    launch(_specs(arguments), arguments.jobs)
+
+
+def reproduce_(arguments) -> None:
+    from vitlib.lab import render
+
+    specs = _specs(arguments)
+    render.reproduce(arguments.profile, _notebooks(arguments), specs, arguments.jobs, arguments.set)
+
+
+def refresh_(arguments) -> None:
+    from vitlib.lab import render
+
+    render.refresh(_notebooks(arguments), arguments.jobs)
+
+
+def claims_(arguments) -> None:
+    from vitlib.lab import report
+    from vitlib.lab.experiments import profile
+
+    print(report.claims_table(profile(arguments.profile).name))
+
+
+def export_(arguments) -> None:
+    from vitlib.lab.runs import export_runs
+
+    print(f"{export_runs(arguments.file)} runs written to {arguments.file}")
+
+
+def import_(arguments) -> None:
+    from vitlib.lab.runs import import_runs
+
+    new, known = import_runs(arguments.file)
+    print(f"{new} runs imported, {known} were there already")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,507 @@
+"""How a claim is judged: intervals over seeds and test images, the words of a part, the stance of a claim.
+
+What is judged is fixed beforehand in the ledger (`vitlib.lab.ledger`, `outputs/paper/claims.toml`); this file holds the
+rules. S seeds, N test images; a difference of accuracies is in percentage points everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy import stats
+
+from vitlib.errors import UsageError, unknown
+from vitlib.lab.ledger import CHECKS, Part, arm_at, ledger, part_hash
+
+PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
+
+# The words of a part.
+SAME, OPPOSITE = "same direction", "opposite direction"
+EQUIVALENT, DIFFERENT = "equivalent within m", "different by more than m"
+NOT_INFERIOR, INFERIOR = "not inferior by m", "inferior by more than m"
+EXACT, FAILS = "exact", "fails"
+INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
+OUT_OF_SCOPE, SMOKE = "out of scope at this scale", "not judged at smoke"
+
+PREDICTED = {
+    "exact": EXACT,
+    "superiority": SAME,
+    "slope": SAME,
+    "ratio": SAME,
+    "equivalence": EQUIVALENT,
+    "non-inferiority": NOT_INFERIOR,
+}
+UNREACHABLE = "not reachable with this test set"
+CHART_ERROR = 0.1  # points; how far a value read off one of the paper's charts may be wrong
+
+
+# ---- Estimates ----
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and test images with its uncertainty, in points (natural logarithm for a ratio)."""
+
+    mean: float
+    mean_squares: tuple[float, float, float]  # MS_S, MS_I, MS_R: seeds, images, residual
+    n: int  # seeds or process restarts
+    images: int  # 1 = the seed is the unit: Student's t over seeds
+    level: float = 0.95
+
+    @property
+    def seed_term(self) -> float:
+        """The part of SE^2 that more seeds shrink: seed effects and residual, MS_S / (n N)."""
+        return self.mean_squares[0] / (self.n * self.images)
+
+    @property
+    def image_term(self) -> float:
+        """The part of SE^2 that only more test images shrink, (MS_I - MS_R) / (n N); none below 0."""
+        _, ms_i, ms_r = self.mean_squares
+        return max(ms_i - ms_r, 0.0) / (self.n * self.images)
+
+    @property
+    def se(self) -> float:
+        """SE^2 = max(MS_S + MS_I - MS_R, MS_S) / (n N)."""
+        return math.sqrt(self.seed_term + self.image_term)
+
+    @property
+    def df(self) -> float:
+        """Satterthwaite's degrees of freedom of SE^2, at least n - 1."""
+        return _satterthwaite(self.mean_squares, self.n, self.images)
+
+    @property
+    def low(self) -> float:
+        return self.bounds(self.level)[0]
+
+    @property
+    def high(self) -> float:
+        return self.bounds(self.level)[1]
+
+    @property
+    def paired(self) -> tuple[float, float]:
+        """Paired t over seeds alone, which takes the test images as fixed. Shown beside; decides nothing."""
+        half = stats.t.ppf(0.5 + self.level / 2, self.n - 1) * math.sqrt(self.seed_term)
+        return float(self.mean - half), float(self.mean + half)
+
+    def bounds(self, level: float) -> tuple[float, float]:
+        """The two-sided interval at another level; 0.90 holds two one-sided tests at 5 % each."""
+        half = stats.t.ppf(0.5 + level / 2, self.df) * self.se
+        return float(self.mean - half), float(self.mean + half)
+
+
+def interval(D: np.ndarray, level: float = 0.95) -> Estimate:
+    """Mean of D (S, N) with seeds and test images both random: differences of correctness, 1 = 100 points."""
+    D = 100.0 * np.asarray(D, dtype=np.float64)
+    if D.ndim != 2 or D.shape[0] < 2 or D.shape[1] < 2:
+        raise UsageError(f"an interval needs differences of shape (seeds, images), two or more each, not {D.shape}")
+    n, N = D.shape
+    rows, columns, mean = D.mean(axis=1, keepdims=True), D.mean(axis=0, keepdims=True), D.mean()
+    ms_s = N * ((rows - mean) ** 2).sum() / (n - 1)
+    ms_i = n * ((columns - mean) ** 2).sum() / (N - 1)
+    ms_r = ((D - rows - columns + mean) ** 2).sum() / ((n - 1) * (N - 1))
+    return Estimate(float(mean), (float(ms_s), float(ms_i), float(ms_r)), n, N, level)
+
+
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
+    """Student's t over one value a seed (or a process restart): (S,), in the unit of the values."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise UsageError(f"Student's t needs one value for each of two seeds or more, not shape {values.shape}")
+    return Estimate(float(values.mean()), (float(values.var(ddof=1)), 0.0, 0.0), len(values), 1, level)
+
+
+def slope(values: np.ndarray, sizes: Sequence[float], level: float = 0.95) -> Estimate:
+    """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 a seed."""
+    values, x = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
+    if values.ndim != 2 or values.shape[1] != len(x) or len(set(x)) < 2:
+        raise UsageError(f"a slope needs values (seeds, sizes) at two or more sizes, not {values.shape} at {len(x)}")
+    centred = x - x.mean()
+    return over_seeds(values @ centred / (centred**2).sum() * np.ptp(x), level)
+
+
+def _satterthwaite(mean_squares: tuple[float, float, float], n: int, images: int) -> float:
+    """(MS_S + MS_I - MS_R)^2 / (MS_S^2/(n-1) + MS_I^2/(N-1) + MS_R^2/((n-1)(N-1))), at least n - 1.
+
+    The numerator is the sum that SE^2 uses, so where SE^2 falls back on MS_S this gives n - 1.
+    """
+    ms_s, ms_i, ms_r = mean_squares
+    spread = ms_s**2 / (n - 1)
+    if images > 1:
+        spread += ms_i**2 / (images - 1) + ms_r**2 / ((n - 1) * (images - 1))
+    return max(max(ms_s + ms_i - ms_r, ms_s) ** 2 / spread, n - 1) if spread > 0 else float(n - 1)
+
+
+# ---- The words of a part ----
+# "Beyond" and "inside" are strict: an interval that only touches a bound has not passed it.
+
+
+def superiority(estimate: Estimate, m: float | None) -> str:
+    """Also the words of a slope and of the logarithm of a ratio, both compared with 0; m None = no equivalence."""
+    low, high = estimate.bounds(0.95)
+    if low > 0:
+        return SAME
+    if high < 0:
+        return OPPOSITE
+    return EQUIVALENT if m is not None and _inside(estimate, m) else INCONCLUSIVE
+
+
+def equivalence(estimate: Estimate, m: float) -> str:
+    low, high = estimate.bounds(0.95)
+    if _inside(estimate, m):
+        return EQUIVALENT
+    return DIFFERENT if low > m or high < -m else INCONCLUSIVE
+
+
+def non_inferiority(estimate: Estimate, m: float) -> str:
+    if estimate.bounds(0.90)[0] > -m:
+        return NOT_INFERIOR
+    return INFERIOR if estimate.bounds(0.95)[1] < -m else INCONCLUSIVE
+
+
+def exact(holds: bool) -> str:
+    return EXACT if holds else FAILS
+
+
+def _inside(estimate: Estimate, m: float) -> bool:
+    """Two one-sided tests at 5 % each."""
+    low, high = estimate.bounds(0.90)
+    return -m < low and high < m
+
+
+WORDS: dict[str, Callable[[Estimate, float | None], str]] = {
+    "superiority": superiority,
+    "slope": superiority,
+    "ratio": superiority,
+    "equivalence": equivalence,
+    "non-inferiority": non_inferiority,
+}
+
+
+def exact_holds(expected: str, value: float) -> bool:
+    """Whether a change measured for H2 is what the ledger expects: "0" or "not 0", to the last bit."""
+    if expected not in ("0", "not 0"):
+        raise unknown("expected value", expected, ("0", "not 0"))
+    return (value == 0) == (expected == "0") and math.isfinite(value)
+
+
+def prints_as(value: float, printed: str) -> bool:
+    """Whether `value`, rounded to the digits that the paper prints, reads as printed: 17.583 prints as "17.58"."""
+    return f"{value:.{len(printed.partition('.')[2])}f}" == printed
+
+
+# ---- Beside a verdict ----
+
+
+def p_value(kind: str, estimate: Estimate, m: float | None) -> float:
+    """Raw p of the named test: two-sided against 0, the larger of two one-sided, or one-sided against -m."""
+    if kind == "equivalence":
+        return max(_tail(estimate.mean + m, estimate), _tail(m - estimate.mean, estimate))
+    if kind == "non-inferiority":
+        return _tail(estimate.mean + m, estimate)
+    return min(1.0, 2 * _tail(abs(estimate.mean), estimate))
+
+
+def _tail(distance: float, estimate: Estimate) -> float:
+    if estimate.se == 0:  # every seed and image agrees
+        return 0.0 if distance > 0 else 1.0
+    return float(stats.t.sf(distance / estimate.se, estimate.df))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p of one family of tests."""
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p, method="holm")[1] if len(p) else np.array([])
+
+
+def smallest_visible(estimate: Estimate) -> float:
+    """The smallest difference that this run could have seen: at 5 %, with a power of 80 %."""
+    return float((stats.t.ppf(0.975, estimate.df) + stats.t.ppf(0.80, estimate.df)) * estimate.se)
+
+
+def seeds_needed(estimate: Estimate, paper: float) -> int | str:
+    """The fewest seeds at which `paper` would be a visible difference on the same number of test images."""
+    ms_s, _, ms_r = estimate.mean_squares
+    N, image_term = estimate.images, estimate.image_term
+
+    def visible(n: int) -> bool:
+        # The variance components stay, so of the mean squares only MS_I grows with n.
+        mean_squares = (ms_s, ms_r + n * N * image_term, ms_r)
+        return smallest_visible(replace(estimate, n=n, mean_squares=mean_squares)) <= abs(paper)
+
+    # With ever more seeds only the image term is left, at N - 1 degrees of freedom.
+    t = stats.t.ppf(0.975, N - 1) + stats.t.ppf(0.80, N - 1) if image_term else 0.0
+    if t * math.sqrt(image_term) >= abs(paper):
+        return UNREACHABLE
+    high = 2
+    while not visible(high):
+        high *= 2
+        if high > 2**40:
+            return UNREACHABLE
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if visible(middle) else (middle, high)
+    return high
+
+
+def margin_from_error(control_error_points: float, profile: str) -> float:
+    """m: 10 % of the control's validation error on tuning seeds, 0.5 to 1.5 points; 0.3 at `imagenet`."""
+    _known(profile)
+    return 0.3 if profile == "imagenet" else min(max(0.1 * control_error_points, 0.5), 1.5)
+
+
+# ---- Checks ----
+
+
+def control_learned(correct: Mapping[str, np.ndarray], control: str, num_classes: int) -> bool:
+    """The control's accuracy is at least twice chance and its error at least 5 %: neither floor nor ceiling."""
+    return 2 / num_classes <= correct[control].mean() <= 0.95
+
+
+def above(correct: Mapping[str, np.ndarray], a: str, b: str, bound: float) -> bool:
+    """The 95 % interval of a - b lies above `bound` points."""
+    return interval(difference(correct, {a: 1.0, b: -1.0})).low > bound
+
+
+def run_checks(
+    part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int
+) -> dict[str, bool]:
+    """Check -> passed, for the checks that apply at this profile."""
+    checks: dict[str, Callable[[], bool]] = {
+        "control learned": lambda: control_learned(correct, arm_at(part.control, pairs), num_classes),
+        "full beats head": lambda: above(correct, "full", "head", part.margin_at(profile)),
+        "pre-training helps": lambda: above(correct, "linear pretrained", "linear scratch", 0.0),
+    }
+    applying = [name for name in part.checks if not (name == "control learned" and profile == "imagenet")]
+    return {name: bool(checks[name]()) for name in applying}
+
+
+# ---- Verdicts ----
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said about one part at one profile."""
+
+    part: Part
+    profile: str
+    contrast: str  # in the arms of this scale
+    word: str
+    stance: str = "open"  # supports | contradicts | open
+    reproduction: str = ""  # "reproduced" | "not reproduced", at profile imagenet only
+    estimate: Estimate | None = None
+    margin: float | None = None
+    p: float | None = None
+    checks: dict[str, bool] = field(default_factory=dict)
+    smallest_visible: float | None = None  # points, or a ratio
+    seeds_needed: int | str | None = None
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """The word, with what only profile imagenet may add."""
+        return f"{self.word} ({self.reproduction})" if self.reproduction else self.word
+
+    @property
+    def ours(self) -> tuple[float, float, float] | None:
+        """Mean, low, high of the 95 % interval, in points or as a ratio."""
+        if self.estimate is None:
+            return None
+        values = (self.estimate.mean, self.estimate.low, self.estimate.high)
+        return tuple(map(math.exp, values)) if self.part.kind == "ratio" else values
+
+
+def judge(
+    part: Part,
+    correct: Mapping[str, np.ndarray],
+    profile: str,
+    pairs: int,
+    num_classes: int,
+    *,
+    hashes: Iterable[Mapping[str, str]] = (),
+    holds: bool | None = None,
+    estimate: Estimate | None = None,
+    device: str = "",
+) -> Verdict:
+    """The verdict on one part.
+
+    correct: arm -> (S, N) bool, or for a ratio arm -> (restarts,) seconds or MB. pairs: of the models compared, which
+    picks the arms of a contrast over layers. hashes: the ledger's hashes that each run stored; without them a trained
+    part reads `not run`. holds: the outcome of an exact part. estimate: of a slope. device: named beside a ratio.
+    """
+    _known(profile)
+    margin = part.margin_at(profile)
+    contrast = {} if part.kind == "exact" else part.contrast_at(pairs)
+    blank = Verdict(part, profile, _text(contrast), NOT_RUN, margin=margin)
+    if part.kind == "exact":
+        return blank if holds is None else _with_stance(replace(blank, word=exact(holds)))
+    if profile == "smoke":
+        return replace(blank, word=SMOKE)
+
+    in_scope = (part.scope != "imagenet" or profile == "imagenet") and pairs >= part.min_pairs
+    missing = _missing(part, contrast, correct, pairs, in_scope, estimate, list(hashes))
+    if missing:
+        return replace(blank, note=missing)
+    if part.kind == "ratio":
+        if not device:
+            raise UsageError(f"part {part.id} is a ratio of times or memory: the device must be named")
+        estimate = over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
+    elif part.kind != "slope":
+        estimate = interval(difference(correct, contrast))
+    measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs, device))
+    if not in_scope:
+        return replace(measured, word=OUT_OF_SCOPE)
+
+    checks = run_checks(part, correct, profile, pairs, num_classes)
+    failed = [name for name, passed in checks.items() if not passed]
+    word = f"{INCONCLUSIVE} (check failed: {', '.join(failed)})" if failed else WORDS[part.kind](estimate, margin)
+    paper, visible = part.paper, smallest_visible(estimate)
+    if part.kind == "ratio":
+        paper, visible = None if paper is None else math.log(paper), math.exp(visible)
+    return _with_stance(
+        replace(
+            measured,
+            word=word,
+            p=p_value(part.kind, estimate, margin),
+            checks=checks,
+            smallest_visible=visible,
+            seeds_needed=seeds_needed(estimate, paper) if paper else None,  # a difference of 0 cannot be seen
+        )
+    )
+
+
+def difference(correct: Mapping[str, np.ndarray], contrast: Mapping[str, float]) -> np.ndarray:
+    """D = sum over arms of c_a x correct[a], of the arms' own shape."""
+    shapes = {arm: np.shape(correct[arm]) for arm in contrast}
+    if len(set(shapes.values())) != 1:
+        raise UsageError(f"the arms of one contrast must have the same seeds and images, not {shapes}")
+    return sum(c * np.asarray(correct[arm], dtype=np.float64) for arm, c in contrast.items())
+
+
+def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None = None) -> str:
+    """`contradicts` if any part does, `supports` if all parts of the claim do, else `open (the open parts)`.
+
+    Parts that the ledger has and `verdicts` has not are open.
+    """
+    claims = {verdict.part.claim for verdict in verdicts}
+    if len(claims) != 1:
+        raise UsageError(f"the stance of one claim was asked for, with parts of {len(claims)}: {sorted(claims)}")
+    stances = {id: "open" for id, part in (entries or ledger()).items() if part.claim in claims}
+    stances |= {verdict.part.id: verdict.stance for verdict in verdicts}
+    if "contradicts" in stances.values():
+        return "contradicts"
+    still_open = [id for id, stance in stances.items() if stance == "open"]
+    return f"open ({', '.join(still_open)})" if still_open else "supports"
+
+
+def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None = None):
+    """A pandas DataFrame, one row a verdict.
+
+    Holm's family is every non-exact part judged in one profile: pass all of them as `family` when the table shows
+    only some. Numbers are not rounded.
+    """
+    import pandas as pd
+
+    adjusted = {}
+    for profile in PROFILES:
+        judged = {v.part.id: v.p for v in (*(family or ()), *verdicts) if v.profile == profile and v.p is not None}
+        adjusted |= {(profile, id): q for id, q in zip(judged, holm(list(judged.values())), strict=True)}
+    ours = [v.ours or (None, None, None) for v in verdicts]
+    columns = {
+        "part": [v.part.id for v in verdicts],
+        "claim": [v.part.claim for v in verdicts],
+        "contrast": [v.contrast for v in verdicts],
+        "n": pd.array([v.estimate.n if v.estimate else None for v in verdicts], dtype="Int64"),
+        "ours": [mean for mean, _, _ in ours],
+        "low": [low for _, low, _ in ours],
+        "high": [high for _, _, high in ours],
+        "paper": [v.part.paper for v in verdicts],
+        "margin": [v.margin for v in verdicts],
+        "p": [v.p for v in verdicts],
+        "p_holm": [adjusted.get((v.profile, v.part.id)) for v in verdicts],
+        "verdict": [v.text for v in verdicts],
+        "stance": [v.stance for v in verdicts],
+        "smallest_visible": [v.smallest_visible for v in verdicts],
+        "seeds_needed": pd.Series([v.seeds_needed for v in verdicts], dtype=object),  # a number or words
+        "notebook": [v.part.notebook for v in verdicts],
+    }
+    numbers = ["ours", "low", "high", "paper", "margin", "p", "p_holm", "smallest_visible"]
+    return pd.DataFrame(columns).astype(dict.fromkeys(numbers, float))
+
+
+def _known(profile: str) -> None:
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
+
+
+def _text(contrast: Mapping[str, float]) -> str:
+    """ "a - b", "a - b - c + d"."""
+    terms = [f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):g} '}{arm}" for arm, c in contrast.items()]
+    return " ".join(terms).removeprefix("+ ")
+
+
+def _missing(
+    part: Part,
+    contrast: Mapping[str, float],
+    correct: Mapping[str, np.ndarray],
+    pairs: int,
+    in_scope: bool,
+    estimate: Estimate | None,
+    hashes: Sequence[Mapping[str, str]],
+) -> str:
+    """Why a part reads `not run`, or ""."""
+    arms = dict.fromkeys(contrast)
+    if in_scope and part.control is not None:
+        arms |= dict.fromkeys([arm_at(part.control, pairs), *(arm for check in part.checks for arm in CHECKS[check])])
+    absent = [arm for arm in arms if arm not in correct]
+    if absent:
+        return f"no runs of {', '.join(absent)}"
+    if part.kind == "slope" and estimate is None:
+        return "no slope was estimated"
+    counts = {arm: len(correct[arm]) for arm in arms} | ({"slope": estimate.n} if part.kind == "slope" else {})
+    wrong = [f"{arm} {n}" for arm, n in counts.items() if n != part.n]
+    if wrong:
+        return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}"
+    if not hashes or any(stored.get(part.id) != part_hash(part) for stored in hashes):
+        return "the runs were not made under this entry of the ledger"
+    return ""
+
+
+def _note(part: Part, correct: Mapping[str, np.ndarray], pairs: int, device: str) -> str:
+    if part.kind == "ratio":
+        return f"on {device}"
+    if part.parent is not None:
+        if part.parent not in correct:
+            return "adaptation to a new resolution (the low-resolution parent was not run)"
+        return "" if above(correct, "full", part.parent, 0.0) else "adaptation to a new resolution"
+    return f"at {pairs} pairs" if part.names_layers else ""
+
+
+def _with_stance(verdict: Verdict) -> Verdict:
+    part, word, paper = verdict.part, verdict.word, verdict.part.paper
+    stance = "open"
+    if word == PREDICTED[part.kind]:
+        stance = "supports"
+    elif word in (OPPOSITE, DIFFERENT, INFERIOR, FAILS):
+        stance = "contradicts"
+    elif word == EQUIVALENT and paper is not None and abs(paper) > verdict.margin:
+        stance = "contradicts"
+    return replace(verdict, stance=stance, reproduction=_reproduction(replace(verdict, stance=stance)))
+
+
+def _reproduction(verdict: Verdict) -> str:
+    """Only ImageNet can reproduce a number that was measured on ImageNet."""
+    part = verdict.part
+    if verdict.profile != "imagenet":
+        return ""
+    if verdict.stance == "contradicts":
+        return "not reproduced"
+    if verdict.stance != "supports" or part.paper is None or verdict.ours is None:
+        return ""
+    _, low, high = verdict.ours
+    slack = CHART_ERROR if part.paper_confidence == "read-chart" and part.kind != "ratio" else 0.0
+    return "reproduced" if low - slack <= part.paper <= high + slack else ""

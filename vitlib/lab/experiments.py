@@ -1,0 +1,203 @@
+"""Which runs each notebook is made of, at each profile.
+
+A profile is a scale; the code path is the same. An experiment is a table of arms, each a run without its seed, and the
+seeds; `specs()` lists all runs with the seeds outermost, so that a stop leaves complete pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from vitlib.data.registry import card
+from vitlib.errors import UsageError, unknown
+from vitlib.lab.launch import launch
+from vitlib.lab.runs import Result, RunSpec
+from vitlib.model import ViTConfig, vit_config
+from vitlib.train import recipes
+from vitlib.train.finetune import at_image_size
+from vitlib.train.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The scale of all runs."""
+
+    name: str
+    data: str
+    seeds: tuple[int, ...]
+    width: int
+    pairs: int
+    image_size: int  # pixels, after resize
+    finetune_size: int  # Table 5's second resolution
+    patch_size: int
+    stem_pairs: int  # of the models of Table 7
+    images: int | None  # training images of supervised runs; None = all
+    finetune_images: int | None
+    few_labels: int
+    epochs: int
+    masked_epochs: int
+    few_labels_epochs: int
+    every_arm: bool  # False: the primary contrasts only
+
+    @property
+    def judged(self) -> bool:
+        """At smoke the code runs and exact claims are judged; trained ones are not."""
+        return self.name != "smoke"
+
+
+# smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer.
+PROFILES = {
+    "smoke": Profile(
+        name="smoke", data="fashion-mnist", seeds=(1000,), width=32, pairs=12, image_size=16, finetune_size=20,
+        patch_size=4, stem_pairs=6, images=500, finetune_images=500, few_labels=100, epochs=2, masked_epochs=1,
+        few_labels_epochs=4, every_arm=False,
+    ),
+    "cpu": Profile(
+        name="cpu", data="fashion-mnist", seeds=(0, 1, 2, 3, 4), width=64, pairs=12, image_size=16, finetune_size=20,
+        patch_size=4, stem_pairs=6, images=None, finetune_images=9000, few_labels=500, epochs=2, masked_epochs=4,
+        few_labels_epochs=24, every_arm=False,
+    ),
+    "study": Profile(
+        name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
+        finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=None, few_labels=500, epochs=4,
+        masked_epochs=8, few_labels_epochs=24, every_arm=True,
+    ),
+}  # fmt: skip
+
+MASKED_SHARE = 75 / 196  # of the patches. BEiT masks 75 of 196 (38 %); here 6 of 16
+LAYER_SCALE = 1e-4  # Released code: models_v2.py, init_scale; the paper states no value
+
+
+def profile(name: str) -> Profile:
+    """Raises UsageError for a profile that does not exist."""
+    if name not in PROFILES:
+        raise unknown("profile", name, PROFILES)
+    return PROFILES[name]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The arms of one notebook at one profile."""
+
+    notebook: str
+    profile: Profile
+    arms: dict[str, RunSpec]
+
+    def specs(self) -> list[RunSpec]:
+        """Every run, seeds outermost."""
+        return [spec.with_seed(seed) for seed in self.profile.seeds for spec in self.arms.values()]
+
+    def run(self, jobs: int = 0) -> Runs:
+        """Train what is missing (`jobs` at a time, 0 = one a core) and read all results."""
+        return self.collect(launch(self.specs(), jobs))
+
+    def collect(self, found: dict[RunSpec, Result]) -> Runs:
+        """The results by arm, one a seed."""
+        seeds = self.profile.seeds
+        return Runs(self, {arm: [found[spec.with_seed(s)] for s in seeds] for arm, spec in self.arms.items()})
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The results of an experiment: for each arm one result a seed."""
+
+    experiment: Experiment
+    results: dict[str, list[Result]]
+
+
+def _model(p: Profile, depth: int, branches: int = 1, **fields: object) -> ViTConfig:
+    facts = card(p.data)["vitlib"]
+    return vit_config(
+        f"W{p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=facts["channels"],
+        num_classes=facts["num_classes"], **fields,
+    )  # fmt: skip
+
+
+def _supervised(p: Profile, model: ViTConfig) -> RunSpec:
+    base = recipes.SUPERVISED if model.layer_scale is None else recipes.SUPERVISED_LAYER_SCALE
+    return RunSpec("supervised", model, p.data, replace(base, epochs=p.epochs), images=p.images)
+
+
+def branches(p: Profile) -> dict[str, RunSpec]:
+    """Figure 1: the same pairs in 1, 2, 3 or 4 branches. "+LS" = with LayerScale."""
+
+    def arm(pairs: int, k: int, scale: float | None) -> RunSpec:
+        return _supervised(p, _model(p, pairs // k, k, layer_scale=scale))
+
+    sizes = [(p.pairs, k) for k in ((1, 2, 3, 4) if p.every_arm or not p.judged else (1, 2))]
+    sizes += [(36, k) for k in (1, 2, 3, 4)] if p.every_arm else []
+    scales = (LAYER_SCALE, None) if p.every_arm else (LAYER_SCALE,)
+    return {f"{n // k}x{k}{'+LS' if ls else ''}": arm(n, k, ls) for n, k in sizes for ls in scales}
+
+
+def resolution(p: Profile) -> dict[str, RunSpec]:
+    """Table 5: a trunk, then everything, attention, feed-forward or head only at the larger size."""
+    trunk = _supervised(p, _model(p, p.pairs, layer_scale=LAYER_SCALE))
+    larger = at_image_size(trunk.model, p.finetune_size)
+
+    def arm(strategy: str) -> RunSpec:
+        return RunSpec(
+            "finetune", larger, p.data, recipes.FINE_TUNING, images=p.finetune_images, parent=trunk, strategy=strategy
+        )
+
+    return {"trunk": trunk} | {strategy: arm(strategy) for strategy in ("full", "attn", "ffn", "head")}
+
+
+STEM_ARMS = {
+    "linear": {"stem": "linear"},
+    "hmlp": {"stem": "hmlp"},
+    "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
+    "conv": {"stem": "conv"},
+}
+
+
+def stems(p: Profile) -> dict[str, RunSpec]:
+    """Table 7: each stem from scratch and after masked pre-training, on few labels; all labels in `study`."""
+    few = replace(recipes.FEW_LABELS, epochs=p.few_labels_epochs)
+    arms: dict[str, RunSpec] = {}
+    for name in STEM_ARMS if p.every_arm else ("linear", "hmlp"):
+        model = _model(p, p.stem_pairs, pool="mean", **STEM_ARMS[name])
+        masked = RunSpec(
+            "masked", model, p.data, replace(recipes.MASKED, epochs=p.masked_epochs), images=p.images,
+            targets="tokens", masked=round(MASKED_SHARE * model.grid**2),
+        )  # fmt: skip
+        arms[f"{name} scratch"] = RunSpec("supervised", model, p.data, few, images=p.few_labels)
+        arms[f"{name} pretrained"] = RunSpec("finetune", model, p.data, few, images=p.few_labels, parent=masked)
+        if p.every_arm:
+            arms[f"{name} supervised"] = _supervised(p, model)
+    return arms
+
+
+# notebook number -> (file name, arms); notebooks without runs have none
+NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]] = {
+    "00": ("00_claims", None),
+    "31": ("31_fig1_branches", branches),
+    "41": ("41_tab5_resolution", resolution),
+    "51": ("51_fig5_stem_and_masking", None),
+    "52": ("52_tab7_masked_pretraining", stems),
+}
+
+
+def notebook_number(name: str) -> str:
+    """ "31", "31_fig1_branches" and "31_fig1_branches.ipynb" are one notebook. Raises UsageError for another."""
+    for number, (file, _) in NOTEBOOKS.items():
+        if name in (number, file, f"{file}.ipynb", f"notebooks/{file}.ipynb"):
+            return number
+    raise unknown("notebook", name, [file for file, _ in NOTEBOOKS.values()])
+
+
+def experiment(notebook: str, profile_name: str) -> Experiment:
+    """The experiment behind a notebook. Raises UsageError for names that do not exist."""
+    number, scale = notebook_number(notebook), profile(profile_name)
+    arms = NOTEBOOKS[number][1]
+    if arms is None:
+        raise UsageError(f"notebook {NOTEBOOKS[number][0]} has no runs of its own")
+    return Experiment(number, scale, arms(scale))
+
+
+def all_specs(profile_name: str, notebooks: list[str]) -> list[RunSpec]:
+    """The runs of several notebooks in one queue: seeds outermost over all of them, each run once."""
+    chosen = [experiment(n, profile_name) for n in notebooks if NOTEBOOKS[n][1]]
+    seeds = profile(profile_name).seeds
+    return list(dict.fromkeys(spec.with_seed(s) for s in seeds for e in chosen for spec in e.arms.values()))

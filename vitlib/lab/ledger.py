@@ -1,0 +1,205 @@
+"""The ledger of claims: what is fixed before any judged run (`outputs/paper/claims.toml`).
+
+One `Part` is one testable sentence: arms, contrast, test, margin, scope, checks. Each run stores `ledger_hashes()` when
+it starts, so that an entry edited after the runs were seen is found out. Standard library only: runs are also made on
+machines that have nothing but torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from vitlib import paths
+from vitlib.errors import UsageError, unknown
+
+KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "ratio")
+POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
+SCOPES = ("any", "trained", "imagenet")
+CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
+EXPECTED = ("printed digits", "0", "not 0")
+
+# check -> the arms that it needs besides those of the contrast and the control
+CHECKS = {
+    "control learned": (),
+    "full beats head": ("full", "head"),
+    "pre-training helps": ("linear pretrained", "linear scratch"),
+}
+
+# notebook -> the arms that its experiments run, the same strings as there
+ARMS = {
+    "31": tuple(f"{pairs // k}x{k}{scale}" for pairs in (12, 36) for scale in ("", "+LS") for k in (1, 2, 3, 4)),
+    "41": ("full", "attn", "ffn", "head", "trunk"),
+    "51": (),
+    "52": tuple(
+        f"{stem} {column}"
+        for stem in ("linear", "hmlp", "hmlp-ln", "conv")
+        for column in ("scratch", "pretrained", "supervised")
+    ),
+}
+_LAYERS = re.compile(r"(\d+)x(\d+)(.*)")  # <depth>x<branches>, then "+LS" or nothing
+
+
+@dataclass(frozen=True)
+class Part:
+    """One testable sentence of a claim; the keys of a table in claims.toml, which says what they mean."""
+
+    id: str
+    claim: str
+    title: str
+    notebook: str
+    kind: str
+    metric: str
+    scope: str
+    contrast: dict[str, float] = field(default_factory=dict)
+    margin: float | None = None  # percentage points
+    margin_imagenet: float | None = None
+    images: str | int | None = None
+    n: int | None = None  # seeds or process restarts
+    min_pairs: int = 0
+    checks: tuple[str, ...] = ()
+    control: str | None = None
+    parent: str | None = None  # the low-resolution model that "full" should beat
+    paper: float | None = None
+    paper_source: str | None = None
+    paper_confidence: str | None = None
+    expected: str | None = None  # exact parts only
+
+    def contrast_at(self, pairs: int) -> dict[str, float]:
+        """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12."""
+        return {arm_at(arm, pairs): c for arm, c in self.contrast.items()}
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the arms are <depth>x<branches>, so that the number of pairs belongs to the verdict."""
+        return any(_LAYERS.fullmatch(arm) for arm in self.contrast)
+
+    def margin_at(self, profile: str) -> float | None:
+        return self.margin_imagenet if profile == "imagenet" else self.margin
+
+
+def arm_at(arm: str, pairs: int) -> str:
+    """The arm with the same number of branches at so many pairs; arms that name no layers stay as they are."""
+    match = _LAYERS.fullmatch(arm)
+    if match is None:
+        return arm
+    branches = int(match[2])
+    if pairs % branches:
+        raise UsageError(f"{pairs} pairs cannot be split into layers of {branches} branches, as arm {arm!r} needs")
+    return f"{pairs // branches}x{branches}{match[3]}"
+
+
+def ledger(path: Path | None = None) -> dict[str, Part]:
+    """Every part by its id, in the file's order, checked. Raises UsageError for the first entry that cannot be."""
+    path = path or paths.PAPER / "claims.toml"
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the ledger {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
+    return {name: _part(name, table) for name, table in tables.items()}
+
+
+def part_hash(part: Part) -> str:
+    """Content hash of one entry: changes with every field, not with the order of keys or with comments."""
+    defaults = asdict(Part(*(None,) * 7))
+    # Fields left at their default are not written, so that a field added later leaves old hashes as they are.
+    written = {key: value for key, value in asdict(part).items() if value != defaults[key]}
+    text = json.dumps(written, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ledger_hashes(path: Path | None = None) -> dict[str, str]:
+    """Part id -> hash: what each run stores at its start."""
+    return {name: part_hash(part) for name, part in ledger(path).items()}
+
+
+def _part(name: str, table: object) -> Part:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"ledger entry {name!r} is not a table of keys")
+    allowed = [f for f in fields(Part) if f.name != "id"]
+    for key in table:
+        if key not in {f.name for f in allowed}:
+            raise unknown(f"key in ledger entry {name}:", key, [f.name for f in allowed])
+    for f in allowed:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in table:
+            raise UsageError(f"ledger entry {name} lacks the key {f.name!r}")
+    _check_types(name, table)
+    values = dict(table)
+    values["contrast"] = {arm: float(c) for arm, c in table.get("contrast", {}).items()}
+    values["checks"] = tuple(table.get("checks", ()))
+    for key in ("margin", "margin_imagenet", "paper"):
+        if key in table:
+            values[key] = float(table[key])
+    part = Part(id=name, **values)
+    _check_values(part)
+    return part
+
+
+def _check_types(name: str, table: Mapping[str, object]) -> None:
+    """The kind of thing that each key must hold, before anything is computed from it."""
+
+    def number(x: object) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+    def count(x: object) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+    rules = {
+        "contrast": ("a table of arm = number", lambda x: isinstance(x, Mapping) and all(map(number, x.values()))),
+        "checks": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(c, str) for c in x)),
+        "images": ('a whole number from 1, or "all"', lambda x: x == "all" or count(x)),
+        "n": ("a whole number from 2", lambda x: count(x) and x > 1),
+        "min_pairs": ("a whole number from 1", count),
+        "margin": ("a number above 0", lambda x: number(x) and x > 0),
+        "margin_imagenet": ("a number above 0", lambda x: number(x) and x > 0),
+        "paper": ("a number", number),
+    }
+    for key, value in table.items():
+        wanted, holds = rules.get(key, ("a text", lambda x: isinstance(x, str) and bool(x.strip())))
+        if not holds(value):
+            raise UsageError(f"ledger entry {name} has {key} = {value!r}: allowed is {wanted}")
+
+
+def _check_values(part: Part) -> None:
+    where = f"in ledger entry {part.id}:"
+    for what, given, allowed in (
+        ("kind", part.kind, KINDS),
+        ("scope", part.scope, SCOPES),
+        ("notebook", part.notebook, ARMS),
+    ):
+        if given not in allowed:
+            raise unknown(f"{what} {where}", given, allowed)
+    for check in part.checks:
+        if check not in CHECKS:
+            raise unknown(f"check {where}", check, CHECKS)
+    for arm in (*part.contrast, part.control, part.parent):
+        if arm is not None and arm not in ARMS[part.notebook]:
+            raise unknown(f"arm {where}", arm, ARMS[part.notebook])
+    if abs(sum(part.contrast.values())) > 1e-9:
+        raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
+    needed = {
+        "exact": ("expected",),
+        "ratio": ("contrast", "n"),
+        "slope": ("margin", "margin_imagenet", "images", "n", "control"),
+    }.get(part.kind, ("contrast", "margin", "margin_imagenet", "images", "n", "control"))
+    if part.paper is not None:
+        needed = (*needed, "paper_source", "paper_confidence")
+    for key in needed:
+        if not getattr(part, key):
+            raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
+    if part.expected is not None and part.expected not in EXPECTED:
+        raise unknown(f"expected {where}", part.expected, EXPECTED)
+    if part.paper_confidence is not None and part.paper_confidence not in CONFIDENCE:
+        raise unknown(f"paper_confidence {where}", part.paper_confidence, CONFIDENCE)
+    if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
+        raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
+    if part.kind in POINT_KINDS and "control learned" not in part.checks:
+        raise UsageError(f"ledger entry {part.id} lacks the check 'control learned' that every accuracy part has")

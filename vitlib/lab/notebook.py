@@ -1,0 +1,72 @@
+"""What a notebook calls: `page = open_page("31", profile)`, then runs, tables, figures, verdicts.
+
+Tables are shown as Markdown and figures as PNG, since a fresh clone's notebooks are untrusted in JupyterLab; a copy of
+each goes to outputs/<profile>/tables (CSV) and outputs/<profile>/figures (SVG, PNG).
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
+
+from vitlib import paths
+from vitlib.lab import report
+from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, notebook_number, profile
+
+
+@dataclass(frozen=True)
+class Page:
+    """One notebook at one profile."""
+
+    number: str
+    profile: str
+
+    @property
+    def experiment(self) -> Experiment:
+        return experiment(self.number, self.profile)
+
+    def run(self, jobs: int = 0) -> Runs:
+        """Train what is missing, read all results, and say where they come from."""
+        found = self.experiment.run(jobs)
+        display(Markdown(report.provenance(found)))
+        return found
+
+    def table(self, table: pd.DataFrame, name: str = "") -> None:
+        """Show a table; with a name its CSV is `<notebook>_<name>.csv`."""
+        report.save_table(table, self.profile, self._file(name))
+        display(Markdown(report.markdown(table)))
+
+    def figure(self, figure: Figure, alt: str, name: str = "") -> None:
+        """Show a figure with alternative text; SVG and PNG go beside."""
+        folder = paths.outputs() / self.profile / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        plt.close(figure)
+        # A fixed salt and no date: the same figure is the same file.
+        with mpl.rc_context({"svg.hashsalt": "vitlib"}):
+            figure.savefig(folder / f"{self._file(name)}.svg", metadata={"Date": None})
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=100)
+        (folder / f"{self._file(name)}.png").write_bytes(png.getvalue())
+        display(Image(png.getvalue(), format="png", alt=alt, metadata={"alt": alt}))
+
+    def verdicts(self) -> None:
+        """The verdict on each part of a claim that this notebook carries."""
+        every = report.verdicts(self.profile)
+        mine = [v for v in every if v.part.notebook == self.number]
+        display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
+        self.table(report.verdict_rows(mine, every), "verdicts")
+
+    def _file(self, name: str) -> str:
+        return f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"
+
+
+def open_page(number: str, profile_name: str) -> Page:
+    """Raises UsageError for a notebook or a profile that does not exist, before anything is trained."""
+    report.theme()
+    return Page(notebook_number(number), profile(profile_name).name)

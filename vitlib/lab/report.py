@@ -1,0 +1,421 @@
+"""Tables and figures of the notebooks, and the claims table. Everything printed comes from runs or from counting.
+
+Tables are pandas frames with texts ready to print; figures are matplotlib figures drawn with seaborn. Below
+`imagenet` a figure plots differences to the reference arm, since accuracies of different data share no axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vitlib import paths
+from vitlib.data.registry import card
+from vitlib.lab import exact, plan, runs, timing
+from vitlib.lab.claims import Estimate, Verdict, claim_stance, difference, interval, judge, verdict_table
+from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
+from vitlib.lab.launch import cores
+from vitlib.lab.ledger import Part, ledger
+from vitlib.lab.paper import as_printed, paper_table
+from vitlib.lab.runs import RunSpec
+from vitlib.model import ViTConfig, vit_config
+
+NOT_RUN = "not run"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table; texts as they are, missing cells as a dash."""
+    return table.fillna("–").to_markdown(index=False, disable_numparse=True)
+
+
+# ---------------------------------------------------------------------------------------------------- sizes
+
+
+def sizes(models: Mapping[str, ViTConfig]) -> pd.DataFrame:
+    """Parameters and multiply-adds of each model, counted; the paper's printed values beside, where it has them."""
+    printed = paper_table("table3").set_index("model")
+    rows = []
+    for name, config in models.items():
+        size = exact.size(config)
+        paper = printed.loc[name] if name in printed.index else None
+        rows.append({
+            "model": name, "width": config.width, "layers": config.depth, "branches": config.branches,
+            "pairs": config.pairs, "params": f"{size.params:,}", "params_m": f"{size.params / 1e6:.1f}",
+            "gmacs": f"{size.macs / 1e9:.2f}",
+            "paper": f"{paper['params_m']} M, {paper['gflops']} G" if paper is not None else "–",
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
+def table3_models(*more: str) -> dict[str, ViTConfig]:
+    """The models of Table 3, with and without LayerScale as there, and others (with it) by name."""
+    rows = paper_table("table3").to_dict("records")
+    scale = {row["model"]: 1e-4 if row["layer_scale"] == "yes" else None for row in rows} | dict.fromkeys(more, 1e-4)
+    return {name: vit_config(name, layer_scale=value) for name, value in scale.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- accuracies
+
+
+def correct(arm_runs: Runs) -> dict[str, np.ndarray]:
+    """Arm -> which images were right, bool (seeds, images)."""
+    return {arm: np.stack([r.correct for r in results]) for arm, results in arm_runs.results.items()}
+
+
+def top1(results: Sequence[runs.Result]) -> str:
+    """ "84.19 ± 0.47 (n=5)": mean and sample deviation over seeds."""
+    values = [r.metrics["top1"] for r in results]
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread} (n={len(values)})"
+
+
+def contrast(arm_runs: Runs, a: str, b: str) -> Estimate | None:
+    """a - b in points with its interval over seeds and images; None with fewer than two seeds."""
+    seen = correct(arm_runs)
+    return interval(difference(seen, {a: 1.0, b: -1.0})) if len(seen[a]) > 1 else None
+
+
+def points(estimate: Estimate | None) -> str:
+    """ "-0.31 [-1.20, 0.58]": mean and 95 % interval."""
+    return "–" if estimate is None else f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+
+
+def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.DataFrame:
+    """One row an arm: the paper | the committed reference | this run, with its difference to the reference arm."""
+    p = arm_runs.experiment.profile
+    committed = _committed(arm_runs.experiment.notebook)
+    rows = []
+    for arm, results in arm_runs.results.items():
+        metrics = pd.DataFrame([r.metrics for r in results]).mean()
+        row = {
+            "arm": arm, "paper (ImageNet)": paper.get(arm, "–"), "committed reference": committed.get(arm, NOT_RUN),
+            f"top1, this run ({p.name})": top1(results),
+        }  # fmt: skip
+        if len(p.seeds) > 1:
+            row[f"minus {reference}, points"] = "–" if arm == reference else points(contrast(arm_runs, arm, reference))
+        row |= {"first_loss": f"{metrics['first_loss']:.5f}", "train_loss": f"{metrics['train_loss']:.3f}"}
+        rows.append(row | {"trained_params": f"{int(metrics['trained_params']):,}"})
+    return pd.DataFrame(rows)
+
+
+def provenance(arm_runs: Runs) -> str:
+    """Data, split, seeds, device and CPU time of these runs, in one sentence."""
+    p, results = arm_runs.experiment.profile, [r for group in arm_runs.results.values() for r in group]
+    names = card(p.data)
+    about = f"{names['pretty_name']}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
+    if not p.judged:
+        return f"{about}. Too small to say anything about accuracy: it shows that the code runs."
+    devices = ", ".join(sorted({r.about["device"] for r in results}))
+    seconds = sum(r.about["cpu_s"] for r in results)
+    return f"{about}; n = {len(p.seeds)}; {devices}; {seconds / 60:.0f} CPU minutes in {len(results)} runs."
+
+
+def _committed(notebook: str) -> dict[str, str]:
+    """Arm -> the committed reference's value, from outputs/reference/study/tables; empty until there is one."""
+    path = paths.REFERENCE / "study" / "tables" / f"{NOTEBOOKS[notebook][0]}.csv"
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path, dtype=str)
+    value = next(column for column in table if column.startswith("top1"))
+    return dict(zip(table["arm"], table[value], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- paper columns
+
+
+def paper_branches(family: str = "ViT-B36") -> dict[str, str]:
+    """Figure 1's accuracies of one family, by our arm with as many branches (without LayerScale, as there)."""
+    table = paper_table("figure1").query("model_family == @family")
+    values = {int(r.branches): as_printed(r.top1, r.confidence) for r in table.itertuples()}
+    return {f"{pairs // k}x{k}": value for pairs in (12, 36) for k, value in values.items()}
+
+
+def paper_resolution(model: str = "ViT-B", optimizer: str = "AdamW") -> dict[str, str]:
+    """Table 5 on ImageNet-val, by strategy."""
+    row = paper_table("table5").query("model == @model and optimizer == @optimizer and dataset == 'val'").iloc[0]
+    return {strategy: as_printed(row[strategy], row["confidence"]) for strategy in ("full", "attn", "ffn")}
+
+
+def paper_stems() -> dict[str, str]:
+    """Table 7: supervised, and after masked pre-training and fine-tuning, by our arms."""
+    rows = paper_table("table7").query("model == 'ViT-B12'").set_index(["stem", "norm", "act"])
+    ours = {"linear": ("linear", "none", "none"), "hmlp": ("hmlp", "bn", "gelu"), "hmlp-ln": ("hmlp", "ln", "gelu")}
+    ours |= {"conv": ("conv", "bn", "gelu")}
+    columns = {"supervised": "supervised_top1", "pretrained": "pretrained_top1"}
+    return {f"{arm} {c}": rows.loc[key, column] for arm, key in ours.items() for c, column in columns.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+
+
+def trained_shares() -> pd.DataFrame:
+    """Figure 4, left, and section 4: what each strategy trains of ViT-B at 384, to the digit."""
+    import torch
+
+    from vitlib.lab import measure
+    from vitlib.model import ViT
+    from vitlib.train.finetune import freeze
+
+    rows = []
+    for strategy in ("full", "attn", "ffn", "head"):
+        with torch.device("meta"):
+            model = ViT(vit_config("B12", image_size=384, layer_scale=1e-4)).train()
+        freeze(model, strategy)
+        kept = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        state = measure.training_state(model)
+        images = torch.empty(1, 3, 384, 384, device="meta")
+        saved = measure.saved_bytes(model, images, lambda logits: logits.square().mean())
+        rows.append({
+            "strategy": strategy, "trained_params": kept, "share of all": kept / measure.params(model),
+            "gradients + AdamW state, MB": (state["gradients"] + state["adamw"]) / 2**20,
+            "saved activations, MB an image": saved / 2**20,
+        })  # fmt: skip
+    table = pd.DataFrame(rows).set_index("strategy")
+    for column in ("gradients + AdamW state, MB", "saved activations, MB an image"):
+        less = 100 * (1 - table[column] / table.loc["full", column])
+        table[column] = [
+            f"{v:,.1f} ({saved:.1f} % less)" if saved else f"{v:,.1f}"
+            for v, saved in zip(table[column], less, strict=True)
+        ]
+    table["share of all"] = [f"{100 * share:.1f} %" for share in table["share of all"]]
+    table["trained_params"] = [f"{count:,}" for count in table["trained_params"]]
+    return table.reset_index()
+
+
+def step_costs(profile_name: str) -> pd.DataFrame:
+    """Time and memory of a training step by strategy, measured in five process restarts; nothing at smoke."""
+    p = profile(profile_name)
+    if not p.judged:
+        return pd.DataFrame({"strategy": ["full", "attn", "ffn"], "step": ["no timing at smoke"] * 3})
+    table = timing.finetune_steps(p.name, experiment("41", p.name).arms["full"])
+    rows = []
+    for strategy, group in table.groupby("strategy", sort=False):
+        full = table[table["strategy"] == "full"]
+        row = {"strategy": strategy}
+        for column, digits in (("time_s", 4), ("mem_mb", 1)):
+            ratio = full[column].to_numpy() / group[column].to_numpy()
+            row[column] = f"{group[column].median():.{digits}f}"
+            row[f"full over this, {column}"] = f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f} (n={len(ratio)})"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def theme() -> None:
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
+
+
+def difference_figure(arm_runs: Runs, reference: str, arms: Iterable[str], xlabel: str) -> Figure:
+    """Points above the reference arm: one dot a seed, the mean with its 95 % interval over seeds and images."""
+    seen, arms = correct(arm_runs), list(arms)
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    by_seed = pd.DataFrame([
+        {"arm": arm, "points": 100 * (a.mean() - b.mean())}
+        for arm in arms for a, b in zip(seen[arm], seen[reference], strict=True)
+    ])  # fmt: skip
+    sns.stripplot(by_seed, x="arm", y="points", order=arms, ax=axes, color="0.55", size=5, jitter=0.08)
+    for x, arm in enumerate(arms):
+        estimate = contrast(arm_runs, arm, reference)
+        if estimate is not None:
+            error = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
+            axes.errorbar(x, estimate.mean, yerr=error, fmt="D", capsize=4, color=sns.color_palette()[0])
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points")
+    return figure
+
+
+def interaction_figure(arm_runs: Runs) -> Figure:
+    """Table 7's question: accuracy above the linear stem, from scratch and after masked pre-training."""
+    seen = correct(arm_runs)
+    rows = []
+    for arm in seen:
+        stem, column = arm.rsplit(" ", 1)
+        if stem != "linear":
+            gaps = 100 * (seen[arm].mean(1) - seen[f"linear {column}"].mean(1))
+            rows += [{"stem": stem, "column": column, "points": gap} for gap in gaps]
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    style = {"errorbar": ("ci", 95) if len(seen[arm]) > 1 else None, "n_boot": 1, "seed": 0} | {"errorbar": None}
+    table = pd.DataFrame(rows)
+    sns.pointplot(
+        table,
+        x="column",
+        y="points",
+        hue="stem",
+        ax=axes,
+        dodge=0.15,
+        markers=["D", "s", "o"][: table["stem"].nunique()],
+        errorbar=style["errorbar"],
+    )
+    sns.stripplot(table, x="column", y="points", hue="stem", ax=axes, dodge=True, size=4, alpha=0.6, legend=False)
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set(xlabel="", ylabel="top-1 minus linear stem, points")
+    return figure
+
+
+LEAK_ROWS = {
+    "linear": {"stem": "linear"},
+    "hMLP, LayerNorm": {"stem": "hmlp", "stem_norm": "ln"},
+    "hMLP, BatchNorm": {"stem": "hmlp", "stem_norm": "bn"},
+    "convolutional": {"stem": "conv", "stem_norm": "bn"},
+}
+
+
+@functools.cache
+def leak_maps() -> dict[tuple[str, str], np.ndarray]:
+    """(stem, mode) -> how far each token moves when masked pixels change, (grid, grid)."""
+    maps = {}
+    for name, stem in LEAK_ROWS.items():
+        for mode in ("train", "eval"):
+            leak = exact.leak_map(stem, training=mode == "train").numpy()
+            maps[name, mode] = leak.reshape(2 * (round(len(leak) ** 0.5),))
+    return maps
+
+
+def leak_table() -> pd.DataFrame:
+    """Change of tokens when masked pixels change: the nearest visible tokens, all visible ones, the masked ones."""
+    rows = []
+    for (stem, mode), leak in leak_maps().items():
+        mask = exact.block_mask(len(leak)).numpy().reshape(leak.shape)
+        visible = leak[~mask]
+        rows.append({
+            "stem": stem, "mode": mode, "visible tokens that move": f"{(visible > 0).sum()} of {visible.size}",
+            "largest change of a visible token": "0" if visible.max() == 0 else f"{100 * visible.max():.1f} %",
+            "mean change of a masked token": f"{100 * leak[mask].mean():.0f} %",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def leak_figure() -> Figure:
+    """The leak map: rows train and eval, a column a stem; masked tokens outlined."""
+    maps, stems = leak_maps(), list(LEAK_ROWS)
+    figure, axes = plt.subplots(2, len(stems), figsize=(8.4, 4.4), layout="constrained")
+    for (row, mode), (column, stem) in ((a, b) for a in enumerate(("train", "eval")) for b in enumerate(stems)):
+        leak, cell = maps[stem, mode], axes[row][column]
+        mask = exact.block_mask(len(leak)).numpy().reshape(leak.shape)
+        visible = np.where(mask, np.nan, 100 * leak)
+        notes = np.where(mask | (leak == 0), "", [[f"{value:.0f}" for value in line] for line in 100 * leak])
+        sns.heatmap(
+            visible, ax=cell, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="", cbar=column == len(stems) - 1,
+            square=True, xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9",
+            cbar_kws={"label": "change, % of a token's length"}, annot_kws={"size": 7},
+        )  # fmt: skip
+        cell.set_facecolor("0.55")
+        cell.set_title(stem if row == 0 else "")
+        cell.set_ylabel(mode if column == 0 else "")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------- verdicts
+
+
+def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
+    """The verdict on every part of the ledger, or of one notebook, from finished runs; nothing is trained."""
+    parts = [part for part in ledger().values() if notebook in (None, part.notebook)]
+    return [_verdict(part, profile_name) for part in parts]
+
+
+def _verdict(part: Part, profile_name: str) -> Verdict:
+    p = profile(profile_name)
+    classes = card(p.data)["vitlib"]["num_classes"]
+    if part.kind == "exact":
+        return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
+    if part.kind == "ratio":
+        table = timing.stored(p.name)
+        if table is None:
+            return judge(part, {}, p.name, p.pairs, classes)
+        arms = {arm: table.query("strategy == @arm")[part.metric].to_numpy() for arm in part.contrast}
+        about = table.iloc[0]
+        hashes = [dict(part=part.id, **{part.id: value}) for value in table[f"ledger_{part.metric}"].unique()]
+        return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=f"{about['device']}, {about['size']}")
+    setting = experiment(part.notebook, p.name)
+    found = _finished(setting)
+    pairs = _pairs(part, p.pairs, found)
+    named = {arm: results for arm, results in found.items() if results}
+    hashes = [r.ledger for arm in part.contrast_at(pairs) for r in named.get(arm, [])]
+    seen = correct(Runs(setting, named))
+    return judge(part, seen, p.name, pairs, classes, hashes=hashes)
+
+
+def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:
+    """The number of pairs at which a part is looked at: what it asks for where that was run, else the profile's own."""
+    wanted = part.min_pairs or own
+    return wanted if all(arm in found for arm in part.contrast_at(wanted)) else own
+
+
+def _finished(setting: Experiment) -> dict[str, list[runs.Result]]:
+    """Arm -> results at exactly the profile's seeds; an arm with a seed missing is left out."""
+    found = {}
+    for arm, spec in setting.arms.items():
+        results = [runs.find(spec.with_seed(seed)) for seed in setting.profile.seeds]
+        if all(results):
+            found[arm] = results
+    return found
+
+
+def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as a table to print."""
+    table = verdict_table(chosen, family)
+    notes = {v.part.id: v.note for v in chosen}
+
+    def number(value: object, digits: int = 2, sign: str = "+") -> str:
+        return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+    rows = []
+    for row in table.itertuples():
+        ratio = ledger()[row.part].kind == "ratio"
+        sign = "" if ratio else "+"
+        ours = "–" if pd.isna(row.ours) else f"{row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
+        rows.append({
+            "part": row.part, "contrast": row.contrast or "exact", "n": "–" if pd.isna(row.n) else str(row.n),
+            "ours, points (ratio for F3)": ours, "paper": number(row.paper, 2, sign), "margin": number(row.margin, 1, ""),
+            "p": number(row.p, 3, ""), "p (Holm)": number(row.p_holm, 3, ""), "verdict": row.verdict,
+            "note": notes[row.part] or "–", "smallest visible": number(row.smallest_visible, 2, ""),
+            "seeds for the paper's difference": "–" if row.seeds_needed is None or pd.isna(row.seeds_needed) else str(row.seeds_needed),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def stances(chosen: Sequence[Verdict]) -> pd.DataFrame:
+    """One row a claim: what its parts say together."""
+    rows = []
+    for claim in dict.fromkeys(v.part.claim for v in chosen):
+        mine = [v for v in chosen if v.part.claim == claim]
+        words = "; ".join(f"{v.part.id}: {v.text}" if len(mine) > 1 else v.text for v in mine)
+        rows.append({"claim": claim, "says": " ".join(v.part.title for v in mine[:1]), "parts": words,
+                     "stance": claim_stance(mine), "notebook": NOTEBOOKS[mine[0].part.notebook][0]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def claims_table(profile_name: str) -> str:
+    """Every part's verdict at a profile, for the terminal; also written to outputs/<profile>/claims.csv."""
+    every = verdicts(profile_name)
+    save_table(verdict_table(every), profile_name, "claims", "")
+    table = stances(every)[["claim", "stance", "parts"]]
+    return f"claims at profile {profile_name}\n{table.to_markdown(index=False, tablefmt='simple')}"
+
+
+def save_table(table: pd.DataFrame, profile_name: str, name: str, folder: str = "tables") -> None:
+    path = paths.outputs() / profile_name / folder / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def plan_table(specs: Sequence[RunSpec], jobs: int) -> str:
+    """What these runs cost, in one paragraph for the terminal."""
+    workers = jobs or cores()
+    c = plan.cost(specs, workers)
+    return (
+        f"{c.runs} runs, {c.missing} of them to train: about {c.cpu_s:,.0f} CPU seconds, "
+        f"{c.wall_s / 60:.0f} minutes with {workers} workers, {c.mem_mb:,} MB of memory, {c.disk_mb:.0f} MB of disk"
+    )

@@ -1,0 +1,358 @@
+"""Runs: what is trained (a spec), doing it, and the store that keeps it.
+
+A spec's hash covers everything that changes the numbers. Asking the store for a finished run reads it; `execute` trains
+a missing one. A run directory is written whole or not at all:
+
+    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from vitlib import paths
+from vitlib.data import load_resized, subset
+from vitlib.data.registry import card, data_checksum
+from vitlib.errors import UsageError, unknown
+from vitlib.lab.ledger import ledger_hashes
+from vitlib.model import ViT, ViTConfig
+from vitlib.train import finetune, loop, masked, tokenizers
+from vitlib.train.losses import LOSSES
+from vitlib.train.recipes import Recipe
+
+# Raised whenever training changes its numbers; tests/test_training.py holds twenty steps that notice.
+TRAINING_VERSION = 1
+# Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
+FIRST_TUNING_SEED = 1000
+PROTOCOLS = ("supervised", "finetune", "masked")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run. Its hash names it; equal specs are one run, whoever asks."""
+
+    protocol: str  # "supervised" (also from scratch on few labels), "finetune" (from parent), "masked"
+    model: ViTConfig
+    data: str
+    recipe: Recipe
+    seed: int = 0
+    images: int | None = None  # class-balanced subset of the training images; None = all
+    parent: RunSpec | None = None
+    strategy: str = "full"
+    targets: str = "none"  # of masked pre-training: "tokens" or "pixels"
+    masked: int = 0  # patches masked in each image
+    # Fixed by the profile, the same on every machine.
+    precision: str = "float32"
+    execution: str = "seq"
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise unknown("protocol", self.protocol, PROTOCOLS)
+        if self.strategy not in finetune.STRATEGIES:
+            raise unknown("strategy", self.strategy, finetune.STRATEGIES)
+        if (self.protocol == "finetune") != (self.parent is not None):
+            raise UsageError(f"a {self.protocol} run {'needs a' if self.protocol == 'finetune' else 'has no'} parent")
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits over all fields, the data's checksum, the parent's hash and TRAINING_VERSION."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def record(self) -> dict:
+        """What is hashed, and what spec.json holds."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        record |= {"model": asdict(self.model), "recipe": asdict(self.recipe)}
+        record |= {"parent": self.parent.hash if self.parent else None}
+        return record | {"data_checksum": data_checksum(self.data), "training_version": TRAINING_VERSION}
+
+    def with_seed(self, seed: int) -> RunSpec:
+        """The same run, and the same trunk, at another seed."""
+        return replace(self, seed=seed, parent=self.parent.with_seed(seed) if self.parent else None)
+
+    def family(self) -> Iterator[RunSpec]:
+        """Parents first, then this run."""
+        if self.parent:
+            yield from self.parent.family()
+        yield self
+
+    @property
+    def split(self) -> str:
+        """The split that accuracy is measured on."""
+        return "test" if self.seed < FIRST_TUNING_SEED else "validation"
+
+    @property
+    def training_images(self) -> int:
+        splits = {split["name"]: split["num_examples"] for split in card(self.data)["dataset_info"]["splits"]}
+        return self.images or splits["train"]
+
+    @property
+    def steps(self) -> int:
+        return loop.count_steps(self.recipe, self.training_images)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: metrics, which images were right, and where and when it ran."""
+
+    hash: str
+    metrics: dict[str, float]
+    correct: np.ndarray | None  # bool (images of the split,), in the split's order; None for masked pre-training
+    ledger: dict[str, str]  # hash of every part of a claim when the run began
+    about: dict  # split, wall_s, cpu_s, mem_mb, device, versions, commit, date
+
+    def record(self) -> dict:
+        correct = None
+        if self.correct is not None:
+            bits = base64.b64encode(np.packbits(self.correct).tobytes()).decode()
+            correct = {"images": len(self.correct), "bits": bits}
+        return {"hash": self.hash, "metrics": self.metrics, "correct": correct, "ledger": self.ledger} | self.about
+
+    @classmethod
+    def from_record(cls, record: dict) -> Result:
+        record = dict(record)
+        packed = record.pop("correct")
+        correct = None
+        if packed is not None:
+            bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
+            correct = np.unpackbits(bits, count=packed["images"]).astype(bool)
+        named = {name: record.pop(name) for name in ("hash", "metrics", "ledger")}
+        return cls(correct=correct, about=record, **named)
+
+
+# ---------------------------------------------------------------------------------------------------- the store
+
+
+def find(spec: RunSpec) -> Result | None:
+    """The finished run, or None. Raises UsageError for a run directory that another version wrote."""
+    path = paths.runs() / spec.hash / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        return Result.from_record(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as fault:
+        raise UsageError(
+            f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}): "
+            "move that folder away and the run is trained again"
+        ) from fault
+
+
+def weights(spec: RunSpec) -> dict[str, torch.Tensor]:
+    """The trained weights of a finished run. Raises UsageError where only its metrics were imported."""
+    path = weights_path(spec)
+    if not path.is_file():
+        raise UsageError(f"the run {spec.hash} has no weights in {paths.runs()} (imported runs have metrics only)")
+    return load_file(path)
+
+
+def weights_path(spec: RunSpec) -> Path:
+    return paths.runs() / spec.hash / "weights.safetensors"
+
+
+def lock(spec: RunSpec) -> FileLock:
+    """Held while a run is trained: a second process waits and then reads it."""
+    folder = paths.runs() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{spec.hash}.lock")
+
+
+def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[str, torch.Tensor]) -> None:
+    """Write a run into a temporary folder and move it into place."""
+    store = paths.runs()
+    draft = store / f".{spec.hash}.{os.getpid()}"
+    draft.mkdir(parents=True)
+    try:
+        (draft / "spec.json").write_text(json.dumps(spec.record(), indent=1), encoding="utf-8")
+        with (draft / "history.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow([f.name for f in fields(loop.Step)])
+            table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
+        save_file({k: v.contiguous() for k, v in state.items()}, draft / "weights.safetensors")
+        (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
+        shutil.rmtree(store / spec.hash, ignore_errors=True)  # an imported run, which has no weights
+        draft.rename(store / spec.hash)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove the drafts of processes that are gone."""
+    for draft in paths.runs().glob(".[0-9a-f]*.*"):
+        if not _alive(int(draft.suffix[1:])):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def export_runs(path: Path) -> int:
+    """Write every run of the store to a `runs.jsonl`, sorted by hash, without weights; how many."""
+    records = []
+    for folder in sorted(paths.runs().glob("[0-9a-f]*")):
+        spec, result = (json.loads((folder / name).read_text("utf-8")) for name in ("spec.json", "result.json"))
+        records.append(json.dumps({"spec": spec, "result": result}, sort_keys=True))
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
+    draft.replace(path)
+    return len(records)
+
+
+def import_runs(path: Path) -> tuple[int, int]:
+    """Merge a `runs.jsonl` into the store by hash: (new, already there). Metrics and correctness, no weights.
+
+    Raises UsageError, before anything is written, for a line that is not a run or whose hash is not that of its spec.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to import")
+    runs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            run = json.loads(line)
+            found = hashlib.sha256(json.dumps(run["spec"], sort_keys=True).encode()).hexdigest()[:16]
+            Result.from_record(run["result"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
+        if found != run["result"]["hash"]:
+            raise UsageError(f"line {number} of {path.name} says {run['result']['hash']}, but its spec is {found}")
+        runs.append((found, run))
+    new = 0
+    for name, run in runs:
+        folder = paths.runs() / name
+        if (folder / "result.json").is_file():
+            continue
+        draft = paths.runs() / f".{name}.{os.getpid()}"
+        draft.mkdir(parents=True)
+        for part in ("spec", "result"):
+            (draft / f"{part}.json").write_text(json.dumps(run[part], indent=1), encoding="utf-8")
+        draft.rename(folder)
+        new += 1
+    return new, len(runs) - new
+
+
+# ---------------------------------------------------------------------------------------------------- doing it
+
+
+def execute(
+    spec: RunSpec, need_weights: bool = False, on_step: Callable[[int, int], None] = lambda step, steps: None
+) -> Result:
+    """Train a run, or read it where it is finished. Its parent must be finished, with weights.
+
+    `need_weights` trains a run again of which only the metrics were imported. Raises NonFiniteLoss with the run's name;
+    nothing is kept then.
+    """
+    with lock(spec):
+        done = find(spec)
+        if done is not None and not (need_weights and not weights_path(spec).is_file()):
+            return done
+        torch.set_num_threads(spec.threads)
+        torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
+        began, ledger = time.time(), ledger_hashes()
+        cpu = time.process_time()
+        data = load_resized(spec.data, "train", spec.model.image_size)
+        rows = subset(data, spec.images, spec.seed)
+        model, loss_function = prepare(spec, data)
+        try:
+            history = loop.train(model, spec.recipe, data, rows, spec.seed, loss_function, on_step)
+        except loop.NonFiniteLoss as fault:
+            raise loop.NonFiniteLoss(f"run {spec.hash} ({describe(spec)}): {fault}") from None
+        metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
+        correct = None
+        if spec.protocol != "masked":
+            correct, loss = loop.evaluate(model, load_resized(spec.data, spec.split, spec.model.image_size))
+            metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
+        metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        about = {
+            "split": spec.split,
+            "wall_s": time.time() - began,
+            "cpu_s": time.process_time() - cpu,
+        } | surroundings()
+        result = Result(spec.hash, metrics, correct, ledger, about)
+        keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
+        return result
+
+
+def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
+    """The model at its start and the loss function of its protocol."""
+    if spec.protocol == "masked":
+        targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed)
+        model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
+        return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
+    if spec.protocol == "finetune":
+        model = finetune.start_from(weights(spec.parent), spec.model, spec.seed)
+        finetune.freeze(model, spec.strategy)
+    else:
+        model = ViT(spec.model, spec.seed)
+    return model, LOSSES[spec.recipe.loss]
+
+
+def describe(spec: RunSpec) -> str:
+    """A run in a few words, for progress lines and errors."""
+    parts = [spec.protocol, spec.model.name, f"{spec.model.image_size} px", f"stem {spec.model.stem}"]
+    parts += [f"{spec.images} images"] if spec.images else []
+    parts += [spec.strategy] if spec.protocol == "finetune" else []
+    return ", ".join([*parts, f"seed {spec.seed}"])
+
+
+def surroundings() -> dict:
+    """Where and with what a run was done."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {
+        "mem_mb": round(peak), "device": device_name(), "torch": torch.__version__, "python": platform.python_version(),
+        "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+@functools.cache
+def device_name() -> str:
+    """The processor's own name and the number of cores; the GPU's name on a GPU machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with `+` where code was changed since; empty outside git."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], cwd=paths.ROOT, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "vitlib") else "")

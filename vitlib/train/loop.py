@@ -1,0 +1,127 @@
+"""One flat training loop for every protocol, in the order things happen. Callers pass a loss function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from vitlib import draws
+from vitlib.data import Batch, DataSet, epoch_batches, normalise
+from vitlib.train.recipes import Recipe
+
+LossFunction = Callable[[nn.Module, Batch, Tensor | None], Tensor]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or not a number; the message says at which step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a run's history."""
+
+    step: int  # from 1
+    epoch: int  # from 0
+    lr: float
+    loss: float
+
+
+def train(
+    model: nn.Module,
+    recipe: Recipe,
+    data: DataSet,
+    rows: np.ndarray,
+    seed: int,
+    loss_function: LossFunction,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> list[Step]:
+    """Train `model` in place on the images `rows` of `data`; the history, one entry a step.
+
+    Bit for bit the same on one machine and one thread for the same seed. `on_step(step, steps)` is called behind every
+    step. Raises NonFiniteLoss at the first loss that is not finite.
+    """
+    steps = count_steps(recipe, len(rows))
+    optimizer, schedule = make_optimizer(model, recipe, steps)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    history: list[Step] = []
+    set_train_mode(model)
+    for epoch in range(recipe.epochs):
+        for batch in epoch_batches(data, rows, seed, epoch, recipe.batch_size, recipe.flip, recipe.mixup):
+            step = len(history)
+            schedule.step_update(step)
+            loss = loss_function(model, batch, drop_path_draws(model, seed, batch))
+            if not math.isfinite(value := loss.item()):
+                raise NonFiniteLoss(
+                    f"the loss is {value} at step {step + 1} of {steps} (epoch {epoch + 1}, seed {seed})"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            if recipe.clip is not None:
+                nn.utils.clip_grad_norm_(trained, recipe.clip)
+            optimizer.step()
+            history.append(Step(step + 1, epoch, optimizer.param_groups[0]["lr"], value))
+            on_step(step + 1, steps)
+    return history
+
+
+def count_steps(recipe: Recipe, images: int) -> int:
+    """Optimizer steps of a run; the last batch of an epoch may be smaller."""
+    return recipe.epochs * math.ceil(images / recipe.batch_size)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, CosineLRScheduler]:
+    """timm's optimizer over the trainable parameters, and timm's cosine after a linear warm-up, by steps.
+
+    Weight decay spares one-dimensional parameters and what the model names in `no_weight_decay`.
+    """
+    options = {
+        "adamw": {"betas": recipe.betas, "fused": True},
+        "lamb": {"betas": recipe.betas},
+        "sgd": {"momentum": 0.9},
+    }
+    optimizer = create_optimizer_v2(
+        model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **options[recipe.optimizer]
+    )
+    warmup = round(recipe.warmup * steps)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=max(steps - warmup, 1), lr_min=recipe.min_lr, warmup_t=warmup,
+        warmup_lr_init=recipe.lr / (warmup + 1), warmup_prefix=True, t_in_epochs=False,
+    )  # fmt: skip
+    return optimizer, schedule
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Training mode, except for frozen batch norms: their statistics stay those of the parent model."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
+    """One draw for each pair, each of its two functions and each image: (pairs, 2, B); None where drop-path is off."""
+    config = model.config
+    if config.drop_path == 0:
+        return None
+    u = draws.uniform(seed, "drop-path", batch.epoch, batch.index, 2 * config.pairs)
+    return torch.from_numpy(u.T.reshape(config.pairs, 2, len(batch.index)).astype(np.float32))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: DataSet, batch_size: int = 500) -> tuple[np.ndarray, float]:
+    """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy."""
+    model.eval()
+    correct, total = [], 0.0
+    for start in range(0, len(data), batch_size):
+        labels = data.labels[start : start + batch_size]
+        logits = model(normalise(data.images[start : start + batch_size], data))
+        correct.append(logits.argmax(dim=1) == labels)
+        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    return torch.cat(correct).numpy(), total / len(data)

@@ -1,0 +1,28 @@
+"""Losses of supervised training and fine-tuning; masked pre-training brings its own (`masked.py`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlib.data import Batch
+
+
+def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
+    """Mean over images; targets are labels, or class shares under mixup."""
+    return F.cross_entropy(model(batch.images, draws), batch.targets)
+
+
+def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
+    """Procedure A2: one binary decision a class, mean over images and classes.
+
+    Released code: engine.py, targets.gt(0.0). Any share above zero counts as fully positive; label smoothing must be
+    off, or every class does.
+    """
+    logits = model(batch.images, draws)
+    targets = batch.targets if batch.targets.ndim == 2 else F.one_hot(batch.targets, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))
+
+
+LOSSES = {"cross_entropy": cross_entropy, "bce": bce}

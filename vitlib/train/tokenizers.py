@@ -1,0 +1,121 @@
+"""What masked pre-training predicts, behind one interface: fit on training images, targets by image index.
+
+tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
+         light stand-in for the paper's tokenizer, a discrete VAE trained on ImageNet-1k
+pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlib import draws
+from vitlib.data import Batch, DataSet
+from vitlib.errors import unknown
+
+VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
+SAMPLED_PATCHES = 60_000
+ITERATIONS = 25
+
+
+class Targets(Protocol):
+    """What is predicted for each patch."""
+
+    outputs: int  # width of the prediction
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Targets of a batch, (B, patches) or (B, patches, outputs), in the orientation in which it was drawn."""
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Mean over masked patches: (M, outputs) and the targets of the same patches."""
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, patches, C * P * P), patches in row-major order."""
+    return F.unfold(images.float(), patch_size, stride=patch_size).transpose(1, 2)
+
+
+class PatchTokens:
+    """k-means tokens, looked up once for every image in both orientations: int64 (2, N, patches)."""
+
+    def __init__(self, data: DataSet, patch_size: int, seed: int, vocabulary: int = VOCABULARY):
+        patches = patchify(data.images, patch_size) / 255
+        flat = patches.reshape(-1, patches.shape[-1])
+        sample = draws.order(seed, "k-means sample", 0, len(flat))[:SAMPLED_PATCHES]
+        self.prototypes = kmeans(flat[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
+        self.outputs = len(self.prototypes)
+        both = (patches, patchify(data.images.flip(-1), patch_size) / 255)
+        self.tokens = torch.stack([nearest(p.reshape(-1, p.shape[-1]), self.prototypes).view(len(p), -1) for p in both])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.tokens[batch.flipped.long(), torch.from_numpy(batch.index)]
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(predicted, target)
+
+
+class NormalisedPixels:
+    """A patch's pixels minus their mean, divided by their deviation.
+
+    Released code of MAE: models_mae.py, unbiased variance, epsilon 1e-6, mean squared error.
+    """
+
+    def __init__(self, data: DataSet, patch_size: int):
+        self.patch_size = patch_size
+        self.outputs = data.images.shape[1] * patch_size**2
+
+    def __call__(self, batch: Batch) -> Tensor:
+        pixels = patchify(batch.images, self.patch_size)
+        return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(predicted, target)
+
+
+TARGETS = ("tokens", "pixels")
+
+
+def make_targets(kind: str, data: DataSet, patch_size: int, seed: int) -> Targets:
+    """Raises UsageError for an unknown kind."""
+    if kind not in TARGETS:
+        raise unknown("targets", kind, TARGETS)
+    return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
+
+
+def nearest(points: Tensor, prototypes: Tensor) -> Tensor:
+    """Index of the nearest prototype: (M, d), (V, d) -> int64 (M,)."""
+    half = prototypes.square().sum(1) / 2
+    return torch.cat([(half - part @ prototypes.T).argmin(dim=1) for part in points.split(16_384)])
+
+
+def kmeans(points: Tensor, count: int, iterations: int, seed: int = 0) -> Tensor:
+    """Lloyd's algorithm from k-means++ seeds: (M, d) -> (V, d); a function of (points, seed).
+
+    scipy and scikit-learn have this too; training must also run where only torch, numpy and timm are.
+    """
+    u = draws.uniform(seed, "k-means++", 0, np.arange(1), count)[0]
+    chosen = [int(u[0] * len(points))]
+    gap = (points - points[chosen[0]]).square().sum(1).double()
+    for share in u[1:]:
+        # The next seed is drawn in proportion to the squared distance to the nearest one so far.
+        total = gap.cumsum(0)
+        chosen.append(int(torch.searchsorted(total, share * total[-1], right=True).clamp(max=len(points) - 1)))
+        gap = torch.minimum(gap, (points - points[chosen[-1]]).square().sum(1).double())
+    prototypes = points[chosen].clone()
+    for _ in range(iterations):
+        member = nearest(points, prototypes)
+        sums = torch.zeros_like(prototypes).index_add_(0, member, points)
+        sizes = torch.bincount(member, minlength=count)
+        prototypes = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], prototypes)
+    return prototypes
+
+
+def usage(tokens: np.ndarray | Tensor, vocabulary: int) -> Tensor:
+    """Share of each token, float (V,): how much of the vocabulary is in use."""
+    counts = torch.bincount(torch.as_tensor(tokens).flatten(), minlength=vocabulary)
+    return counts / counts.sum()
