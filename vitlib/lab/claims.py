@@ -444,6 +444,12 @@ def _text(contrast: Mapping[str, float]) -> str:
     return " ".join(terms).removeprefix("+ ")
 
 
+def arms_of(part: Part, pairs: int) -> list[str]:
+    """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
+    arms = [*part.contrast_at(pairs), *(arm for check in part.checks for arm in CHECKS[check])]
+    return list(dict.fromkeys(arms + ([arm_at(part.control, pairs)] if part.control else [])))
+
+
 def _missing(
     part: Part,
     contrast: Mapping[str, float],
@@ -454,9 +460,7 @@ def _missing(
     hashes: Sequence[Mapping[str, str]],
 ) -> str:
     """Why a part reads `not run`, or ""."""
-    arms = dict.fromkeys(contrast)
-    if in_scope and part.control is not None:
-        arms |= dict.fromkeys([arm_at(part.control, pairs), *(arm for check in part.checks for arm in CHECKS[check])])
+    arms = arms_of(part, pairs) if in_scope else list(contrast)
     absent = [arm for arm in arms if arm not in correct]
     if absent:
         return f"no runs of {', '.join(absent)}"

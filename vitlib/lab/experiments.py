@@ -16,7 +16,6 @@ from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
 from vitlib.train.finetune import at_image_size
-from vitlib.train.recipes import Recipe
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from vitlib import paths
+from vitlib.data import load_resized
 from vitlib.data.registry import card
 from vitlib.lab import exact, plan, runs, timing
-from vitlib.lab.claims import Estimate, Verdict, claim_stance, difference, interval, judge, verdict_table
+from vitlib.lab.claims import Estimate, Verdict, arms_of, claim_stance, difference, interval, judge, verdict_table
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
 from vitlib.lab.launch import cores
 from vitlib.lab.ledger import Part, ledger
 from vitlib.lab.paper import as_printed, paper_table
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViTConfig, vit_config
+from vitlib.train import masked, tokenizers
 
 NOT_RUN = "not run"
 
@@ -58,6 +60,26 @@ def table3_models(*more: str) -> dict[str, ViTConfig]:
     rows = paper_table("table3").to_dict("records")
     scale = {row["model"]: 1e-4 if row["layer_scale"] == "yes" else None for row in rows} | dict.fromkeys(more, 1e-4)
     return {name: vit_config(name, layer_scale=value) for name, value in scale.items()}
+
+
+def stem_sizes() -> pd.DataFrame:
+    """ViT-B12 with each stem, and B13, the linear baseline of like cost: counted, and as Table 7 prints it."""
+    printed = paper_table("table7").set_index(["model", "stem", "norm"])["gflops"]
+    models = [("B12", stem, norm) for stem, norm in _STEMS] + [("B13", "linear", "none")]
+    base = exact.size(vit_config("B12"))
+    rows = []
+    for name, stem, norm in models:
+        size = exact.size(vit_config(name, stem=stem, stem_norm=norm))
+        paper = printed[(f"ViT-{name}", stem, norm)]
+        rows.append({
+            "model": name, "stem": stem, "norm": norm, "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.2f}",
+            "more than linear": f"{100 * (size.macs / base.macs - 1):+.2f} %",
+            "paper, GFLOPs": paper if isinstance(paper, str) else paper.iloc[0],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+_STEMS = [("linear", "none"), ("hmlp", "bn"), ("hmlp", "ln"), ("conv", "bn"), ("conv", "ln")]
 
 
 # ---------------------------------------------------------------------------------------------------- accuracies
@@ -233,30 +255,25 @@ def difference_figure(arm_runs: Runs, reference: str, arms: Iterable[str], xlabe
 
 
 def interaction_figure(arm_runs: Runs) -> Figure:
-    """Table 7's question: accuracy above the linear stem, from scratch and after masked pre-training."""
+    """Table 7's question: points above the linear stem with the same training, from scratch and pre-trained."""
     seen = correct(arm_runs)
-    rows = []
-    for arm in seen:
-        stem, column = arm.rsplit(" ", 1)
-        if stem != "linear":
-            gaps = 100 * (seen[arm].mean(1) - seen[f"linear {column}"].mean(1))
-            rows += [{"stem": stem, "column": column, "points": gap} for gap in gaps]
+    stems = list(dict.fromkeys(arm.rsplit(" ", 1)[0] for arm in seen if not arm.startswith("linear ")))
+    columns = list(dict.fromkeys(arm.rsplit(" ", 1)[1] for arm in seen))
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    style = {"errorbar": ("ci", 95) if len(seen[arm]) > 1 else None, "n_boot": 1, "seed": 0} | {"errorbar": None}
-    table = pd.DataFrame(rows)
-    sns.pointplot(
-        table,
-        x="column",
-        y="points",
-        hue="stem",
-        ax=axes,
-        dodge=0.15,
-        markers=["D", "s", "o"][: table["stem"].nunique()],
-        errorbar=style["errorbar"],
-    )
-    sns.stripplot(table, x="column", y="points", hue="stem", ax=axes, dodge=True, size=4, alpha=0.6, legend=False)
+    for i, stem in enumerate(stems):
+        x = np.arange(len(columns)) + 0.12 * (i - (len(stems) - 1) / 2)
+        gaps = np.stack([100 * (seen[f"{stem} {c}"].mean(1) - seen[f"linear {c}"].mean(1)) for c in columns])
+        colour, marker = sns.color_palette()[i], "Dos^"[i % 4]
+        axes.plot(x, gaps, color=colour, alpha=0.25, linewidth=0.8)  # a thin line a seed
+        axes.plot(x, gaps.mean(1), color=colour, marker=marker, label=stem)
+        for place, column in zip(x, columns, strict=True):
+            estimate = contrast(arm_runs, f"{stem} {column}", f"linear {column}")
+            if estimate is not None:
+                axes.errorbar(place, estimate.mean, estimate.high - estimate.mean, capsize=4, color=colour)
     axes.axhline(0, color="0.2", linewidth=1)
-    axes.set(xlabel="", ylabel="top-1 minus linear stem, points")
+    axes.set(xlabel="", ylabel="top-1 minus linear stem, points", xlim=(-0.4, len(columns) - 0.6))
+    axes.set_xticks(range(len(columns)), columns)
+    axes.legend(title="stem")
     return figure
 
 
@@ -313,6 +330,31 @@ def leak_figure() -> Figure:
     return figure
 
 
+def masking_figure(profile_name: str, count: int = 4) -> Figure:
+    """Images, their block-wise masks, and the k-means prototypes of their patches."""
+    p = profile(profile_name)
+    spec = experiment("52", p.name).arms["linear pretrained"].parent.with_seed(p.seeds[0])
+    data = load_resized(p.data, "train", p.image_size)
+    tokens = tokenizers.make_targets("tokens", data, p.patch_size, spec.seed)
+    grid, side = spec.model.grid, p.patch_size
+    masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked)
+    figure, axes = plt.subplots(3, count, figsize=(1.5 * count, 4.6), layout="constrained")
+    for i in range(count):
+        image = data.images[i, 0].numpy() / 255
+        mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))
+        pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, side, side)
+        predicted = pieces.permute(0, 2, 1, 3).reshape(grid * side, -1).numpy()
+        for row, picture in enumerate((image, np.where(mask, np.nan, image), predicted)):
+            cell = axes[row][i]
+            cell.set_facecolor("0.55")
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+            cell.grid(False)
+    for row, name in enumerate(("image", f"{spec.masked} of {grid**2} masked", "prototypes")):
+        axes[row][0].set_ylabel(name)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------- verdicts
 
 
@@ -333,13 +375,13 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
             return judge(part, {}, p.name, p.pairs, classes)
         arms = {arm: table.query("strategy == @arm")[part.metric].to_numpy() for arm in part.contrast}
         about = table.iloc[0]
-        hashes = [dict(part=part.id, **{part.id: value}) for value in table[f"ledger_{part.metric}"].unique()]
+        hashes = [{part.id: value} for value in table[f"ledger_{part.metric}"].unique()]
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=f"{about['device']}, {about['size']}")
     setting = experiment(part.notebook, p.name)
     found = _finished(setting)
     pairs = _pairs(part, p.pairs, found)
     named = {arm: results for arm, results in found.items() if results}
-    hashes = [r.ledger for arm in part.contrast_at(pairs) for r in named.get(arm, [])]
+    hashes = [r.ledger for arm in arms_of(part, pairs) for r in named.get(arm, [])]
     seen = correct(Runs(setting, named))
     return judge(part, seen, p.name, pairs, classes, hashes=hashes)
 
