@@ -42,6 +42,12 @@ class Page:
         report.save_table(table, self.profile, self._file(name))
         display(Markdown(report.markdown(table)))
 
+    def accuracies(self, runs: Runs, reference: str, paper: dict[str, str]) -> None:
+        """The paper | the committed reference | this run, and one blocked model for the whole table."""
+        self.table(report.accuracies(runs, reference, paper))
+        if note := report.blocked_model(runs):
+            display(Markdown(note))
+
     def figure(self, figure: Figure, alt: str, name: str = "") -> None:
         """Show a figure with alternative text; SVG and PNG go beside."""
         folder = paths.outputs() / self.profile / "figures"

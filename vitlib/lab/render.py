@@ -111,7 +111,7 @@ def _is_current(target: Path, key: str) -> bool:
 def _render(notebook: Path, target: Path, parameters: dict[str, object], key: str) -> None:
     """Execute into a temporary name, move into place on success, keep a failed one under failed/."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         with kernel_environment():
             papermill.execute_notebook(

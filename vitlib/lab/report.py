@@ -7,7 +7,7 @@ Tables are pandas frames with texts ready to print; figures are matplotlib figur
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,7 +72,7 @@ def stem_sizes() -> pd.DataFrame:
         size = exact.size(vit_config(name, stem=stem, stem_norm=norm))
         paper = printed[(f"ViT-{name}", stem, norm)]
         rows.append({
-            "model": name, "stem": stem, "norm": norm, "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.2f}",
+            "model": name, "stem": stem, "norm": norm, "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.3f}",
             "more than linear": f"{100 * (size.macs / base.macs - 1):+.2f} %",
             "paper, GFLOPs": paper if isinstance(paper, str) else paper.iloc[0],
         })  # fmt: skip
@@ -124,6 +124,26 @@ def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.D
         row |= {"first_loss": f"{metrics['first_loss']:.5f}", "train_loss": f"{metrics['train_loss']:.3f}"}
         rows.append(row | {"trained_params": f"{int(metrics['trained_params']):,}"})
     return pd.DataFrame(rows)
+
+
+def blocked_model(arm_runs: Runs) -> str:
+    """One blocked model for the whole table, accuracy ~ arm + seed, in one sentence; shown beside, decides nothing."""
+    from statsmodels.formula.api import ols
+    from statsmodels.stats.anova import anova_lm
+
+    table = pd.DataFrame([
+        {"arm": arm, "seed": seed, "top1": result.metrics["top1"]}
+        for arm, results in arm_runs.results.items()
+        for seed, result in zip(arm_runs.experiment.profile.seeds, results, strict=True)
+    ])  # fmt: skip
+    if table["seed"].nunique() < 2 or table["arm"].nunique() < 2:
+        return ""
+    fit = ols("top1 ~ C(arm) + C(seed)", table).fit()
+    arms = anova_lm(fit).loc["C(arm)"]
+    return (
+        f"Blocked model, top-1 ~ arm + seed (shown beside, decides nothing): F({arms['df']:.0f}, {fit.df_resid:.0f}) = "
+        f"{arms['F']:.1f}, p = {arms['PR(>F)']:.2g} for any difference between arms; residual {fit.mse_resid**0.5:.2f} points."
+    )
 
 
 def provenance(arm_runs: Runs) -> str:
@@ -235,9 +255,9 @@ def theme() -> None:
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
 
 
-def difference_figure(arm_runs: Runs, reference: str, arms: Iterable[str], xlabel: str) -> Figure:
+def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
     """Points above the reference arm: one dot a seed, the mean with its 95 % interval over seeds and images."""
-    seen, arms = correct(arm_runs), list(arms)
+    seen, arms = correct(arm_runs), [arm for arm in arm_runs.results if arm != reference]
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     by_seed = pd.DataFrame([
         {"arm": arm, "points": 100 * (a.mean() - b.mean())}
@@ -320,13 +340,13 @@ def leak_figure() -> Figure:
         visible = np.where(mask, np.nan, 100 * leak)
         notes = np.where(mask | (leak == 0), "", [[f"{value:.0f}" for value in line] for line in 100 * leak])
         sns.heatmap(
-            visible, ax=cell, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="", cbar=column == len(stems) - 1,
-            square=True, xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9",
-            cbar_kws={"label": "change, % of a token's length"}, annot_kws={"size": 7},
+            visible, ax=cell, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="", cbar=False, square=True,
+            xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9", annot_kws={"size": 7},
         )  # fmt: skip
         cell.set_facecolor("0.55")
         cell.set_title(stem if row == 0 else "")
         cell.set_ylabel(mode if column == 0 else "")
+    figure.colorbar(axes[0][0].collections[0], ax=axes, label="change, % of a token's length", shrink=0.8, extend="max")
     return figure
 
 
@@ -405,10 +425,13 @@ def _finished(setting: Experiment) -> dict[str, list[runs.Result]]:
 def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.DataFrame:
     """Verdicts as a table to print."""
     table = verdict_table(chosen, family)
-    notes = {v.part.id: v.note for v in chosen}
+    by_part = {v.part.id: v for v in chosen}
 
     def number(value: object, digits: int = 2, sign: str = "+") -> str:
         return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+    def paired(estimate: Estimate | None, ratio: bool) -> str:
+        return "–" if estimate is None or ratio else "[{:+.2f}, {:+.2f}]".format(*estimate.paired)
 
     rows = []
     for row in table.itertuples():
@@ -419,10 +442,12 @@ def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.Dat
             "part": row.part, "contrast": row.contrast or "exact", "n": "–" if pd.isna(row.n) else str(row.n),
             "ours, points (ratio for F3)": ours, "paper": number(row.paper, 2, sign), "margin": number(row.margin, 1, ""),
             "p": number(row.p, 3, ""), "p (Holm)": number(row.p_holm, 3, ""), "verdict": row.verdict,
-            "note": notes[row.part] or "–", "smallest visible": number(row.smallest_visible, 2, ""),
+            "note": by_part[row.part].note or "–", "paired t over seeds": paired(by_part[row.part].estimate, ratio),
+            "smallest visible": number(row.smallest_visible, 2, ""),
             "seeds for the paper's difference": "–" if row.seeds_needed is None or pd.isna(row.seeds_needed) else str(row.seeds_needed),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.loc[:, (table != "–").any()]  # at smoke, and where all is exact, most columns would be empty
 
 
 def stances(chosen: Sequence[Verdict]) -> pd.DataFrame:

@@ -44,7 +44,14 @@ from vitlib.train.recipes import Recipe
 TRAINING_VERSION = 1
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
-PROTOCOLS = ("supervised", "finetune", "masked")
+ALLOWED = {
+    "protocol": ("supervised", "finetune", "masked"),
+    "strategy": finetune.STRATEGIES,
+    "targets": ("none", *tokenizers.TARGETS),
+    "precision": ("float32",),
+    "execution": ("seq",),
+    "device": ("cpu",),
+}
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,9 @@ class RunSpec:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise unknown("protocol", self.protocol, PROTOCOLS)
-        if self.strategy not in finetune.STRATEGIES:
-            raise unknown("strategy", self.strategy, finetune.STRATEGIES)
+        for field, allowed in ALLOWED.items():
+            if getattr(self, field) not in allowed:
+                raise unknown(field, getattr(self, field), allowed)
         if (self.protocol == "finetune") != (self.parent is not None):
             raise UsageError(f"a {self.protocol} run {'needs a' if self.protocol == 'finetune' else 'has no'} parent")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 
 from vitlib.errors import UsageError, unknown
 
@@ -81,11 +82,13 @@ def vit_config(name: str, **overrides: object) -> ViTConfig:
     Raises UsageError for a name, a field or a value that does not exist, and for an image size that the patch
     does not divide.
     """
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(str(name))
     if match is None:
+        examples = [f"{width}{depth}" for width in WIDTHS for depth in ("12", "24", "36", "18x2", "18x2/16")]
+        near = get_close_matches(str(name).upper(), [*examples, "W64-12x1/4", "W64-6x2/4"], n=1, cutoff=0.4)
         raise UsageError(
             f"unknown model {name!r}: allowed are WIDTH DEPTH [xBRANCHES] [/PATCH] with width "
-            f"{', '.join(WIDTHS)} or W<n>-, for example B12, S18x2/16 or W64-6x2/4"
+            f"{', '.join(WIDTHS)} or W<n>-, for example {near[0] if near else 'S18x2/16'}"
         )
     letter, number, depth, branches, patch = match.groups()
     if number is None:
@@ -100,7 +103,7 @@ def vit_config(name: str, **overrides: object) -> ViTConfig:
     for key in overrides:
         if key not in known:
             raise unknown("model field", key, sorted(known))
-    stem = overrides.get("stem", "linear")
+    stem = str(overrides.get("stem", "linear"))
     if stem not in STEM_DEFAULTS:
         raise unknown("stem", stem, STEM_DEFAULTS)
     norm, act = STEM_DEFAULTS[stem]
@@ -122,9 +125,16 @@ def check(config: ViTConfig) -> ViTConfig:
     for field, allowed in _CHOICES.items():
         if getattr(config, field) not in allowed:
             raise unknown(field, getattr(config, field), allowed)
-    for field in ("width", "depth", "branches", "heads", "patch_size", "image_size", "in_chans"):
-        if not isinstance(getattr(config, field), int) or getattr(config, field) < 1:
-            raise UsageError(f"{field} is {getattr(config, field)!r}: allowed is a whole number from 1")
+    for field in ("width", "depth", "branches", "heads", "patch_size", "image_size", "in_chans", "num_classes"):
+        value, least = getattr(config, field), 0 if field == "num_classes" else 1  # no classes: no head
+        if type(value) is not int or value < least:
+            raise UsageError(f"{field} is {value!r}: allowed is a whole number from {least}")
+    for field in ("layer_scale", "drop_path", "init_std"):
+        value = getattr(config, field)
+        if not isinstance(value, (int, float)) and not (field == "layer_scale" and value is None):
+            raise UsageError(f"{field} is {value!r}: allowed is a number")
+    if not config.init_std > 0:
+        raise UsageError(f"init_std is {config.init_std!r}: allowed is a positive standard deviation")
     if config.image_size % config.patch_size:
         below = config.image_size // config.patch_size * config.patch_size
         near = [str(size) for size in (below, below + config.patch_size) if size]

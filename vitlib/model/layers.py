@@ -52,7 +52,7 @@ class Residual(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.f = f
-        self.gamma = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale is not None else None
+        self.gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale is not None else None
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, draw: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,138 @@
+"""The command line: bad input is one sentence and exit code 2, before anything is trained."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vitlib import paths
+from vitlib.__main__ import main, parser
+from vitlib.errors import UsageError
+from vitlib.lab import installation, launch, render, report, runs
+from vitlib.lab.experiments import NOTEBOOKS
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch, tmp_path):
+    """A store of its own; training anything is an error."""
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(launch, "_train", lambda *_: pytest.fail("something was trained"))
+    return tmp_path
+
+
+BAD = {
+    "a profile": (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': allowed are smoke, cpu, study; did you mean 'cpu'?"),
+    "a notebook": (["reproduce", "--notebook", "32"], "unknown notebook '32'"),
+    "a notebook's nearest": (["run", "--notebook", "31_fig1_branch"], "did you mean '31_fig1_branches'?"),
+    "a parameter": (["reproduce", "--set", "profil=cpu"], "unknown parameter of 00_claims 'profil'"),
+    "a parameter's type": (
+        ["reproduce", "--notebook", "31", "--set", "jobs=many"],
+        "parameter jobs of 31_fig1_branches is of type int, which 'many' is not",
+    ),
+    "a number of jobs": (["run", "--jobs", "-2"], "jobs is -2: allowed are 0"),
+    "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to import"),
+    "a profile of claims": (["claims", "--profile", "Study"], "did you mean 'study'?"),
+    "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_mistake_is_one_sentence_and_exit_code_2(what, capsys, untouched):
+    words, sentence = BAD[what]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1
+    assert not (untouched / "runs").exists()
+
+
+def test_make_passes_the_exit_code_on():
+    environment = os.environ | {"VENV": os.path.dirname(os.path.dirname(sys.executable))}
+    done = subprocess.run(
+        ["make", "-s", "-o", f"{environment['VENV']}/ready", f"VENV={environment['VENV']}", "reproduce", "PROFILE=nope"],
+        cwd=paths.ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "unknown profile 'nope'" in done.stderr
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys; from vitlib.__main__ import parser; parser().format_help(); print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pandas", "timm", "papermill"} & set(loaded)
+
+
+def test_the_help_of_every_command_is_there(capsys):
+    text = parser().format_help()
+    for command in ("check", "plan", "run", "reproduce", "refresh", "claims", "export", "import"):
+        assert f"\n    {command}" in text
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_the_plan_says_runs_seconds_memory_and_disk_before_anything_starts(capsys):
+    assert main(["plan", "--profile", "cpu", "--jobs", "2"]) == 0
+    line = capsys.readouterr().out
+    for word in ("60 runs, 60 of them to train", "CPU seconds", "minutes with 2 workers", "MB of memory", "MB of disk"):
+        assert word in line
+
+
+def test_the_claims_table_names_every_claim_and_reads_not_run_without_runs(capsys):
+    assert main(["claims", "--profile", "cpu"]) == 0
+    table = capsys.readouterr().out
+    for claim in ("P1", "P2", "P5", "A1", "F1", "F2", "F3", "F4", "H1", "H2", "H3", "H4", "H4i", "H6", "H7"):
+        assert f"\n{claim} " in table
+    assert "not run" in table and "reproduced" not in table
+    assert all(v.word in ("exact", "not run") for v in report.verdicts("cpu"))
+
+
+def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist\nlong story")
+
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(
+        UsageError, match=r"not builds of one family \(operator torchvision::nms does not exist\).*make setup"
+    ):
+        installation.check_pair()
+
+
+def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(capsys, untouched):
+    spec = report.experiment("31", "cpu").specs()[0]
+    (untouched / "runs" / spec.hash).mkdir(parents=True)
+    (untouched / "runs" / spec.hash / "result.json").write_text("{}")
+    assert main(["reproduce", "--profile", "cpu", "--notebook", "31"]) == 2
+    assert "is not in the form of this version" in capsys.readouterr().err
+    assert (untouched / "runs" / spec.hash / "result.json").read_text() == "{}"
+
+
+def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
+    for number, (file, _) in NOTEBOOKS.items():
+        assert file.startswith(number) and render.source(number).is_file()
+        assert render.parameters_of(render.source(number))["profile"] == "str"
+
+
+def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, untouched):
+    monkeypatch.setattr(render, "source", lambda number: untouched / "broken.ipynb")
+    cells = ['profile: str = "smoke"  # scale', "1 / 0"]
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, untouched / "broken.ipynb")
+    target = untouched / "outputs" / "smoke" / "notebooks" / "broken.ipynb"
+    with pytest.raises(render.NotebookFailed, match=r"broken\.ipynb stopped in cell .*ZeroDivisionError"):
+        render._render(untouched / "broken.ipynb", target, {"profile": "smoke"}, "key")
+    assert not target.exists() and (target.parent / "failed" / "broken.ipynb").is_file()
+    assert [p for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_runs_are_described_in_words():
+    spec = report.experiment("41", "cpu").arms["attn"]
+    assert runs.describe(spec) == "finetune, W64-12x1/4, 20 px, stem linear, 9000 images, attn, seed 0"

@@ -1,0 +1,190 @@
+"""Embedded data, their card, and the draws that batches are made of."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from vitlib import draws, paths
+from vitlib.data import epoch_batches, load, load_resized, registry, resize, subset
+from vitlib.errors import UsageError
+
+NAME = "fashion-mnist"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def test_the_embedded_splits_have_the_sizes_and_the_balance_that_their_card_says():
+    card = registry.card(NAME)
+    sizes = {split["name"]: split["num_examples"] for split in card["dataset_info"]["splits"]}
+    assert sizes == {"train": 18_000, "validation": 2_000, "test": 5_000}
+    for split, size in sizes.items():
+        data = load(NAME, split)
+        assert data.images.shape == (size, 1, 28, 28) and data.images.dtype == torch.uint8
+    assert torch.bincount(load(NAME, "train").labels).tolist() == [1800] * 10
+    assert torch.bincount(load(NAME, "validation").labels).tolist() == [200] * 10
+
+
+def test_the_card_has_the_pixel_statistics_of_the_training_images():
+    data, pixels = load(NAME, "train"), load(NAME, "train").images.double() / 255
+    assert pixels.mean().item() == pytest.approx(data.mean, abs=5e-6)
+    assert pixels.std().item() == pytest.approx(data.std, abs=5e-6)
+
+
+def test_every_card_is_in_hugging_face_form_and_has_the_headings():
+    from datasets import DatasetInfo
+    from huggingface_hub import DatasetCard
+
+    for path in paths.DATA_CARDS.glob("*.md"):
+        card = DatasetCard.load(path)
+        assert card.data.license and card.data.pretty_name and card.data.task_categories
+        info = card.data.to_dict()["dataset_info"]
+        assert set(DatasetInfo._from_yaml_dict(info).splits) == set(registry.SPLITS)
+        for heading in ("## Source", "## Licence", "## Splits", "## Form", "## Limits"):
+            assert heading in card.text
+
+
+def test_the_files_with_their_licence_are_under_fifteen_megabytes():
+    files = list(paths.EMBEDDED.glob("*"))
+    assert sum(f.stat().st_size for f in files) < 15e6
+    assert "Zalando" in (paths.EMBEDDED / "LICENSE.fashion-mnist").read_text(encoding="utf-8")
+
+
+def test_the_datasets_library_reads_the_embedded_files(monkeypatch, tmp_path):
+    from datasets import load_dataset
+
+    file = str(paths.EMBEDDED / "fashion-mnist-validation.parquet")
+    rows = load_dataset("parquet", data_files={"validation": file}, cache_dir=str(tmp_path))["validation"]
+    data = load(NAME, "validation")
+    assert rows.features["label"].names == list(data.classes)
+    assert np.array_equal(np.asarray(rows[7]["image"]), data.images[7, 0].numpy())
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_the_script_makes_the_same_pixels_and_labels_again():
+    raw = gzip.decompress((DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes())
+    original = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    assert np.array_equal(original[5_000:], load(NAME, "test").images.numpy())
+    raw = gzip.decompress((DEBIAN / "train-labels-idx1-ubyte.gz").read_bytes())
+    labels = np.frombuffer(raw, np.uint8, offset=8)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:1800] for c in range(10)]))
+    assert np.array_equal(labels[kept], load(NAME, "train").labels.numpy())
+    raw = gzip.decompress((DEBIAN / "train-images-idx3-ubyte.gz").read_bytes())
+    assert np.array_equal(
+        np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)[kept], load(NAME, "train").images
+    )
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path):
+    """The embedded files and the card in a folder that a test may damage."""
+    for name, folder in (("EMBEDDED", paths.EMBEDDED), ("DATA_CARDS", paths.DATA_CARDS)):
+        shutil.copytree(folder, tmp_path / name)
+        monkeypatch.setattr(registry, name, tmp_path / name)
+    load.cache_clear()
+    yield tmp_path
+    load.cache_clear()
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(copied):
+    file = copied / "EMBEDDED" / "fashion-mnist-test.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"fashion-mnist-test\.parquet is damaged"):
+        load(NAME, "test")
+    file.unlink()
+    with pytest.raises(UsageError, match=r"there is no file fashion-mnist-test\.parquet"):
+        load(NAME, "test")
+
+
+def test_one_changed_pixel_is_refused(copied):
+    card = copied / "DATA_CARDS" / "fashion-mnist.md"
+    images, labels = load(NAME, "test").images.numpy().copy(), load(NAME, "test").labels.numpy()
+    assert registry.checksum(images, labels) == registry.card(NAME)["vitlib"]["sha256"]["test"]
+    images[17, 0, 3, 4] ^= 1
+    other = registry.checksum(images, labels)
+    card.write_text(card.read_text().replace(registry.card(NAME)["vitlib"]["sha256"]["test"], other))
+    load.cache_clear()
+    with pytest.raises(UsageError, match="does not hold the test images"):
+        load(NAME, "test")
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'fashion-mnist'"):
+        load("fashion_mnist", "train")
+    with pytest.raises(UsageError, match="did you mean 'validation'"):
+        load(NAME, "valid")
+
+
+def test_resize_keeps_constant_images_and_is_antialiased():
+    grey = torch.full((2, 1, 28, 28), 93, dtype=torch.uint8)
+    assert (resize(grey, 16) == 93).all()
+    stripes = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    stripes[..., ::2] = 255  # finer than the new grid: without antialiasing columns would come out black or white
+    middle = resize(stripes, 14)[..., 3:-3, 3:-3].float()
+    assert middle.min() > 100 and middle.max() < 155
+    assert resize(grey, 28) is grey
+
+
+def test_subsets_are_balanced_nested_and_the_same_for_every_arm():
+    data = load(NAME, "train")
+    small, large = subset(data, 200, 3), subset(data, 500, 3)
+    assert set(small) < set(large)
+    assert torch.bincount(data.labels[torch.from_numpy(large)]).tolist() == [50] * 10
+    assert np.array_equal(large, subset(data, 500, 3)) and not np.array_equal(large, subset(data, 500, 4))
+    with pytest.raises(UsageError, match="multiples of 10 from 10 to 18000"):
+        subset(data, 123, 0)
+
+
+def test_draws_are_uniform_independent_and_known():
+    u = draws.uniform(0, "flip", 0, np.arange(20_000), 4)
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(u.T)[np.triu_indices(4, 1)]).max() < 0.03
+    assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.03
+    # Changing these numbers changes every run: raise TRAINING_VERSION with them.
+    assert draws.uniform(7, "flip", 2, np.array([5]), 2).tolist() == KNOWN
+
+
+KNOWN = [[0.05499559116685515, 0.9555510132447048]]
+
+
+def test_an_image_is_drawn_alike_whatever_batch_it_is_in():
+    data = load_resized(NAME, "validation", 16)
+    rows = np.arange(100)
+
+    def by_image(batch_size: int, rows: np.ndarray) -> dict:
+        batches = epoch_batches(data, rows, 5, 1, batch_size, flip=True, mixup=0.4)
+        return {i: (x, t) for b in batches for i, x, t in zip(b.index, b.images, b.targets, strict=True)}
+
+    whole, split = by_image(100, rows), by_image(7, rows)
+    assert all(torch.equal(whole[i][0], split[i][0]) and torch.equal(whole[i][1], split[i][1]) for i in rows)
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    data = load_resized(NAME, "validation", 16)
+    rows = subset(data, 200, 0)
+
+    def seen(epoch: int, seed: int = 0) -> np.ndarray:
+        return np.concatenate([b.index for b in epoch_batches(data, rows, seed, epoch, 32, flip=True, mixup=0.0)])
+
+    assert sorted(seen(0)) == sorted(rows) and len(seen(0)) == 200
+    assert not np.array_equal(seen(0), seen(1)) and not np.array_equal(seen(0), seen(0, seed=1))
+
+
+def test_half_of_the_images_are_mirrored_and_targets_stay_shares():
+    data = load_resized(NAME, "validation", 16)
+    flipped = np.concatenate([b.flipped for b in epoch_batches(data, np.arange(2000), 0, 0, 100, flip=True, mixup=0)])
+    assert 0.45 < flipped.mean() < 0.55
+    plain = next(epoch_batches(data, np.arange(50), 0, 0, 50, flip=False, mixup=0))
+    assert not plain.flipped.any()
+    mixed = next(epoch_batches(data, np.arange(50), 0, 0, 50, flip=True, mixup=0.4))
+    assert torch.allclose(mixed.targets.sum(1), torch.ones(50)) and (mixed.targets > 0).sum(1).max() == 2
+
+
+def test_cards_are_plain_yaml_with_vitlib_facts():
+    text = (paths.DATA_CARDS / f"{NAME}.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(text.split("---\n")[1])["vitlib"]["embedded"] is True

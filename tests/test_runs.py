@@ -1,0 +1,277 @@
+"""The run store, the launcher, the plan: nothing half-written, nothing trained twice, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from vitlib import paths
+from vitlib.errors import UsageError
+from vitlib.lab import experiments, launch, plan, runs
+from vitlib.lab.ledger import ledger_hashes
+from vitlib.lab.runs import Result, RunSpec
+from vitlib.model import vit_config
+from vitlib.train import loop
+from vitlib.train.recipes import Recipe
+
+torch.set_num_threads(1)
+MODEL = vit_config("W32-1x1/4", image_size=16, in_chans=1, num_classes=10)
+TINY = RunSpec("supervised", MODEL, "fashion-mnist", Recipe(epochs=1, batch_size=10, lr=1e-3), seed=1000, images=50)
+TUNED = replace(TINY, protocol="finetune", parent=TINY, strategy="attn", model=replace(MODEL, image_size=20))
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    plan._measured.cache_clear()
+    return tmp_path / "runs"
+
+
+def trained(monkeypatch) -> list[str]:
+    """Every run that is trained from now on, by its seed and protocol."""
+    seen, train = [], loop.train
+
+    def spy(model, recipe, data, rows, seed, *rest):
+        seen.append(f"{seed}:{data.images.shape[-1]}")
+        return train(model, recipe, data, rows, seed, *rest)
+
+    monkeypatch.setattr(loop, "train", spy)
+    return seen
+
+
+# ---- specs
+
+
+def test_the_hash_changes_with_every_field_and_with_the_parent():
+    changed = {
+        "protocol": replace(TINY, protocol="masked"), "model": replace(TINY, model=replace(MODEL, layer_scale=0.1)),
+        "recipe": replace(TINY, recipe=replace(TINY.recipe, lr=2e-3)), "seed": replace(TINY, seed=1001),
+        "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
+        "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
+        "threads": replace(TINY, threads=2),
+    }  # fmt: skip
+    assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
+    assert {"data", "data_checksum", "precision", "execution", "device", "training_version"} < set(TINY.record())
+    hashes = {spec.hash for spec in changed.values()} | {TINY.hash}
+    assert len(hashes) == len(changed) + 1
+    assert replace(TUNED, parent=replace(TINY, images=100)).hash != TUNED.hash
+
+
+@pytest.mark.parametrize("field", ["precision", "execution", "device"])
+def test_what_is_not_built_yet_is_refused_and_not_silently_done_otherwise(field):
+    with pytest.raises(UsageError, match=f"unknown {field} 'bfloat16'"):
+        replace(TINY, **{field: "bfloat16"})
+
+
+def test_the_hash_holds_the_data_and_the_training_version(monkeypatch):
+    before = TINY.hash
+    assert replace(TINY).hash == before
+    monkeypatch.setattr(runs, "TRAINING_VERSION", runs.TRAINING_VERSION + 1)
+    assert replace(TINY).hash != before
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "data_checksum", lambda name: "0" * 16)
+    assert replace(TINY).hash != before
+
+
+def test_a_seed_changes_the_trunk_too():
+    other = TUNED.with_seed(4)
+    assert (other.seed, other.parent.seed) == (4, 4)
+    assert [spec.protocol for spec in other.family()] == ["supervised", "finetune"]
+
+
+def test_tuning_seeds_see_validation_images_only_and_others_the_test_set():
+    assert {TINY.with_seed(s).split for s in (1000, 1001, 5000)} == {"validation"}
+    assert {TINY.with_seed(s).split for s in (0, 4, 10, 999)} == {"test"}
+    assert len(runs.execute(TINY).correct) == 2000 and len(runs.execute(TINY.with_seed(0)).correct) == 5000
+
+
+# ---- the store
+
+
+def test_a_finished_run_is_read_and_not_trained_again(monkeypatch, store):
+    seen = trained(monkeypatch)
+    first, second = runs.execute(TINY), runs.execute(TINY)
+    assert seen == ["1000:16"]
+    assert first.metrics == second.metrics and np.array_equal(first.correct, second.correct)
+    assert sorted(p.name for p in (store / TINY.hash).iterdir()) == [
+        "history.csv", "result.json", "spec.json", "weights.safetensors",
+    ]  # fmt: skip
+    record = json.loads((store / TINY.hash / "result.json").read_text())
+    assert record["ledger"] == ledger_hashes() and record["split"] == "validation"
+    assert {"wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date"} <= set(record)
+    assert 100 * first.correct.mean() == pytest.approx(first.metrics["top1"])
+
+
+def test_a_run_is_written_whole_or_not_at_all(monkeypatch, store):
+    monkeypatch.setattr(Result, "record", lambda self: (_ for _ in ()).throw(OSError("no room on disk")))
+    with pytest.raises(OSError, match="no room"):
+        runs.execute(TINY)
+    assert [p.name for p in store.iterdir() if p.name != ".locks"] == []
+    monkeypatch.undo()
+
+
+def test_a_fine_tuned_run_starts_from_its_trunks_weights():
+    runs.execute(TINY, need_weights=True)
+    tuned = runs.execute(TUNED)
+    trunk, after = runs.weights(TINY), runs.weights(TUNED)
+    same = {name for name in trunk if trunk[name].shape == after[name].shape and torch.equal(trunk[name], after[name])}
+    assert "layers.0.ffn.0.f.fc1.weight" in same and "layers.0.mhsa.0.f.qkv.weight" not in same
+    assert tuned.metrics["trained_params"] < sum(t.numel() for t in after.values())
+
+
+def test_a_run_directory_of_another_version_is_named_and_kept(store):
+    (store / TINY.hash).mkdir(parents=True)
+    (store / TINY.hash / "result.json").write_text('{"accuracy": 3}')
+    with pytest.raises(UsageError, match=f"the run {TINY.hash} .* is not in the form of this version"):
+        runs.find(TINY)
+    assert (store / TINY.hash / "result.json").read_text() == '{"accuracy": 3}'
+
+
+def test_exported_runs_come_back_by_import_with_the_same_numbers(monkeypatch, tmp_path, store):
+    launch.launch([TINY, TUNED], jobs=1)
+    assert runs.export_runs(tmp_path / "runs.jsonl") == 2
+    before = runs.find(TUNED)
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "other"))
+    assert runs.import_runs(tmp_path / "runs.jsonl") == (2, 0)
+    assert runs.import_runs(tmp_path / "runs.jsonl") == (0, 2)
+    after = runs.find(TUNED)
+    assert after.record() == before.record()
+    # Metrics without weights are enough to read; a new child needs the trunk trained again, and only that.
+    assert launch.missing([TINY, TUNED]) == {}
+    child = replace(TUNED, strategy="ffn")
+    assert launch.missing([child]) == {TINY: True, child: False}
+
+
+def test_a_changed_line_is_not_imported(tmp_path, store):
+    runs.execute(TINY)
+    runs.export_runs(tmp_path / "runs.jsonl")
+    text = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "runs.jsonl").write_text(text.replace('"images": 50', '"images": 500'))
+    with pytest.raises(UsageError, match=r"line 1 of runs\.jsonl says"):
+        runs.import_runs(tmp_path / "runs.jsonl")
+    (tmp_path / "runs.jsonl").write_text("not a run\n")
+    with pytest.raises(UsageError, match=r"line 1 of runs\.jsonl is not a run"):
+        runs.import_runs(tmp_path / "runs.jsonl")
+
+
+# ---- the launcher
+
+
+def test_parents_are_trained_first_and_once():
+    specs = [replace(TUNED, strategy=s) for s in ("full", "attn", "ffn")] + [TINY]
+    todo = launch.missing(specs)
+    assert next(iter(todo)) == TINY and len(todo) == 4 and todo[TINY]
+    found = launch.launch(specs, jobs=2)
+    assert list(found) == specs and all(found.values())
+
+
+def test_workers_give_the_numbers_that_one_process_gives(monkeypatch, tmp_path):
+    specs = [TINY, TUNED, TINY.with_seed(1001)]
+    several = launch.launch(specs, jobs=2)
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "alone"))
+    for spec in specs:
+        assert runs.execute(spec, need_weights=True).metrics == several[spec].metrics
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept():
+    bad = replace(TINY, recipe=replace(TINY.recipe, lr=1e30, clip=None, warmup=0.0, optimizer="sgd"))
+    child = replace(TUNED, parent=bad)
+    with pytest.raises(launch.RunsFailed, match=rf"2 of 3 runs failed.*run {bad.hash}.*the loss is .* at step"):
+        launch.launch([bad, child, TINY], jobs=2)
+    assert runs.find(TINY) and not runs.find(bad) and not runs.find(child)
+
+
+def test_after_a_kill_the_same_command_goes_on_with_the_runs_that_are_missing(store, tmp_path):
+    recipe = replace(TINY.recipe, epochs=4)
+    specs = [replace(TINY, recipe=recipe, images=200).with_seed(s) for s in range(1000, 1008)]
+    script = tmp_path / "study.py"
+    script.write_text(
+        "from tests.test_runs import *\n"
+        "if __name__ == '__main__':\n"
+        "    recipe = replace(TINY.recipe, epochs=4)\n"
+        "    launch.launch([replace(TINY, recipe=recipe, images=200).with_seed(s) for s in range(1000, 1008)], jobs=2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "VITLIB_PROGRESS": "0"}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not any(store.glob("[0-9a-f]*/result.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("[0-9a-f]*/result.json")}
+    assert 0 < len(kept) < len(specs)
+    found = launch.launch(specs, jobs=2)
+    assert all(found.values()) and not list(store.glob(".*.[0-9]*"))  # drafts of the killed process are gone
+    assert all((store / name / "result.json").stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def test_negative_jobs_are_refused():
+    with pytest.raises(UsageError, match="jobs is -1"):
+        launch.launch([TINY], jobs=-1)
+
+
+# ---- experiments and the plan
+
+
+@pytest.mark.parametrize("name", experiments.PROFILES)
+def test_every_profile_lists_its_runs_with_seeds_outermost_and_shares_trunks(name):
+    p = experiments.profile(name)
+    specs = experiments.all_specs(name, list(experiments.NOTEBOOKS))
+    seeds = [spec.seed for spec in specs]
+    assert seeds == sorted(seeds) and set(seeds) == set(p.seeds)
+    arms = {n: experiments.experiment(n, name).arms for n in ("31", "41", "52")}
+    assert arms["41"]["trunk"] == arms["31"][f"{p.pairs}x1+LS"] == arms["41"]["attn"].parent
+    family = {member.hash for spec in specs for member in spec.family()}
+    assert len(family) < sum(1 for spec in specs for _ in spec.family())
+    assert (name == "smoke") == all(spec.split == "validation" for spec in specs)
+
+
+def test_the_primary_contrasts_have_their_arms_at_cpu():
+    assert set(experiments.experiment("31", "cpu").arms) == {"12x1+LS", "6x2+LS"}
+    assert set(experiments.experiment("41", "cpu").arms) == {"trunk", "full", "attn", "ffn", "head"}
+    assert set(experiments.experiment("52", "cpu").arms) == {
+        f"{stem} {column}" for stem in ("linear", "hmlp") for column in ("scratch", "pretrained")
+    }
+
+
+def test_the_study_has_every_arm_that_the_ledger_names():
+    from vitlib.lab.ledger import ARMS
+
+    for notebook in ("31", "41", "52"):
+        assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook])
+
+
+def test_arms_of_one_table_differ_only_in_what_is_compared():
+    stems = experiments.experiment("52", "study").arms
+    for column in ("scratch", "pretrained", "supervised"):
+        records = [replace(stems[f"{s} {column}"], model=stems["linear scratch"].model, parent=None, protocol="supervised")
+                   for s in ("linear", "hmlp", "hmlp-ln", "conv")]  # fmt: skip
+        assert len(set(records)) == 1
+    assert stems["hmlp scratch"].recipe == stems["hmlp pretrained"].recipe
+
+
+def test_the_plan_counts_runs_once_and_prefers_what_was_measured():
+    specs = [replace(TUNED, strategy=s) for s in ("full", "attn")]
+    before = plan.cost(specs, jobs=2)
+    assert (before.runs, before.missing) == (3, 3) and before.cpu_s > 0 and before.wall_s >= before.cpu_s / 2
+    launch.launch(specs, jobs=1)
+    plan._measured.cache_clear()
+    after = plan.cost(specs, jobs=2)
+    assert (after.runs, after.missing, after.cpu_s) == (3, 0, 0)
+    assert plan.cpu_seconds(TINY.with_seed(7)) == pytest.approx(runs.find(TINY).about["cpu_s"])
+
+
+def test_costs_grow_linearly_with_images_and_epochs():
+    def seconds(images, epochs):
+        spec = replace(TINY, images=images, recipe=replace(TINY.recipe, epochs=epochs))
+        return plan.formula_seconds(spec) - plan.SECONDS_A_RUN
+
+    assert seconds(2000, 3) == pytest.approx(2 * seconds(1000, 3)) == pytest.approx(6 * seconds(1000, 1))

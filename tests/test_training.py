@@ -1,0 +1,299 @@
+"""The loop, fine-tuning strategies, masked pre-training: what moves, what stays, and that seeds mean something."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vitlib.data import Batch, epoch_batches, load_resized, subset
+from vitlib.errors import UsageError
+from vitlib.lab.runs import TRAINING_VERSION
+from vitlib.model import ViT, vit_config
+from vitlib.train import loop
+from vitlib.train.finetune import at_image_size, freeze, start_from, trainable
+from vitlib.train.losses import bce, cross_entropy
+from vitlib.train.masked import MaskedLoss, MaskedViT, block_masks
+from vitlib.train.recipes import Recipe
+from vitlib.train.tokenizers import NormalisedPixels, PatchTokens, kmeans, nearest, patchify, usage
+
+torch.set_num_threads(1)
+RECIPE = Recipe(epochs=1, batch_size=10, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_resized("fashion-mnist", "train", 16)
+
+
+def small(**fields):
+    return vit_config("W32-3x2/4", image_size=16, in_chans=1, num_classes=10, **fields)
+
+
+def train(config, images, recipe=RECIPE, seed=1000, rows=200, model=None, loss=cross_entropy):
+    model = model or ViT(config, seed)
+    return model, loop.train(model, recipe, images, subset(images, rows, seed), seed, loss)
+
+
+def batch_of(images, count=20, seed=0, epoch=0) -> Batch:
+    return next(epoch_batches(images, np.arange(count), seed, epoch, count, flip=True, mixup=0.0))
+
+
+# ---- the loop
+
+
+def test_twenty_steps_have_the_numbers_of_this_training_version(images):
+    """Raise TRAINING_VERSION when these move: stored runs are then trained anew."""
+    config = small(layer_scale=1e-2, drop_path=0.1, stem="hmlp")
+    _, history = train(config, images)
+    assert len(history) == 20 and TRAINING_VERSION == GOLDEN[0]
+    assert [history[i].loss for i in (0, 9, 19)] == pytest.approx(GOLDEN[1], rel=1e-3)
+
+
+GOLDEN = (1, [2.418596029281616, 2.4917497634887695, 2.4635961055755615])
+
+
+def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(images):
+    config = small(drop_path=0.2, layer_scale=0.1)
+    (a, first), (b, second), (c, _) = (train(config, images, seed=s) for s in (1000, 1000, 1001))
+    assert first == second
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.head.weight, c.head.weight)
+
+
+def test_training_lowers_the_loss_of_every_optimizer(images):
+    for name, lr in (("adamw", 3e-3), ("lamb", 3e-2), ("sgd", 5e-2)):
+        _, history = train(small(), images, Recipe(epochs=3, batch_size=10, lr=lr, optimizer=name))
+        assert np.mean([s.loss for s in history[-10:]]) < history[0].loss - 0.2, name
+
+
+def test_the_rate_warms_up_to_its_peak_and_ends_near_the_minimum(images):
+    _, history = train(small(), images, replace(RECIPE, epochs=2))
+    rates = [s.lr for s in history]
+    assert np.argmax(rates) == 4 and rates[4] == pytest.approx(RECIPE.lr)  # 10 % of 40 steps
+    assert rates[:5] == sorted(rates[:5]) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert RECIPE.min_lr <= rates[-1] < 0.02 * RECIPE.lr
+
+
+def test_weight_decay_spares_biases_norms_gammas_class_token_and_positions():
+    model = ViT(small(layer_scale=0.1, stem="hmlp"))
+    optimizer, _ = loop.make_optimizer(model, RECIPE, 10)
+    spared = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in spared}
+    assert names == {n for n, p in model.named_parameters() if p.ndim == 1 or n in ("cls_token", "pos_embed")}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(images):
+    model = ViT(small())
+
+    def loss(model, batch, draws):
+        value = cross_entropy(model, batch, draws)
+        return value * (float("nan") if batch.index.sum() == poisoned else 1.0)
+
+    rows = subset(images, 200, 1000)
+    poisoned = list(epoch_batches(images, rows, 1000, 0, 10, True, 0.0))[6].index.sum()
+    with pytest.raises(loop.NonFiniteLoss, match=r"the loss is nan at step 7 of 20 \(epoch 1, seed 1000\)"):
+        loop.train(model, RECIPE, images, rows, 1000, loss)
+
+
+def test_drop_path_draws_belong_to_the_image(images):
+    model = ViT(small(drop_path=0.5))
+    batch = batch_of(images)
+    draws = loop.drop_path_draws(model, 7, batch)
+    part = Batch(batch.images[5:9], batch.targets[5:9], batch.index[5:9], batch.flipped[5:9], 0)
+    assert draws.shape == (6, 2, 20) and torch.equal(draws[:, :, 5:9], loop.drop_path_draws(model, 7, part))
+    assert loop.drop_path_draws(ViT(small()), 7, batch) is None
+
+
+def test_evaluation_counts_what_the_model_says(images):
+    class Says(nn.Module):
+        def forward(self, x):
+            return nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
+
+    correct, loss = loop.evaluate(Says(), images, batch_size=777)
+    assert np.array_equal(correct, (images.labels == 3).numpy())
+    right = np.log(np.e + 9) - 1
+    assert loss == pytest.approx(0.1 * right + 0.9 * (right + 1), rel=1e-5)
+
+
+def test_binary_cross_entropy_counts_every_mixed_class_as_positive():
+    model = lambda images, draws: torch.zeros(2, 4)  # noqa: E731
+    mixed = Batch(None, torch.tensor([[0.9, 0.1, 0, 0], [1.0, 0, 0, 0]]), None, None, 0)
+    plain = Batch(None, torch.tensor([0, 2]), None, None, 0)
+    assert bce(model, mixed).item() == bce(model, plain).item() == pytest.approx(np.log(2))
+    logits = torch.tensor([[9.0, 9.0, -9.0, -9.0], [9.0, -9.0, -9.0, -9.0]])
+    assert bce(lambda images, draws: logits, mixed).item() < 1e-3
+
+
+# ---- fine-tuning
+
+
+def test_each_strategy_trains_exactly_its_roles_in_every_branch():
+    model = ViT(small(layer_scale=0.1, stem="hmlp"))
+    shared = {"pos_embed", "head.weight", "head.bias"}
+
+    def of(kind, parts):
+        places = [f"layers.{i}.{kind}.{k}.f.{part}" for i in range(3) for k in range(2) for part in parts]
+        return {f"{place}.{tensor}" for place in places for tensor in ("weight", "bias")}
+
+    assert set(trainable(model, "attn")) == of("mhsa", ("qkv", "proj")) | shared
+    assert set(trainable(model, "ffn")) == of("ffn", ("fc1", "fc2")) | shared
+    assert set(trainable(model, "head")) == shared
+    assert trainable(model, "full") == [name for name, _ in model.named_parameters()]
+    with pytest.raises(UsageError, match="did you mean 'attn'"):
+        trainable(model, "attention")
+
+
+def test_attention_only_of_vit_b_at_384_trains_what_the_released_code_trains():
+    counts = {"attn": 29_559_784, "ffn": 57_880_552, "full": 86_877_160}
+    for strategy, count in counts.items():
+        with torch.device("meta"):
+            model = ViT(vit_config("B12", image_size=384, layer_scale=1e-4))
+        freeze(model, strategy)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_the_strategies_work_on_timm_models_and_train_both_parallel_branches():
+    import timm
+
+    model = timm.create_model("vit_small_patch16_18x2_224")
+    names = freeze(model, "attn")
+    attention = sum(p.numel() for n, p in model.named_parameters() if ".attn." in n)
+    assert attention == 36 * (4 * 384**2 + 4 * 384)
+    assert {n for n in names if ".attns." in n} == {n for n, _ in model.named_parameters() if ".attn." in n}
+    assert {n for n in names if ".attns." not in n} == {"pos_embed", "head.weight", "head.bias"}
+
+
+def test_frozen_tensors_stay_and_trained_ones_move(images):
+    config = small(layer_scale=0.1, stem="hmlp")
+    trunk, _ = train(config, images, rows=100)
+    before = {k: v.clone() for k, v in trunk.state_dict().items()}
+    for strategy in ("attn", "ffn", "head"):
+        model = start_from(before, config, 1000)
+        kept = set(freeze(model, strategy))
+        train(config, images, rows=100, model=model)
+        moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert moved == kept  # also: frozen batch norm keeps its running statistics
+
+
+def test_a_trunk_starts_at_a_new_resolution_with_resized_positions(images):
+    trunk = ViT(small(), seed=3)
+    larger = at_image_size(trunk.config, 20)
+    model = start_from(trunk.state_dict(), larger, seed=4)
+    assert model.pos_embed.shape == (1, 25, 32)
+    assert torch.equal(model.layers[2].ffn[1].f.fc2.weight, trunk.layers[2].ffn[1].f.fc2.weight)
+    assert torch.equal(model.head.weight, trunk.head.weight)
+    other = start_from(trunk.state_dict(), replace(larger, num_classes=4), seed=4)
+    assert torch.equal(other.head.weight, ViT(replace(larger, num_classes=4), 4).head.weight)
+    with pytest.raises(UsageError, match="nearest allowed are 20 and 24"):
+        at_image_size(trunk.config, 22)
+
+
+def test_a_trunk_of_another_shape_is_refused_with_the_keys_that_differ():
+    trunk = ViT(small()).state_dict()
+    with pytest.raises(ValueError, match=r"layers\.0\.ffn\.1\.f\.fc1\.bias.*nothing was loaded"):
+        start_from(trunk, vit_config("W32-6x1/4", image_size=16, in_chans=1, num_classes=10), 0)
+
+
+# ---- masked pre-training
+
+
+@pytest.mark.parametrize(("grid", "masked"), [(4, 6), (7, 19), (14, 75), (2, 1), (4, 15)])
+def test_every_mask_has_exactly_the_count(grid, masked):
+    masks = block_masks(0, 0, np.arange(500), grid, masked)
+    assert masks.shape == (500, grid * grid) and set(masks.sum(1)) == {masked}
+    assert len({m.tobytes() for m in masks}) > min(3, grid)
+
+
+def test_masks_are_block_wise_and_belong_to_the_image():
+    masks = block_masks(3, 1, np.arange(2000), 14, 75)
+    assert np.array_equal(masks[40:50], block_masks(3, 1, np.arange(40, 50), 14, 75))
+    assert not np.array_equal(masks[40:50], block_masks(3, 2, np.arange(40, 50), 14, 75))
+    maps = masks.reshape(-1, 14, 14)
+    together = (maps[:, 1:] == maps[:, :-1]).mean()
+    scattered = 1 - 2 * (75 / 196) * (121 / 196)
+    assert together > 0.8 > scattered  # neighbours mostly share their fate
+
+
+@pytest.mark.parametrize("masked", [0, 16, -3])
+def test_an_impossible_count_of_masked_patches_is_refused(masked):
+    with pytest.raises(UsageError, match="allowed are 1 to 15"):
+        block_masks(0, 0, np.arange(2), 4, masked)
+
+
+def test_the_loss_counts_masked_patches_only(images):
+    batch, config = batch_of(images), small(stem="hmlp", stem_norm="ln")
+    targets = PatchTokens(images.take(np.arange(300)), 4, seed=0, vocabulary=16)
+    loss = MaskedLoss(targets, seed=0, masked=6)
+    model = MaskedViT(config, targets.outputs).eval()
+    mask = loss.mask(4, batch)
+    before = loss(model, batch)
+    saved = targets.tokens.clone()
+    rows = torch.from_numpy(batch.index)
+    visible = torch.where(mask, saved[batch.flipped.long(), rows], 0)
+    targets.tokens[batch.flipped.long(), rows] = visible
+    assert torch.equal(loss(model, batch), before)  # targets of visible patches do not matter
+    targets.tokens[batch.flipped.long(), rows] = torch.where(mask, (saved[batch.flipped.long(), rows] + 1) % 16, 0)
+    assert not torch.equal(loss(model, batch), before)
+
+
+def test_masked_pixels_do_not_reach_the_prediction_but_through_a_convolutional_stem(images):
+    batch = batch_of(images)
+    mask = torch.from_numpy(block_masks(0, 0, batch.index, 4, 6))
+    pixels = mask.view(-1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.where(pixels, batch.images.flip(0), batch.images)
+    for stem, norm, reaches in (
+        ("linear", "none", False),
+        ("hmlp", "ln", False),
+        ("hmlp", "bn", False),
+        ("conv", "bn", True),
+    ):
+        model = MaskedViT(small(stem=stem, stem_norm=norm), 16).eval()
+        assert torch.equal(model(batch.images, mask), model(other, mask)) != reaches, stem
+
+
+def test_masked_pre_training_learns_and_its_weights_start_a_classifier(images):
+    config = small(pool="mean")
+    targets = PatchTokens(images.take(subset(images, 500, 0)), 4, seed=0, vocabulary=16)
+    data = images.take(subset(images, 500, 0))
+    model = MaskedViT(config, targets.outputs, seed=0)
+    loss = MaskedLoss(targets, seed=0, masked=6)
+    history = loop.train(model, Recipe(epochs=4, batch_size=20, lr=3e-3), data, np.arange(500), 0, loss)
+    assert np.mean([s.loss for s in history[-20:]]) < history[0].loss - 0.5
+    classifier = start_from(model.vit.state_dict(), config, seed=9)
+    assert torch.equal(classifier.layers[0].mhsa[0].f.qkv.weight, model.vit.layers[0].mhsa[0].f.qkv.weight)
+    assert torch.equal(classifier.head.weight, ViT(config, 9).head.weight)
+
+
+def test_k_means_is_lloyds_algorithm():
+    from scipy.cluster.vq import kmeans2
+
+    points = torch.from_numpy(np.random.default_rng(0).normal(size=(800, 6)))
+    start = kmeans(points, 12, iterations=0, seed=3)
+    assert len({tuple(p) for p in start.tolist()}) == 12  # twelve distinct points
+    ours = kmeans(points, 12, iterations=15, seed=3)
+    theirs, label = kmeans2(points.numpy(), start.numpy(), iter=15, minit="matrix")
+    assert np.allclose(ours, theirs, atol=1e-9)
+    assert np.array_equal(nearest(points, kmeans(points, 12, 14, seed=3)), label)
+
+
+def test_tokens_follow_the_image_when_it_is_mirrored(images):
+    data = images.take(np.arange(200))
+    targets = PatchTokens(data, 4, seed=0, vocabulary=32)
+    batch = batch_of(data)
+    assert batch.flipped.any() and not batch.flipped.all()
+    seen = data.images[torch.from_numpy(batch.index)]
+    seen = torch.where(batch.flipped[:, None, None, None], seen.flip(-1), seen)
+    assert torch.equal(
+        targets(batch), nearest(patchify(seen, 4).reshape(-1, 16) / 255, targets.prototypes).view(20, 16)
+    )
+    assert usage(targets.tokens, 32).sum() == pytest.approx(1) and (usage(targets.tokens, 32) > 0).sum() > 16
+
+
+def test_normalised_pixels_have_mean_zero_and_unit_variance(images):
+    batch = batch_of(images)
+    busy = NormalisedPixels(images, 4)(batch)[patchify(batch.images, 4).std(-1) > 0.1]  # not plain background
+    assert len(busy) > 100
+    assert torch.allclose(busy.mean(-1), torch.zeros(len(busy)), atol=1e-5)
+    assert torch.allclose(busy.var(-1), torch.ones(len(busy)), atol=1e-3)
