@@ -148,7 +148,9 @@ def blocked_model(arm_runs: Runs) -> str:
 
 def provenance(arm_runs: Runs) -> str:
     """Data, split, seeds, device and CPU time of these runs, in one sentence."""
-    p, results = arm_runs.experiment.profile, [r for group in arm_runs.results.values() for r in group]
+    p = arm_runs.experiment.profile
+    family = {member for spec in arm_runs.experiment.specs() for member in spec.family()}
+    results = [result for spec in family if (result := runs.find(spec)) is not None]
     names = card(p.data)
     about = f"{names['pretty_name']}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
     if not p.judged:
