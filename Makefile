@@ -4,6 +4,7 @@ VENV    ?= .venv
 PROFILE ?= cpu
 JOBS    ?=
 NB      ?=
+TORCH   ?=
 SHELL   := /bin/bash
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready
@@ -19,16 +20,23 @@ export HF_DATASETS_OFFLINE := 1
 .DEFAULT_GOAL := help
 
 help:  ## show this help
-	@echo "usage: make TARGET [PROFILE=smoke|cpu|study] [NB=31] [JOBS=2]"
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study] [NB=31] [JOBS=2] [TORCH=cpu]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
-setup: $(READY)  ## make .venv from requirements.lock (about 5 GB with the GPU build of torch)
+setup: $(READY)  ## make .venv from requirements.lock: 5.3 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "setup needs Python 3.11 or newer, but %s is %d.%d; name another one: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install -q --disable-pip-version-check "uv==$(UV_PIN)"
+ifeq ($(TORCH),cpu)
+	@awk '/^[a-z]/ {drop = /^(nvidia-|cuda-|triton=|torch=|torchvision=)/} !drop' requirements.lock > $(VENV)/cpu.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes $(VENV)/cpu.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --compile-bytecode --no-deps --torch-backend cpu \
+	  $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ]*\).*/\1/p' requirements.lock)
+else
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes requirements.lock
+endif
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
 	@$(PY) -m vitlib check
 	@touch $@

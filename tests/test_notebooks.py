@@ -1,4 +1,4 @@
-"""The committed notebooks keep their form, and nbval with tests/conftest.py notices when their results change.
+"""The committed notebooks keep their form, and nbval with conftest.py notices when their results change.
 
 Three parts: what every notebook in notebooks/ must be; that these checks and `vitlib.lab.compare` find what they are
 for; and a tiny notebook run by a pytest of its own, to prove that a changed number turns it red.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -364,7 +365,7 @@ def test_moved_lists_every_changed_cell_within_its_tolerance_or_not():
     assert moved(TABLE, TABLE) == moved("One.", "Two.") == []
 
 
-# ---- nbval with tests/conftest.py: a tiny notebook, run by a pytest of its own.
+# ---- nbval with conftest.py: a tiny notebook, run by a pytest of its own.
 
 STORE = 'from os import environ, listdir\n\nprint(len(listdir(environ["VITLIB_RUNS"])), "stored runs")'
 KEEP = 'print(environ["VITLIB_RUNS"], file=open("store.txt", "w"))'
@@ -382,9 +383,9 @@ CHANGES = {  # what the committed notebook says instead of what its cell shows, 
 }
 
 
-def nbval(folder: Path, **environment: str) -> dict[str, str]:
+def nbval(folder: Path, root: Path = ROOT, **environment: str) -> dict[str, str]:
     """Run the notebooks in a folder as `make test` does: `passed` or `failed` for each `file.ipynb::Cell 0`."""
-    path = os.pathsep.join([str(ROOT), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))])
+    path = os.pathsep.join([str(root), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))])
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-rA", "--color=no", "-p", "no:cacheprovider", "."]
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -424,4 +425,24 @@ def test_a_changed_text_fails(results):
     assert outcomes[f"changed.ipynb::Cell {len(CHANGES)}"] == "failed"
 
 
-# ---- A broken loss turns a notebook red: to come, with `nbval(folder_with_a_copy, ...)` above.
+# ---- A broken loss turns a notebook red
+
+
+def test_a_broken_loss_turns_a_notebook_red(tmp_path):
+    """A copy of the project whose cross entropy is a thousandth too large, and one committed notebook beside it."""
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT / "vitlib", copy / "vitlib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "data_cards", copy / "data_cards")
+    shutil.copytree(ROOT / "outputs" / "paper", copy / "outputs" / "paper")
+    shutil.copy(ROOT / "conftest.py", copy)
+    losses = copy / "vitlib" / "train" / "losses.py"
+    right = "return F.cross_entropy(model(batch.images, draws), batch.targets)"
+    assert right in losses.read_text()
+    losses.write_text(losses.read_text().replace(right, f"{right} * 1.001"))
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    shutil.copy(ROOT / "notebooks" / "31_fig1_branches.ipynb", folder)
+    outcomes = nbval(folder, root=copy)
+    failed = [cell for cell, word in outcomes.items() if word == "failed"]
+    cells = [cell.source for cell in nbformat.read(folder / "31_fig1_branches.ipynb", 4).cells if cell.cell_type == "code"]
+    assert [cells[int(cell.split()[-1])] for cell in failed] == [c for c in cells if c.startswith("page.accuracies(")]
