@@ -444,5 +444,7 @@ def test_a_broken_loss_turns_a_notebook_red(tmp_path):
     shutil.copy(ROOT / "notebooks" / "31_fig1_branches.ipynb", folder)
     outcomes = nbval(folder, root=copy)
     failed = [cell for cell, word in outcomes.items() if word == "failed"]
-    cells = [cell.source for cell in nbformat.read(folder / "31_fig1_branches.ipynb", 4).cells if cell.cell_type == "code"]
+    cells = [
+        cell.source for cell in nbformat.read(folder / "31_fig1_branches.ipynb", 4).cells if cell.cell_type == "code"
+    ]
     assert [cells[int(cell.split()[-1])] for cell in failed] == [c for c in cells if c.startswith("page.accuracies(")]

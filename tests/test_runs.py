@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,3 +276,17 @@ def test_costs_grow_linearly_with_images_and_epochs():
         return plan.formula_seconds(spec) - plan.SECONDS_A_RUN
 
     assert seconds(2000, 3) == pytest.approx(2 * seconds(1000, 3)) == pytest.approx(6 * seconds(1000, 1))
+
+
+def test_damaged_data_stop_everything_in_one_sentence_before_any_training(tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(paths.ROOT / "vitlib", copy / "vitlib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(paths.ROOT / "data_cards", copy / "data_cards")
+    shutil.copytree(paths.PAPER, copy / "outputs" / "paper")
+    file = copy / "vitlib" / "data" / "embedded" / "fashion-mnist-train.parquet"
+    file.write_bytes(file.read_bytes()[:-1000])
+    command = [sys.executable, "-m", "vitlib", "run", "--profile", "smoke", "--notebook", "31"]
+    done = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "fashion-mnist-train.parquet is damaged" in done.stderr
+    assert not list((tmp_path / "runs").glob("[0-9a-f]*"))

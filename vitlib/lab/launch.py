@@ -115,12 +115,15 @@ def _train(todo: dict[RunSpec, bool], jobs: int) -> None:
 
 
 def _fault(future: Future) -> str | None:
+    """What went wrong in a run, or None. Raises what concerns all runs: UsageError, and a process that was killed."""
     try:
         future.result()
     except BrokenProcessPool:
         raise RunsFailed(
             "a training process was killed from outside (out of memory?); finished runs are kept"
         ) from None
+    except UsageError:  # damaged data, say: every other run would meet it too
+        raise
     except Exception as fault:
         return f"{fault}"
     return None

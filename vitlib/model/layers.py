@@ -12,30 +12,40 @@ from torch import Tensor, nn
 EPS = 1e-6  # of every LayerNorm. Released code: models_v2.py, partial(nn.LayerNorm, eps=1e-6)
 
 
-class MHSA(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in every head: (B, N, 3 heads d) -> (B, N, heads d).
 
-    def __init__(self, width: int, heads: int):
+    The last axis of `qkv` is q, then k, then v, heads in order within each. `bias` (heads, N, N) is added to the
+    logits.
+    """
+    B, N, width = qkv.shape
+    q, k, v = qkv.view(B, N, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, N, width // 3)
+
+
+class MHSA(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D). `inner` = heads x head size, D unless branches are fused."""
+
+    def __init__(self, width: int, heads: int, inner: int | None = None):
         super().__init__()
+        inner = inner or width
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.proj = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`bias` (H, N, N) is added to the attention logits: BEiT's relative positions, else None."""
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+        """`bias` (H, N, N): BEiT's relative positions, else None."""
+        return self.proj(attend(self.qkv(x), self.heads, bias))
 
 
 class FFN(nn.Module):
-    """Two linear layers with a GELU between, hidden width 4D, (B, N, D) -> (B, N, D)."""
+    """Two linear layers with a GELU between, (B, N, D) -> (B, N, D). `inner` = 4D unless branches are fused."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, inner: int | None = None):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        inner = inner or 4 * width
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, bias: None = None) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -61,8 +71,6 @@ class Residual(nn.Module):
         if self.gamma is not None:
             y = y * self.gamma
         if self.training and self.drop_path > 0:
-            if draw is None:
-                draw = torch.rand(len(x), device=x.device)
             keep = (draw >= self.drop_path).to(y.dtype) / (1 - self.drop_path)
             y = y * keep[:, None, None]
         return y

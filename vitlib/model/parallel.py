@@ -15,18 +15,23 @@ Released code: models_v2.py, Block_paralx2 and Layer_scale_init_Block_paralx2 (t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vitlib.model.config import ViTConfig
+from vitlib.model.execution import par_layer
 from vitlib.model.layers import FFN, MHSA, Residual
 
 
 class ParallelLayer(nn.Module):
     """One layer of K branches: eq. (2), with K = 1 half of eq. (1). (B, N, D) -> (B, N, D)."""
 
+    execution = "seq"  # or "par": see execution.py
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         width, scale, drop = config.width, config.layer_scale, config.drop_path
+        self.drop_path = drop
         branches = range(config.branches)
         # Each branch owns its tensors: LAMB's trust ratio is per tensor, so stacking them would be another optimizer.
         self.mhsa = nn.ModuleList(Residual(MHSA(width, config.heads), width, scale, drop) for _ in branches)
@@ -34,6 +39,10 @@ class ParallelLayer(nn.Module):
 
     def forward(self, x: Tensor, draws: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """`draws` (branches, 2, B): this layer's stochastic-depth draws, [:, 0] for mhsa and [:, 1] for ffn."""
+        if draws is None and self.training and self.drop_path > 0:
+            draws = torch.rand(len(self.mhsa), 2, len(x), device=x.device)
+        if self.execution == "par" and len(self.mhsa) > 1:
+            return par_layer(self, x, draws, bias)  # the same sums, the branches' tensors side by side
         x = x + sum(mhsa(x, _draw(draws, k, 0), bias) for k, mhsa in enumerate(self.mhsa))
         x = x + sum(ffn(x, _draw(draws, k, 1)) for k, ffn in enumerate(self.ffn))
         return x
