@@ -2,9 +2,10 @@
 
 CPU seconds come from finished runs that differ only in their seed, where there are any; else from a formula:
 
-    steps * (A * pairs + B * multiply-adds of a step)      forward 1, input gradients 1, weight gradients 1
+    C + steps * work * (A * pairs + B * multiply-adds of a step, forward and backward)
 
-with A and B fitted to runs on a 2-core AMD EPYC machine without bfloat16 or AVX-512 (n in tests/test_plan.py's note).
+with A, B and C fitted to the 60 runs of profile cpu, two at a time on a 2-core AMD EPYC machine with AVX2 (within about 15 %
+there). `work` is the share of a full step that a strategy does.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from vitlib.lab import measure, runs
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig
 
-SECONDS_A_PAIR = 0.9e-3  # of one step: what a pair costs however small the batch
-SECONDS_A_GMAC = 0.045
-SECONDS_A_RUN = 4.0  # data, evaluation, k-means
+SECONDS_A_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the batch
+SECONDS_A_GMAC = 0.062  # B
+SECONDS_A_RUN = 6.0  # C: data, evaluation, k-means
 MB_A_WORKER = 900  # torch and timm, the data, one model
-# Share of a full step: forward, gradients with respect to inputs, gradients with respect to weights.
-WORK = {"full": 1.0, "attn": 0.79, "ffn": 0.89, "head": 0.36}
+WORK = {"full": 1.0, "attn": 0.8, "ffn": 0.9, "head": 0.7}  # head: the position embedding needs the way back
 
 
 @dataclass(frozen=True)

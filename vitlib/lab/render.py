@@ -50,7 +50,7 @@ def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: in
     A notebook whose code, parameters and runs have not changed since it was rendered is left as it is. A failed one is
     kept under failed/, the others are rendered all the same, and then NotebookFailed is raised.
     """
-    parameters = {n: {"profile": profile, "jobs": jobs} | _settings(source(n), settings) for n in notebooks}
+    parameters = {n: _parameters(source(n), {"profile": profile, "jobs": jobs}, settings) for n in notebooks}
     print(report.plan_table(specs, jobs))
     launch(specs, jobs)
     folder = paths.outputs() / profile / "notebooks"
@@ -72,14 +72,14 @@ def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: in
         raise NotebookFailed("; ".join(failed))
 
 
-def _settings(notebook: Path, settings: list[str]) -> dict[str, object]:
-    """`NAME=VALUE` words checked against the notebook's parameters cell. papermill only warns and checks no type.
+def _parameters(notebook: Path, defaults: dict[str, object], settings: list[str]) -> dict[str, object]:
+    """The defaults that this notebook has, and `NAME=VALUE` words, checked against its parameters cell.
 
-    Raises UsageError for an unknown name or a value of another type.
+    papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
     known = papermill.inspect_notebook(str(notebook))
     types = {"int": int, "float": float, "str": str}
-    chosen: dict[str, object] = {}
+    chosen = {name: value for name, value in defaults.items() if name in known}
     for word in settings:
         name, _, value = word.partition("=")
         if name not in known:

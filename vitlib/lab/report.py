@@ -432,6 +432,9 @@ def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.Dat
     def number(value: object, digits: int = 2, sign: str = "+") -> str:
         return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}"
 
+    def p(value: object) -> str:
+        return "–" if pd.isna(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
     def paired(estimate: Estimate | None, ratio: bool) -> str:
         return "–" if estimate is None or ratio else "[{:+.2f}, {:+.2f}]".format(*estimate.paired)
 
@@ -443,7 +446,7 @@ def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.Dat
         rows.append({
             "part": row.part, "contrast": row.contrast or "exact", "n": "–" if pd.isna(row.n) else str(row.n),
             "ours, points (ratio for F3)": ours, "paper": number(row.paper, 2, sign), "margin": number(row.margin, 1, ""),
-            "p": number(row.p, 3, ""), "p (Holm)": number(row.p_holm, 3, ""), "verdict": row.verdict,
+            "p": p(row.p), "p (Holm)": p(row.p_holm), "verdict": row.verdict,
             "note": by_part[row.part].note or "–", "paired t over seeds": paired(by_part[row.part].estimate, ratio),
             "smallest visible": number(row.smallest_visible, 2, ""),
             "seeds for the paper's difference": "–" if row.seeds_needed is None or pd.isna(row.seeds_needed) else str(row.seeds_needed),
