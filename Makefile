@@ -4,10 +4,12 @@ VENV    ?= .venv
 PROFILE ?= cpu
 JOBS    ?=
 NB      ?=
-TORCH   ?=
 SHELL   := /bin/bash
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready
+# TORCH=cpu takes CPU-only wheels, TORCH=gpu the ordinary ones; the choice is remembered in $(VENV)/torch.
+CHOSEN  := $(shell cat $(VENV)/torch 2>/dev/null)
+TORCH   ?= $(CHOSEN)
 UV_PIN  := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 COMPILE := $(VENV)/bin/uv pip compile -q --universal --generate-hashes --no-header --no-annotate \
            --python-version 3.11 --extra dev
@@ -16,7 +18,11 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: help setup reproduce test lab refresh lint lock clean
+ifneq ($(TORCH),$(CHOSEN))
+$(READY): FORCE
+endif
+
+.PHONY: FORCE help setup reproduce test lab refresh lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
@@ -39,6 +45,7 @@ else
 endif
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
 	@$(PY) -m vitlib check
+	@echo "$(TORCH)" > $(VENV)/torch
 	@touch $@
 
 reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
@@ -60,6 +67,6 @@ lint: $(READY)  ## ruff over code and notebooks
 lock: $(READY)  ## compile requirements.lock anew (universal, with hashes)
 	$(COMPILE) pyproject.toml -o requirements.lock
 
-clean:  ## remove .venv and everything that git ignores, except outputs/runs
+clean:  ## remove .venv, caches and rendered results; finished runs in outputs/runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,9 @@ from vitlib.lab import installation, launch, render, report, runs
 from vitlib.lab.experiments import NOTEBOOKS
 
 
+PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch, tmp_path):
     """A store of its own; training anything is an error."""
@@ -27,10 +30,12 @@ BAD = {
     "a notebook": (["reproduce", "--notebook", "32"], "unknown notebook '32'"),
     "a notebook's nearest": (["run", "--notebook", "31_fig1_branch"], "did you mean '31_fig1_branches'?"),
     "a parameter": (["reproduce", "--set", "profil=cpu"], "unknown parameter of 00_claims 'profil'"),
-    "a parameter's type": (
+    "a parameter that has its own flag": (
         ["reproduce", "--notebook", "31", "--set", "jobs=many"],
-        "parameter jobs of 31_fig1_branches is of type int, which 'many' is not",
+        "parameter jobs is set by --jobs, not by --set",
     ),
+    "a number": (["run", "--jobs", "many"], "argument --jobs: invalid int value: 'many'"),
+    "a command": (["reprodce"], "invalid choice: 'reprodce' (choose from"),
     "a number of jobs": (["run", "--jobs", "-2"], "jobs is -2: allowed are 0"),
     "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to import"),
     "a profile of claims": (["claims", "--profile", "Study"], "did you mean 'study'?"),
@@ -124,13 +129,38 @@ def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, untouched):
 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = PYTHON3
     nbformat.write(notebook, untouched / "broken.ipynb")
     target = untouched / "outputs" / "smoke" / "notebooks" / "broken.ipynb"
     with pytest.raises(render.NotebookFailed, match=r"broken\.ipynb stopped in cell .*ZeroDivisionError"):
         render._render(untouched / "broken.ipynb", target, {"profile": "smoke"}, "key")
     assert not target.exists() and (target.parent / "failed" / "broken.ipynb").is_file()
     assert [p for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_notebook_parameters_are_checked_by_name_and_type(untouched):
+    import nbformat
+
+    cell = nbformat.v4.new_code_cell(
+        'profile: str = "smoke"  # scale\nshare: float = 0.5  # of it\nsteps: int = 3  # all'
+    )
+    cell.metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": PYTHON3})
+    nbformat.write(notebook, untouched / "n.ipynb")
+
+    def chosen(*words):
+        return render._parameters(untouched / "n.ipynb", {"profile": "cpu", "jobs": 2}, list(words))
+
+    assert chosen("share=1e-3") == {"profile": "cpu", "share": 0.001}
+    with pytest.raises(UsageError, match="did you mean 'share'"):
+        chosen("shares=1")
+    with pytest.raises(UsageError, match=r"parameter steps of n is of type int, which '3\.5' is not"):
+        chosen("steps=3.5")
+
+
+def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
+    monkeypatch.setenv("VITLIB_RUNS", "store")
+    assert paths.runs() == paths.ROOT / "store"
 
 
 def test_runs_are_described_in_words():

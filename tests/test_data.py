@@ -1,6 +1,7 @@
 """Embedded data, their card, and the draws that batches are made of."""
 
 import gzip
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,18 @@ def test_the_datasets_library_reads_the_embedded_files(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_the_script_makes_the_same_pixels_and_labels_again():
+def test_the_script_makes_the_same_pixels_and_labels_again(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("embed", paths.ROOT / "tools" / "embed_fashion_mnist.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "EMBEDDED", tmp_path)
+    script.main(DEBIAN)
+    for split, sha256 in registry.card(NAME)["vitlib"]["sha256"].items():
+        assert registry.checksum(*registry.read_parquet(tmp_path / f"fashion-mnist-{split}.parquet")) == sha256
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_the_embedded_images_are_those_of_the_original_files():
     raw = gzip.decompress((DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes())
     original = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
     assert np.array_equal(original[5_000:], load(NAME, "test").images.numpy())
@@ -128,6 +140,12 @@ def test_resize_keeps_constant_images_and_is_antialiased():
     middle = resize(stripes, 14)[..., 3:-3, 3:-3].float()
     assert middle.min() > 100 and middle.max() < 155
     assert resize(grey, 28) is grey
+
+
+@pytest.mark.parametrize(("size", "sha256"), [(16, "327e830f456d1a62"), (20, "b257ba2deb08827c")])
+def test_the_resized_pixels_are_the_same_on_every_machine(size, sha256):
+    data = load_resized(NAME, "train", size)
+    assert registry.checksum(data.images.numpy(), data.labels.numpy())[:16] == sha256
 
 
 def test_subsets_are_balanced_nested_and_the_same_for_every_arm():

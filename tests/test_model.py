@@ -267,7 +267,7 @@ def test_pairs_and_tokens_are_what_the_name_says():
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        ("B12y2", {}, ["'B12y2'", "Ti, S, B, L", "S18x2/16"]),
+        ("B12y2", {}, ["'B12y2'", "Ti, S, B, L", "for example B12"]),
         ("XL12", {}, ["'XL12'", "Ti, S, B, L"]),
         ("W70-12", {}, ["70", "multiples of 32"]),
         ("B0", {}, ["depth", "0"]),

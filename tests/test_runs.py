@@ -135,6 +135,35 @@ def test_a_run_directory_of_another_version_is_named_and_kept(store):
     assert (store / TINY.hash / "result.json").read_text() == '{"accuracy": 3}'
 
 
+def test_a_result_that_contradicts_itself_is_not_read(store):
+    runs.execute(TINY)
+    path = store / TINY.hash / "result.json"
+    whole = json.loads(path.read_text())
+    for change in ({"hash": "0" * 16}, {"correct": {"images": 5000, "bits": "AAAA"}}, {"metrics": {"top1": 99.0}}):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(UsageError, match="is not in the form of this version"):
+            runs.find(TINY)
+
+
+def test_export_names_a_run_that_it_cannot_write_and_refuses_a_folder(store, tmp_path):
+    runs.execute(TINY)
+    with pytest.raises(UsageError, match="is a folder"):
+        runs.export_runs(tmp_path)
+    (store / TINY.hash / "spec.json").write_text("{")
+    with pytest.raises(UsageError, match=f"the run {TINY.hash} cannot be exported"):
+        runs.export_runs(tmp_path / "runs.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is no text file"):
+        runs.import_runs(tmp_path / "binary.jsonl")
+
+
+def test_a_last_step_that_leaves_no_finite_weights_is_not_kept():
+    bad = replace(TINY, images=10, recipe=replace(TINY.recipe, lr=1e38, clip=None, warmup=0.0))
+    with pytest.raises(loop.NonFiniteLoss, match="the last step left weights that are not finite"):
+        runs.execute(bad)
+    assert runs.find(bad) is None
+
+
 def test_exported_runs_come_back_by_import_with_the_same_numbers(monkeypatch, tmp_path, store):
     launch.launch([TINY, TUNED], jobs=1)
     assert runs.export_runs(tmp_path / "runs.jsonl") == 2
@@ -145,9 +174,9 @@ def test_exported_runs_come_back_by_import_with_the_same_numbers(monkeypatch, tm
     after = runs.find(TUNED)
     assert after.record() == before.record()
     # Metrics without weights are enough to read; a new child needs the trunk trained again, and only that.
-    assert launch.missing([TINY, TUNED]) == {}
+    assert runs.missing([TINY, TUNED]) == {}
     child = replace(TUNED, strategy="ffn")
-    assert launch.missing([child]) == {TINY: True, child: False}
+    assert runs.missing([child]) == {TINY: True, child: False}
 
 
 def test_a_changed_line_is_not_imported(tmp_path, store):
@@ -167,7 +196,7 @@ def test_a_changed_line_is_not_imported(tmp_path, store):
 
 def test_parents_are_trained_first_and_once():
     specs = [replace(TUNED, strategy=s) for s in ("full", "attn", "ffn")] + [TINY]
-    todo = launch.missing(specs)
+    todo = runs.missing(specs)
     assert next(iter(todo)) == TINY and len(todo) == 4 and todo[TINY]
     found = launch.launch(specs, jobs=2)
     assert list(found) == specs and all(found.values())
@@ -210,8 +239,32 @@ def test_after_a_kill_the_same_command_goes_on_with_the_runs_that_are_missing(st
     kept = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("[0-9a-f]*/result.json")}
     assert 0 < len(kept) < len(specs)
     found = launch.launch(specs, jobs=2)
-    assert all(found.values()) and not list(store.glob(".*.[0-9]*"))  # drafts of the killed process are gone
+    assert all(found.values()) and not list(store.glob(".draft-*"))  # drafts of the killed process are gone
     assert all((store / name / "result.json").stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def test_workers_end_when_the_process_that_asked_is_killed(store, tmp_path):
+    script = tmp_path / "study.py"
+    script.write_text(
+        "from tests.test_runs import *\n"
+        "if __name__ == '__main__':\n"
+        "    spec = replace(TINY, recipe=replace(TINY.recipe, epochs=2000), images=200)\n"
+        "    launch.launch([spec.with_seed(1000), spec.with_seed(1001)], jobs=2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "VITLIB_PROGRESS": "0"}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    wait_for(lambda: len(list(store.glob(".locks/*"))) == 2)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGKILL)  # only the parent
+    process.wait()
+    wait_for(lambda: not runs.alive(-process.pid))  # nobody of its group is left
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_negative_jobs_are_refused():
@@ -278,15 +331,16 @@ def test_costs_grow_linearly_with_images_and_epochs():
     assert seconds(2000, 3) == pytest.approx(2 * seconds(1000, 3)) == pytest.approx(6 * seconds(1000, 1))
 
 
-def test_damaged_data_stop_everything_in_one_sentence_before_any_training(tmp_path):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_damaged_data_stop_everything_in_one_sentence_before_any_training(tmp_path, split):
     copy = tmp_path / "project"
     shutil.copytree(paths.ROOT / "vitlib", copy / "vitlib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(paths.ROOT / "data_cards", copy / "data_cards")
     shutil.copytree(paths.PAPER, copy / "outputs" / "paper")
-    file = copy / "vitlib" / "data" / "embedded" / "fashion-mnist-train.parquet"
+    file = copy / "vitlib" / "data" / "embedded" / f"fashion-mnist-{split}.parquet"
     file.write_bytes(file.read_bytes()[:-1000])
     command = [sys.executable, "-m", "vitlib", "run", "--profile", "smoke", "--notebook", "31"]
     done = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "fashion-mnist-train.parquet is damaged" in done.stderr
+    assert done.stderr.count("\n") == 1 and f"fashion-mnist-{split}.parquet is damaged" in done.stderr
     assert not list((tmp_path / "runs").glob("[0-9a-f]*"))

@@ -54,6 +54,26 @@ def test_twenty_steps_have_the_numbers_of_this_training_version(images):
 GOLDEN = (1, [2.418596029281616, 2.4917497634887695, 2.4635961055755615])
 
 
+def test_ten_masked_and_ten_fine_tuned_steps_have_the_numbers_of_this_training_version(images):
+    """Raise TRAINING_VERSION when these move: masks, tokens, position resize, frozen layers."""
+    data = images.take(np.arange(200))
+    targets = PatchTokens(data, 4, seed=0, vocabulary=16)
+    model = MaskedViT(small(), targets.outputs, seed=1000)
+    history = loop.train(
+        model, replace(RECIPE, batch_size=20), data, np.arange(200), 1000, MaskedLoss(targets, 1000, 6)
+    )
+    assert [history[0].loss, history[9].loss] == pytest.approx(GOLDEN_MASKED, rel=1e-3)
+    model = start_from(model.vit.state_dict(), at_image_size(small(), 20), 1000)
+    freeze(model, "attn")
+    larger = load_resized("fashion-mnist", "train", 20)
+    history = loop.train(model, replace(RECIPE, mixup=0.4), larger, np.arange(100), 1000, bce)
+    assert [history[0].loss, history[9].loss] == pytest.approx(GOLDEN_FINE_TUNED, rel=1e-3)
+
+
+GOLDEN_MASKED = [2.6625916957855225, 2.6228816509246826]
+GOLDEN_FINE_TUNED = [0.6894233822822571, 0.5357779264450073]
+
+
 def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(images):
     config = small(drop_path=0.2, layer_scale=0.1)
     (a, first), (b, second), (c, _) = (train(config, images, seed=s) for s in (1000, 1000, 1001))
@@ -163,6 +183,15 @@ def test_the_strategies_work_on_timm_models_and_train_both_parallel_branches():
     assert attention == 36 * (4 * 384**2 + 4 * 384)
     assert {n for n in names if ".attns." in n} == {n for n, _ in model.named_parameters() if ".attn." in n}
     assert {n for n in names if ".attns." not in n} == {"pos_embed", "head.weight", "head.bias"}
+
+
+def test_a_model_whose_attention_is_not_known_is_refused():
+    import timm
+
+    with pytest.raises(
+        UsageError, match=r"has no attn layers that can be told apart: known are vitlib's MHSA and timm's"
+    ):
+        freeze(timm.create_model("swin_tiny_patch4_window7_224"), "attn")
 
 
 def test_frozen_tensors_stay_and_trained_ones_move(images):

@@ -11,8 +11,8 @@ from vitlib.errors import UsageError
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
-    arguments = parser().parse_args(words)
     try:
+        arguments = parser().parse_args(words)
         return arguments.command(arguments) or 0
     except UsageError as fault:
         print(f"vitlib: {fault}", file=sys.stderr)
@@ -27,8 +27,15 @@ def main(words: list[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """One sentence for a wrong word, like every other mistake."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m vitlib", description=__import__("vitlib").__doc__.splitlines()[0])
+    top = Parser(prog="python -m vitlib", description=__import__("vitlib").__doc__.splitlines()[0])
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function, text: str, profile: str | None = None) -> argparse.ArgumentParser:

@@ -1,4 +1,7 @@
-"""Every path of the project, in one place, so that a notebook and a test find the same files."""
+"""Every path of the project, in one place, so that a notebook and a test find the same files.
+
+A relative path in an environment variable counts from the project's folder, whatever folder a process is in.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ REFERENCE = ROOT / "outputs" / "reference"
 
 def outputs() -> Path:
     """Where this checkout's own results go (git-ignored); `VITLIB_OUTPUTS` moves it."""
-    return Path(os.environ.get("VITLIB_OUTPUTS", ROOT / "outputs"))
+    return ROOT / os.environ.get("VITLIB_OUTPUTS", "outputs")
 
 
 def runs() -> Path:
     """The run store, shared by all profiles; `VITLIB_RUNS` moves it."""
-    return Path(os.environ.get("VITLIB_RUNS", outputs() / "runs"))
+    return ROOT / os.environ.get("VITLIB_RUNS", outputs() / "runs")

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitlib.errors import UsageError, unknown
-from vitlib.paths import DATA_CARDS, EMBEDDED
+from vitlib.paths import DATA_CARDS, EMBEDDED, ROOT
 
 SPLITS = ("train", "validation", "test")
 
@@ -109,7 +109,7 @@ def _folder(name: str, facts: dict) -> Path:
     """Embedded files lie in the package; others in $VITLIB_DATA/<name>."""
     if facts.get("embedded"):
         return EMBEDDED
-    return Path(os.environ.get("VITLIB_DATA", "data")) / name
+    return ROOT / os.environ.get("VITLIB_DATA", "data") / name
 
 
 def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:

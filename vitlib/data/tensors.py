@@ -20,14 +20,18 @@ from vitlib.errors import UsageError
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 (N, C, H, W) -> uint8 (N, C, size, size): bilinear, antialiased; the only resize there is."""
+    """uint8 (N, C, H, W) -> uint8 (N, C, size, size): bilinear, antialiased; the only resize there is.
+
+    In float64 with ties rounded up, so that every machine gets the same pixels: in float32 the last bit of an exact half
+    depends on the processor's instructions.
+    """
     if images.shape[-2:] == (size, size):
         return images
     parts = [
-        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        F.interpolate(part.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
         for part in images.split(4096)
     ]
-    return torch.cat(parts).round_().clamp_(0, 255).to(torch.uint8)
+    return torch.cat(parts).add_(0.5 + 1e-6).floor_().clamp_(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=8)

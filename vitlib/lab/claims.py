@@ -471,7 +471,7 @@ def _missing(
     if wrong:
         return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}"
     if not hashes or any(stored.get(part.id) != part_hash(part) for stored in hashes):
-        return "the runs were not made under this entry of the ledger"
+        return "the runs were not made under this entry of the ledger: move outputs/runs away to make them again"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 Results are Markdown tables, and the header of a column decides how far its numbers may move: `RULES`, the first match
 counts. Whatever has no rule (sizes, counts, names, and all text outside of a table) agrees only to the letter.
-Used by tests/conftest.py (nbval, `make test`) and by `make refresh`.
+Used by conftest.py (nbval, `make test`) and by `make refresh`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be checked to the digit, at every profile and without training: P1, F4, H1 and H2."""
+"""What can be counted, at every profile and without training: P1, F3's memory, F4, H1 and H2."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vitlib.lab.claims import exact_holds, prints_as
 from vitlib.lab.ledger import ledger
 from vitlib.lab.paper import paper_table
 from vitlib.model import ViT, ViTConfig, vit_config
+from vitlib.train.finetune import freeze
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,25 @@ def h1_holds() -> bool:
     return prints_as(linear, printed["linear"]) and prints_as(hmlp, printed["hmlp"]) and hmlp < 1.01 * linear
 
 
+def kept_bytes(strategy: str) -> dict[str, int]:
+    """What a training step of ViT-B at 384 pixels holds, counted on the meta device: bytes by kind, for one image.
+
+    Weights, gradients and AdamW's state in float32; activations are what autograd keeps with a fused attention kernel.
+    """
+    with torch.device("meta"):
+        model = ViT(vit_config("B12", image_size=384, layer_scale=1e-4)).train()
+    freeze(model, strategy)
+    images = torch.empty(1, 3, 384, 384, device="meta")
+    saved = measure.saved_bytes(model, images, lambda logits: logits.square().mean())
+    return measure.training_state(model) | {"activations": saved}
+
+
+def f3_memory_holds() -> bool:
+    """Training everything keeps more bytes than training attention alone, in total and of activations."""
+    full, attn = kept_bytes("full"), kept_bytes("attn")
+    return sum(full.values()) > sum(attn.values()) and full["activations"] > attn["activations"]
+
+
 # part -> (stem fields, training mode): what H2 looks at
 H2 = {
     "H2-ln": ({"stem": "hmlp", "stem_norm": "ln"}, True),
@@ -114,6 +134,6 @@ def h2_change(part: str) -> float:
 @functools.cache
 def exact_outcomes() -> dict[str, bool]:
     """Part -> does it hold, for every exact part of the ledger."""
-    outcomes = {"P1": p1_holds(), "F4": f4_holds(), "H1": h1_holds()}
+    outcomes = {"P1": p1_holds(), "F3-memory": f3_memory_holds(), "F4": f4_holds(), "H1": h1_holds()}
     parts = ledger()
     return outcomes | {part: exact_holds(parts[part].expected, h2_change(part)) for part in H2}

@@ -26,20 +26,6 @@ class RunsFailed(RuntimeError):
     """Some runs could not be trained; the message names them. Finished runs are kept."""
 
 
-def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
-    """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
-    todo: dict[RunSpec, bool] = {}
-    for spec in specs:
-        if runs.find(spec) is not None:
-            continue
-        for member in spec.family():
-            is_parent = member is not spec
-            if is_parent and runs.weights_path(member).is_file():
-                continue
-            todo[member] = todo.get(member, False) or is_parent
-    return todo
-
-
 def launch(specs: Iterable[RunSpec], jobs: int = 0) -> dict[RunSpec, Result]:
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time (0 = one a core).
 
@@ -49,7 +35,7 @@ def launch(specs: Iterable[RunSpec], jobs: int = 0) -> dict[RunSpec, Result]:
     specs = list(specs)
     if jobs < 0:
         raise UsageError(f"jobs is {jobs}: allowed are 0 (one a core) and up")
-    todo = missing(specs)
+    todo = runs.missing(specs)
     if todo:
         runs.sweep()
         paths.runs().mkdir(parents=True, exist_ok=True)
@@ -148,7 +134,7 @@ def _work(spec: RunSpec, need_weights: bool) -> None:
         if time.monotonic() - last > 0.5:
             last = time.monotonic()
             _steps.put((spec.hash, step / steps))
-            if not runs._alive(_parent):
-                sys.exit("the process that asked for this run is gone")
+            if not runs.alive(_parent):
+                os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
 
     runs.execute(spec, need_weights, on_step)

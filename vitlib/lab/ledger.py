@@ -23,7 +23,7 @@ KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "rat
 POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
 SCOPES = ("any", "trained", "imagenet")
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
-EXPECTED = ("printed digits", "0", "not 0")
+EXPECTED = ("printed digits", "0", "not 0", "more than 1")
 
 # check -> the arms that it needs besides those of the contrast and the control
 CHECKS = {

@@ -83,8 +83,9 @@ def cpu_seconds(spec: RunSpec) -> float:
 
 def cost(specs: Iterable[RunSpec], jobs: int) -> Cost:
     """The cost of these runs and their parents with `jobs` workers."""
+    specs = list(specs)
     family = {member for spec in specs for member in spec.family()}
-    todo = [spec for spec in family if runs.find(spec) is None]
+    todo = runs.missing(specs)
     cpu = sum(cpu_seconds(spec) for spec in todo)
     longest = max((cpu_seconds(spec) for spec in todo), default=0.0)
     disk = sum(4 * _model_facts(spec.model)[0] + 20_000 for spec in todo) / 2**20

@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from vitlib import paths
 from vitlib.errors import UsageError, unknown
-from vitlib.lab import report
+from vitlib.lab import report, runs, timing
 from vitlib.lab.compare import moved
 from vitlib.lab.experiments import NOTEBOOKS, all_specs
 from vitlib.lab.launch import launch
@@ -58,7 +58,7 @@ def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: in
     # 00 collects what the others say, so it comes last.
     for number in sorted(notebooks, key=lambda n: (n == "00", n)):
         target = folder / source(number).name
-        key = _content_key(source(number), parameters[number], specs)
+        key = _content_key(source(number), parameters[number], _evidence(profile, number, specs))
         if _is_current(target, key):
             print(f"{target.name}: unchanged")
             continue
@@ -78,6 +78,9 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: list[str]
     papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
     known = papermill.inspect_notebook(str(notebook))
+    for name in defaults:
+        if any(word.partition("=")[0] == name for word in settings):
+            raise UsageError(f"parameter {name} is set by --{name}, not by --set")
     types = {"int": int, "float": float, "str": str}
     chosen = {name: value for name, value in defaults.items() if name in known}
     for word in settings:
@@ -92,10 +95,19 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: list[str]
     return chosen
 
 
-def _content_key(notebook: Path, parameters: dict[str, object], specs: list[RunSpec]) -> str:
-    """What an executed notebook depends on: its code, its parameters, vitlib, the ledger and the runs. No file times."""
+def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
+    """What a notebook reads: the results of its runs and the timings; of all notebooks for 00, which collects them."""
+    specs = all_specs(profile, list(NOTEBOOKS)) if number == "00" else specs
+    found = {spec.hash: runs.find(spec) for spec in specs}
+    timings = timing.stored(profile)
+    results = sorted([name, result.record()] for name, result in found.items() if result)
+    return [results, None if timings is None else timings.to_csv()]
+
+
+def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:
+    """What an executed notebook depends on: its code, its parameters, vitlib, the ledger, the results. No file times."""
     cells = [cell.source for cell in nbformat.read(notebook, 4).cells]
-    digest = hashlib.sha256(json.dumps([cells, parameters, sorted(spec.hash for spec in specs)]).encode())
+    digest = hashlib.sha256(json.dumps([cells, parameters, evidence]).encode())
     for path in sorted(paths.ROOT.glob("vitlib/**/*.py")) + sorted(paths.PAPER.glob("*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -147,7 +159,7 @@ class LocalKernel(AsyncKernelManager):
 
 @contextmanager
 def kernel_environment():
-    """For kernels: no start-up files of the user's, no progress bars in outputs, single-threaded mathematics."""
+    """For kernels: no start-up files of the user's, no progress bars in outputs."""
     with tempfile.TemporaryDirectory() as private:
         before = dict(os.environ)
         os.environ |= {"IPYTHONDIR": private, "VITLIB_PROGRESS": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}

@@ -173,11 +173,18 @@ def _committed(notebook: str) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------- paper columns
 
 
-def paper_branches(family: str = "ViT-B36") -> dict[str, str]:
-    """Figure 1's accuracies of one family, by our arm with as many branches (without LayerScale, as there)."""
-    table = paper_table("figure1").query("model_family == @family")
-    values = {int(r.branches): as_printed(r.top1, r.confidence) for r in table.itertuples()}
-    return {f"{pairs // k}x{k}": value for pairs in (12, 36) for k, value in values.items()}
+def paper_branches() -> dict[str, str]:
+    """ViT-B at 36 pairs: Figure 1 without LayerScale, Table 3 with it ("+LS"). The paper has nothing like 12 pairs + LS."""
+    figure = paper_table("figure1").query("model_family == 'ViT-B36'")
+    values = {row.model.removeprefix("B"): as_printed(row.top1, row.confidence) for row in figure.itertuples()}
+    table = paper_table("table3").set_index("model")["top1"]
+    return values | {f"{name}+LS": table[f"B{name}"] for name in ("36x1", "18x2")}
+
+
+def figure1() -> pd.DataFrame:
+    """Figure 1 as the paper has it, read off the chart: top-1 on ImageNet by number of branches."""
+    table = paper_table("figure1").pivot(index="branches", columns="model_family", values="top1").reset_index()
+    return table.rename(columns=lambda name: f"{name}, chart ± 0.1" if name.startswith("ViT") else name)
 
 
 def paper_resolution(model: str = "ViT-B", optimizer: str = "AdamW") -> dict[str, str]:
@@ -199,54 +206,41 @@ def paper_stems() -> dict[str, str]:
 
 
 def trained_shares() -> pd.DataFrame:
-    """Figure 4, left, and section 4: what each strategy trains of ViT-B at 384, to the digit."""
-    import torch
-
-    from vitlib.lab import measure
-    from vitlib.model import ViT
-    from vitlib.train.finetune import freeze
-
+    """Figure 4 and section 4: what each strategy trains of ViT-B at 384, and the memory that it keeps, counted."""
     rows = []
     for strategy in ("full", "attn", "ffn", "head"):
-        with torch.device("meta"):
-            model = ViT(vit_config("B12", image_size=384, layer_scale=1e-4)).train()
-        freeze(model, strategy)
-        kept = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        state = measure.training_state(model)
-        images = torch.empty(1, 3, 384, 384, device="meta")
-        saved = measure.saved_bytes(model, images, lambda logits: logits.square().mean())
+        kept = exact.kept_bytes(strategy)
+        count, every = kept["gradients"] // 4, kept["weights"] // 4
         rows.append({
-            "strategy": strategy, "trained_params": kept, "share of all": kept / measure.params(model),
-            "gradients + AdamW state, MB": (state["gradients"] + state["adamw"]) / 2**20,
-            "saved activations, MB an image": saved / 2**20,
+            "strategy": strategy, "trained_params": f"{count:,}", "share of all": f"{100 * count / every:.1f} %",
+            "weights, MB": kept["weights"], "gradients + AdamW state, MB": kept["gradients"] + kept["adamw"],
+            "saved activations, MB an image": kept["activations"], "all, batch of 1, MB": sum(kept.values()),
         })  # fmt: skip
-    table = pd.DataFrame(rows).set_index("strategy")
-    for column in ("gradients + AdamW state, MB", "saved activations, MB an image"):
-        less = 100 * (1 - table[column] / table.loc["full", column])
+    table = pd.DataFrame(rows)
+    for column in table.columns[3:]:
+        less = 100 * (1 - table[column] / table[column].iloc[0])
         table[column] = [
-            f"{v:,.1f} ({saved:.1f} % less)" if saved else f"{v:,.1f}"
-            for v, saved in zip(table[column], less, strict=True)
+            f"{value / 2**20:,.1f}" + (f" ({saved:.1f} % less)" if saved else "")
+            for value, saved in zip(table[column], less, strict=True)
         ]
-    table["share of all"] = [f"{100 * share:.1f} %" for share in table["share of all"]]
-    table["trained_params"] = [f"{count:,}" for count in table["trained_params"]]
-    return table.reset_index()
+    return table
 
 
 def step_costs(profile_name: str) -> pd.DataFrame:
-    """Time and memory of a training step by strategy, measured in five process restarts; nothing at smoke."""
+    """A training step at the profile's own size: time from five process restarts, memory counted; nothing at smoke."""
     p = profile(profile_name)
     if not p.judged:
         return pd.DataFrame({"strategy": ["full", "attn", "ffn"], "step": ["no timing at smoke"] * 3})
     table = timing.finetune_steps(p.name, experiment("41", p.name).arms["full"])
-    rows = []
+    full, rows = table[table["strategy"] == "full"], []
     for strategy, group in table.groupby("strategy", sort=False):
-        full = table[table["strategy"] == "full"]
-        row = {"strategy": strategy}
-        for column, digits in (("time_s", 4), ("mem_mb", 1)):
-            ratio = full[column].to_numpy() / group[column].to_numpy()
-            row[column] = f"{group[column].median():.{digits}f}"
-            row[f"full over this, {column}"] = f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f} (n={len(ratio)})"
-        rows.append(row)
+        ratio = full["time_s"].to_numpy() / group["time_s"].to_numpy()
+        rows.append({
+            "strategy": strategy, "time_s": f"{group['time_s'].median():.4f}",
+            "full over this, time_s": f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f} (n={len(ratio)})",
+            "mem_mb, counted": f"{group['mem_mb'].iloc[0]:.1f}",
+            "full over this, mem_mb": f"{full['mem_mb'].iloc[0] / group['mem_mb'].iloc[0]:.3f}",
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -403,7 +397,12 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     found = _finished(setting)
     pairs = _pairs(part, p.pairs, found)
     named = {arm: results for arm, results in found.items() if results}
-    hashes = [r.ledger for arm in arms_of(part, pairs) for r in named.get(arm, [])]
+    arms = [arm for arm in arms_of(part, pairs) if arm in named]
+    family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
+    hashes = [result.ledger for spec in family if (result := runs.find(spec)) is not None]
+    images = None if part.images == "all" else part.images
+    if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in named):
+        hashes = []  # not the number of images that the entry fixes
     seen = correct(Runs(setting, named))
     return judge(part, seen, p.name, pairs, classes, hashes=hashes)
 
@@ -445,7 +444,7 @@ def verdict_rows(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.Dat
         ours = "–" if pd.isna(row.ours) else f"{row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
         rows.append({
             "part": row.part, "contrast": row.contrast or "exact", "n": "–" if pd.isna(row.n) else str(row.n),
-            "ours, points (ratio for F3)": ours, "paper": number(row.paper, 2, sign), "margin": number(row.margin, 1, ""),
+            "ours, points (ratio for F3)": ours, "paper, at its scale": number(row.paper, 2, sign), "margin": number(row.margin, 1, ""),
             "p": p(row.p), "p (Holm)": p(row.p_holm), "verdict": row.verdict,
             "note": by_part[row.part].note or "–", "paired t over seeds": paired(by_part[row.part].estimate, ratio),
             "smallest visible": number(row.smallest_visible, 2, ""),

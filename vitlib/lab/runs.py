@@ -19,8 +19,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +43,8 @@ from vitlib.train.recipes import Recipe
 
 # Raised whenever training changes its numbers; tests/test_training.py holds twenty steps that notice.
 TRAINING_VERSION = 1
+# What every result says of its surroundings besides its numbers.
+ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
 ALLOWED = {
@@ -137,13 +140,20 @@ class Result:
 
     @classmethod
     def from_record(cls, record: dict) -> Result:
+        """Raises KeyError or ValueError for a record that is not whole or contradicts itself."""
         record = dict(record)
         packed = record.pop("correct")
+        named = {name: record.pop(name) for name in ("hash", "metrics", "ledger")}
+        if absent := [name for name in ABOUT if name not in record]:
+            raise KeyError(", ".join(absent))
         correct = None
         if packed is not None:
             bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
+            if len(bits) != -(-packed["images"] // 8):
+                raise ValueError(f"{len(bits)} bytes of bits for {packed['images']} images")
             correct = np.unpackbits(bits, count=packed["images"]).astype(bool)
-        named = {name: record.pop(name) for name in ("hash", "metrics", "ledger")}
+            if not np.isclose(100 * correct.mean(), named["metrics"]["top1"]):
+                raise ValueError("top1 is not what the bits say")
         return cls(correct=correct, about=record, **named)
 
 
@@ -156,10 +166,13 @@ def find(spec: RunSpec) -> Result | None:
     if not path.is_file():
         return None
     try:
-        return Result.from_record(json.loads(path.read_text(encoding="utf-8")))
+        result = Result.from_record(json.loads(path.read_text(encoding="utf-8")))
+        if result.hash != spec.hash:
+            raise ValueError(f"it says {result.hash}")
+        return result
     except (ValueError, KeyError, TypeError) as fault:
         raise UsageError(
-            f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}): "
+            f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault}): "
             "move that folder away and the run is trained again"
         ) from fault
 
@@ -176,18 +189,16 @@ def weights_path(spec: RunSpec) -> Path:
     return paths.runs() / spec.hash / "weights.safetensors"
 
 
-def lock(spec: RunSpec) -> FileLock:
-    """Held while a run is trained: a second process waits and then reads it."""
+def lock(name: str) -> FileLock:
+    """Held while the run of that hash is trained or imported: a second process waits and then reads it."""
     folder = paths.runs() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{spec.hash}.lock")
+    return FileLock(folder / f"{name}.lock")
 
 
 def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[str, torch.Tensor]) -> None:
     """Write a run into a temporary folder and move it into place."""
-    store = paths.runs()
-    draft = store / f".{spec.hash}.{os.getpid()}"
-    draft.mkdir(parents=True)
+    draft = _draft(spec.hash)
     try:
         (draft / "spec.json").write_text(json.dumps(spec.record(), indent=1), encoding="utf-8")
         with (draft / "history.csv").open("w", newline="", encoding="utf-8") as file:
@@ -196,20 +207,35 @@ def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[st
             table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
         save_file({k: v.contiguous() for k, v in state.items()}, draft / "weights.safetensors")
         (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
-        shutil.rmtree(store / spec.hash, ignore_errors=True)  # an imported run, which has no weights
-        draft.rename(store / spec.hash)
+        _into_place(draft, paths.runs() / spec.hash)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _draft(name: str) -> Path:
+    """A new folder in the store that is not a run yet; its name says whose it is."""
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".draft-{name}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
+
+
+def _into_place(draft: Path, folder: Path) -> None:
+    """Rename; an older folder of that name (an imported run without weights) goes only when the new one is there."""
+    old = draft.with_name(f"{draft.name}-old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def sweep() -> None:
-    """Remove the drafts of processes that are gone."""
-    for draft in paths.runs().glob(".[0-9a-f]*.*"):
-        if not _alive(int(draft.suffix[1:])):
+    """Remove the drafts that processes of this machine left and that are gone."""
+    for draft in paths.runs().glob(".draft-*"):
+        words = draft.name.removesuffix("-old").rsplit("-", 2)
+        if words[0].endswith(f"-{platform.node()}") and words[1].isdigit() and not alive(int(words[1])):
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -222,9 +248,16 @@ def _alive(pid: int) -> bool:
 def export_runs(path: Path) -> int:
     """Write every run of the store to a `runs.jsonl`, sorted by hash, without weights; how many."""
     records = []
-    for folder in sorted(paths.runs().glob("[0-9a-f]*")):
-        spec, result = (json.loads((folder / name).read_text("utf-8")) for name in ("spec.json", "result.json"))
+    for folder in sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json")):
+        try:
+            spec, result = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result"))
+            Result.from_record(result)
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            what = f"the run {folder.name} cannot be exported ({type(fault).__name__}): move that folder away"
+            raise UsageError(what) from fault
         records.append(json.dumps({"spec": spec, "result": result}, sort_keys=True))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: export writes a file, for example {path / 'runs.jsonl'}")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
@@ -239,8 +272,12 @@ def import_runs(path: Path) -> tuple[int, int]:
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path} to import")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UsageError(f"{path.name} is no text file: import reads what export wrote") from fault
     runs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             run = json.loads(line)
             found = hashlib.sha256(json.dumps(run["spec"], sort_keys=True).encode()).hexdigest()[:16]
@@ -253,15 +290,29 @@ def import_runs(path: Path) -> tuple[int, int]:
     new = 0
     for name, run in runs:
         folder = paths.runs() / name
-        if (folder / "result.json").is_file():
-            continue
-        draft = paths.runs() / f".{name}.{os.getpid()}"
-        draft.mkdir(parents=True)
-        for part in ("spec", "result"):
-            (draft / f"{part}.json").write_text(json.dumps(run[part], indent=1), encoding="utf-8")
-        draft.rename(folder)
-        new += 1
+        with lock(name):
+            if (folder / "result.json").is_file():
+                continue
+            draft = _draft(name)
+            for part in ("spec", "result"):
+                (draft / f"{part}.json").write_text(json.dumps(run[part], indent=1), encoding="utf-8")
+            _into_place(draft, folder)
+            new += 1
     return new, len(runs) - new
+
+
+def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
+    """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
+    todo: dict[RunSpec, bool] = {}
+    for spec in specs:
+        if find(spec) is not None:
+            continue
+        for member in spec.family():
+            is_parent = member is not spec
+            if is_parent and weights_path(member).is_file():
+                continue
+            todo[member] = todo.get(member, False) or is_parent
+    return todo
 
 
 # ---------------------------------------------------------------------------------------------------- doing it
@@ -275,7 +326,7 @@ def execute(
     `need_weights` trains a run again of which only the metrics were imported. Raises NonFiniteLoss with the run's name;
     nothing is kept then.
     """
-    with lock(spec):
+    with lock(spec.hash):
         done = find(spec)
         if done is not None and not (need_weights and not weights_path(spec).is_file()):
             return done
@@ -284,6 +335,7 @@ def execute(
         began, ledger = time.time(), ledger_hashes()
         cpu = time.process_time()
         data = load_resized(spec.data, "train", spec.model.image_size)
+        held_out = load_resized(spec.data, spec.split, spec.model.image_size)  # read now, so that a fault costs no time
         rows = subset(data, spec.images, spec.seed)
         model, loss_function = prepare(spec, data)
         try:
@@ -293,14 +345,18 @@ def execute(
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
         correct = None
         if spec.protocol != "masked":
-            correct, loss = loop.evaluate(model, load_resized(spec.data, spec.split, spec.model.image_size))
+            correct, loss = loop.evaluate(model, held_out)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise loop.NonFiniteLoss(
+                f"run {spec.hash} ({describe(spec)}): the last step left weights that are not finite"
+            )
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         about = {
             "split": spec.split,
             "wall_s": time.time() - began,
             "cpu_s": time.process_time() - cpu,
-        } | surroundings()
+        } | surroundings(spec.device)
         result = Result(spec.hash, metrics, correct, ledger, about)
         keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
         return result
@@ -328,19 +384,19 @@ def describe(spec: RunSpec) -> str:
     return ", ".join([*parts, f"seed {spec.seed}"])
 
 
-def surroundings() -> dict:
+def surroundings(device: str) -> dict:
     """Where and with what a run was done."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {
-        "mem_mb": round(peak), "device": device_name(), "torch": torch.__version__, "python": platform.python_version(),
+        "mem_mb": round(peak), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
         "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
 @functools.cache
-def device_name() -> str:
-    """The processor's own name and the number of cores; the GPU's name on a GPU machine."""
-    if torch.cuda.is_available():
+def device_name(device: str) -> str:
+    """The name of what a run used: the GPU's for "cuda", else the processor's and the number of its cores."""
+    if device == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -361,4 +417,6 @@ def commit() -> str:
             return ""
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "vitlib") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "vitlib", "outputs/paper") else ""
+    )

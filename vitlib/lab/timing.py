@@ -7,6 +7,7 @@ and the activations that autograd keeps, in MB, the same on every machine.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from vitlib.model import ViTConfig
 RESTARTS = 5  # claims.md: the restart is the unit
 STRATEGIES = ("full", "attn", "ffn")
 WARM_UP, STEPS = 3, 15
-PARTS = {"time_s": "F3-time", "mem_mb": "F3-memory"}
+PARTS = {"time_s": "F3-time"}
 
 
 def _path(profile: str):
@@ -43,12 +44,15 @@ def finetune_steps(profile: str, spec):
     hashes = ledger_hashes()
     key = {f"ledger_{column}": hashes[part] for column, part in PARTS.items()} | {"run": spec.hash}
     table = stored(profile)
-    if table is not None and all(name in table and set(table[name]) == {value} for name, value in key.items()):
+    current = table is not None and len(table) == RESTARTS * len(STRATEGIES)
+    if current and all(name in table and set(table[name]) == {value} for name, value in key.items()):
         return table
     rows = [row for restart in range(RESTARTS) for row in _restart(spec, restart)]
     table = pd.DataFrame([row | key for row in rows])
     _path(profile).parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(_path(profile), index=False)
+    draft = _path(profile).with_suffix(f".{os.getpid()}")
+    table.to_csv(draft, index=False)
+    draft.replace(_path(profile))
     return table
 
 
@@ -103,7 +107,7 @@ def measure_here(task: dict) -> list[dict]:
         state = sum(measure.training_state(model).values())
         rows.append({
             "strategy": strategy, "time_s": statistics.median(seconds[WARM_UP:]), "mem_mb": (saved + state) / 2**20,
-            "saved_mb": saved / 2**20, "device": device_name(),
+            "saved_mb": saved / 2**20, "device": device_name("cpu"),
             "size": f"{config.name} at {config.image_size} px, batch {batch}",
         })  # fmt: skip
     return rows

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions
 from vitlib.model.config import check
 from vitlib.model.layers import FFN, MHSA
@@ -45,9 +45,13 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if strategy == "full":
         return names
+    roles = _roles()[strategy]
+    if roles and not any(isinstance(module, roles) for module in model.modules()):
+        known = " and ".join(f"{role.__module__.split('.')[0]}'s {role.__name__}" for role in roles)
+        raise UsageError(f"{type(model).__name__} has no {strategy} layers that can be told apart: known are {known}")
     kept = {"pos_embed"}
     for prefix, module in model.named_modules():
-        if isinstance(module, (*_roles()[strategy], RelativeBias)) or module is model.head:
+        if isinstance(module, (*roles, RelativeBias)) or module is model.head:
             kept.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
     return [name for name in names if name in kept]
 
