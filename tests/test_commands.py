@@ -12,7 +12,6 @@ from vitlib.errors import UsageError
 from vitlib.lab import installation, launch, render, report, runs
 from vitlib.lab.experiments import NOTEBOOKS
 
-
 PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
