@@ -70,6 +70,7 @@ def h1_holds() -> bool:
     return prints_as(linear, printed["linear"]) and prints_as(hmlp, printed["hmlp"]) and hmlp < 1.01 * linear
 
 
+@functools.cache
 def kept_bytes(strategy: str) -> dict[str, int]:
     """What a training step of ViT-B at 384 pixels holds, counted on the meta device: bytes by kind, for one image.
 

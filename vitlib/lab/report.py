@@ -259,7 +259,7 @@ def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
         {"arm": arm, "points": 100 * (a.mean() - b.mean())}
         for arm in arms for a, b in zip(seen[arm], seen[reference], strict=True)
     ])  # fmt: skip
-    sns.stripplot(by_seed, x="arm", y="points", order=arms, ax=axes, color="0.55", size=5, jitter=0.08)
+    sns.stripplot(by_seed, x="arm", y="points", order=arms, ax=axes, color="0.55", size=5, jitter=False)
     for x, arm in enumerate(arms):
         estimate = contrast(arm_runs, arm, reference)
         if estimate is not None:
@@ -396,15 +396,13 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     setting = experiment(part.notebook, p.name)
     found = _finished(setting)
     pairs = _pairs(part, p.pairs, found)
-    named = {arm: results for arm, results in found.items() if results}
-    arms = [arm for arm in arms_of(part, pairs) if arm in named]
+    arms = [arm for arm in arms_of(part, pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
     hashes = [result.ledger for spec in family if (result := runs.find(spec)) is not None]
     images = None if part.images == "all" else part.images
-    if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in named):
+    if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in found):
         hashes = []  # not the number of images that the entry fixes
-    seen = correct(Runs(setting, named))
-    return judge(part, seen, p.name, pairs, classes, hashes=hashes)
+    return judge(part, correct(Runs(setting, found)), p.name, pairs, classes, hashes=hashes)
 
 
 def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:

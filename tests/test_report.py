@@ -1,0 +1,112 @@
+"""From runs to verdicts: the pieces of `report` that claims.md fixes, on made-up results."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vitlib.lab import experiments, report, runs
+from vitlib.lab.ledger import ledger, ledger_hashes
+from vitlib.lab.runs import Result
+
+ABOUT = dict.fromkeys(runs.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+
+
+def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, seeds=None) -> None:
+    """Results for the arms of a notebook at profile cpu: each image right with its arm's probability."""
+    setting = experiments.experiment(notebook, "cpu")
+    made = {}
+    for seed in seeds or setting.profile.seeds:
+        u = np.random.default_rng(seed).random(5000)  # common to all arms: paired
+        for arm, rate in rates.items():
+            spec = setting.arms[arm].with_seed(seed)
+            right = u < rate
+            metrics = {"top1": 100 * right.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 10}
+            made[spec.hash] = Result(spec.hash, metrics, right, hashes or ledger_hashes(), ABOUT)
+    monkeypatch.setattr(runs, "find", lambda spec: made.get(spec.hash))
+
+
+def words(notebook: str) -> dict[str, str]:
+    return {v.part.id: v.text for v in report.verdicts("cpu", notebook)}
+
+
+def test_equal_arms_are_equivalent_and_swapped_ones_are_too(monkeypatch):
+    for rates in ({"12x1+LS": 0.840, "6x2+LS": 0.843}, {"12x1+LS": 0.843, "6x2+LS": 0.840}):
+        make_up(monkeypatch, "31", rates)
+        assert words("31")["A1"] == "equivalent within m"
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.80})
+    assert words("31")["A1"] == "different by more than m"
+    assert words("31")["P5"] == "out of scope at this scale"
+    assert words("31")["P2-1"] == "not run"
+
+
+def test_a_direction_turns_when_arms_are_swapped(monkeypatch):
+    rates = {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72}
+    make_up(monkeypatch, "41", rates)
+    assert (words("41")["F1"], words("41")["F2-full"]) == ("equivalent within m", "same direction")
+    make_up(monkeypatch, "41", rates | {"full": 0.76, "ffn": 0.81})
+    assert words("41")["F2-full"] == "opposite direction"
+
+
+def test_a_failed_check_makes_a_part_inconclusive(monkeypatch):
+    make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.81, "ffn": 0.76, "head": 0.80})
+    assert words("41")["F1"] == "inconclusive (check failed: full beats head)"
+
+
+def test_runs_under_another_ledger_entry_read_not_run(monkeypatch):
+    stale = ledger_hashes() | {"A1": "0" * 16}
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84}, hashes=stale)
+    assert words("31")["A1"] == "not run"
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84}, hashes={"P1": ledger_hashes()["P1"]})
+    assert words("31")["A1"] == "not run"
+
+
+def test_a_missing_seed_or_another_number_of_images_reads_not_run(monkeypatch):
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84}, seeds=(0, 1, 2, 3))
+    assert words("31")["A1"] == "not run"
+    few = replace(experiments.PROFILES["cpu"], images=900)
+    monkeypatch.setitem(experiments.PROFILES, "cpu", few)
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84})
+    assert words("31")["A1"] == "not run"
+
+
+def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
+    seeds = {name: p.seeds for name, p in experiments.PROFILES.items()}
+    assert seeds == {"smoke": (1000,), "cpu": (0, 1, 2, 3, 4), "study": (10, 11, 12, 13, 14)}
+    assert {part.n for part in ledger().values() if part.kind not in ("exact",)} == {5}
+
+
+def test_nothing_trained_is_judged_at_smoke():
+    for verdict in report.verdicts("smoke"):
+        assert verdict.text == ("exact" if verdict.part.kind == "exact" else "not judged at smoke")
+
+
+def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
+    make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
+    from vitlib.lab.notebook import open_page
+
+    page, pictures = open_page("41", "cpu"), []
+    setting = experiments.experiment("41", "cpu")
+    found = report.Runs(setting, report._finished(setting))
+    for _ in range(2):
+        page.figure(report.difference_figure(found, "full", "x"), alt="words")
+        folder = tmp_path / "outputs" / "cpu" / "figures"
+        pictures.append([(folder / f"41_tab5_resolution.{kind}").read_bytes() for kind in ("png", "svg")])
+    assert pictures[0] == pictures[1]
+
+
+def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
+    make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
+    setting = experiments.experiment("41", "cpu")
+    table = report.accuracies(report.Runs(setting, report._finished(setting)), "full", report.paper_resolution())
+    row = table.set_index("arm").loc["attn"]
+    assert row["paper (ImageNet)"] == "84.3" and row["committed reference"] == "not run"
+    assert "(n=5)" in row["top1, this run (cpu)"] and row["minus full, points"].startswith("-0.")
+    assert report.paper_branches()["36x1"] == "82.9 (chart)" and "12x1" not in report.paper_branches()
+    assert report.paper_branches()["18x2+LS"] == "83.8"
