@@ -4,7 +4,7 @@ CPU seconds come from finished runs that differ only in their seed, where there 
 
     C + steps * work * (A * pairs + B * multiply-adds of a step, forward and backward)
 
-with A, B and C fitted to the 60 runs of profile cpu, two at a time on a 2-core AMD EPYC machine with AVX2 (within about 15 %
+with A, B and C fitted to 60 runs like those of profile cpu, two at a time on a 2-core AMD EPYC machine with AVX2 (within about 15 %
 there). `work` is the share of a full step that a strategy does.
 """
 
