@@ -29,7 +29,7 @@ help:  ## show this help
 	@echo "usage: make TARGET [PROFILE=smoke|cpu|study] [NB=31] [JOBS=2] [TORCH=cpu]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
-setup: $(READY)  ## make .venv from requirements.lock: 5.3 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
+setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "setup needs Python 3.11 or newer, but %s is %d.%d; name another one: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
