@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import papermill
 import pytest
 
 from vitlib import paths
@@ -118,7 +119,8 @@ def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(
 def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
     for number, (file, _) in NOTEBOOKS.items():
         assert file.startswith(number) and render.source(number).is_file()
-        assert render.parameters_of(render.source(number))["profile"] == "str"
+        parameters = papermill.inspect_notebook(str(render.source(number)))
+        assert parameters["profile"]["inferred_type_name"] == "str"
 
 
 def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, untouched):

@@ -218,22 +218,24 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept():
     assert runs.find(TINY) and not runs.find(bad) and not runs.find(child)
 
 
+def started(tmp_path, body: str) -> subprocess.Popen:
+    """A process group of its own that runs `body`, indented lines that may use every name of this file."""
+    script = tmp_path / "study.py"
+    script.write_text(f"from tests.test_runs import *\nif __name__ == '__main__':\n{body}")
+    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "VITLIB_PROGRESS": "0"}
+    return subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+
+
 def test_after_a_kill_the_same_command_goes_on_with_the_runs_that_are_missing(store, tmp_path):
     recipe = replace(TINY.recipe, epochs=4)
     specs = [replace(TINY, recipe=recipe, images=200).with_seed(s) for s in range(1000, 1008)]
-    script = tmp_path / "study.py"
-    script.write_text(
-        "from tests.test_runs import *\n"
-        "if __name__ == '__main__':\n"
+    process = started(
+        tmp_path,
         "    recipe = replace(TINY.recipe, epochs=4)\n"
-        "    launch.launch([replace(TINY, recipe=recipe, images=200).with_seed(s) for s in range(1000, 1008)], jobs=2)\n"
+        "    launch.launch([replace(TINY, recipe=recipe, images=200).with_seed(s) for s in range(1000, 1008)], jobs=2)\n",
     )
-    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "VITLIB_PROGRESS": "0"}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not any(store.glob("[0-9a-f]*/result.json")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: process.poll() is not None or any(store.glob("[0-9a-f]*/result.json")))
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path.parent.name: path.stat().st_mtime_ns for path in store.glob("[0-9a-f]*/result.json")}
@@ -244,15 +246,11 @@ def test_after_a_kill_the_same_command_goes_on_with_the_runs_that_are_missing(st
 
 
 def test_workers_end_when_the_process_that_asked_is_killed(store, tmp_path):
-    script = tmp_path / "study.py"
-    script.write_text(
-        "from tests.test_runs import *\n"
-        "if __name__ == '__main__':\n"
+    process = started(
+        tmp_path,
         "    spec = replace(TINY, recipe=replace(TINY.recipe, epochs=2000), images=200)\n"
-        "    launch.launch([spec.with_seed(1000), spec.with_seed(1001)], jobs=2)\n"
+        "    launch.launch([spec.with_seed(1000), spec.with_seed(1001)], jobs=2)\n",
     )
-    environment = os.environ | {"PYTHONPATH": str(paths.ROOT), "VITLIB_PROGRESS": "0"}
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
     wait_for(lambda: len(list(store.glob(".locks/*"))) == 2)
     time.sleep(1)
     os.kill(process.pid, signal.SIGKILL)  # only the parent
@@ -264,7 +262,7 @@ def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def test_negative_jobs_are_refused():

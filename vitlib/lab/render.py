@@ -6,7 +6,6 @@ JupyterLab the same cells train what is missing.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -214,11 +213,3 @@ def refresh_one(path: Path) -> list[str]:
 def _tables(notebook: nbformat.NotebookNode) -> list[str]:
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return [output["data"]["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
-
-
-def parameters_of(path: Path) -> dict[str, str]:
-    """Name and type of every parameter of a notebook, read from the cell with that tag."""
-    cell = next(c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", []))
-    return {
-        node.target.id: node.annotation.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)
-    }
