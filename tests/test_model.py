@@ -593,7 +593,7 @@ def test_relative_positions_are_added_to_the_logits():
         q, k, v = r.f.qkv(r.norm(x)).view(2, 17, 3, 2, 32).unbind(2)
         weights = (torch.einsum("bnhe,bmhe->bhnm", q, k) / math.sqrt(32) + bias).softmax(-1)
         y = r.f.proj(torch.einsum("bhnm,bmhe->bnhe", weights, v).flatten(2))
-        torch.testing.assert_close(r(x, bias=bias), y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(r(x, relative=bias), y, rtol=0, atol=1e-12)
 
 
 # --- the room itself ---

@@ -91,10 +91,15 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     # On the meta device attention runs as two batched matrix products, N x N x D each, which are counted; the fused
     # kernel of a CPU would not be.
     counter = FlopCounterMode(display=False, custom_mapping=NORMS)
+    skip = getattr(model, "skip_unread", None)
     try:
+        if skip:
+            model.skip_unread = False  # Paper: counted with every token in every layer
         with torch.no_grad(), counter:
             functional_call(model.eval(), state, torch.empty(1, channels, side, side, device="meta"))
     finally:
+        if skip:
+            del model.skip_unread
         for module, mode in training.items():
             module.training = mode
     counts = counter.get_flop_counts()["Global"]

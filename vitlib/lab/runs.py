@@ -36,13 +36,13 @@ from vitlib.data import load_resized, subset
 from vitlib.data.registry import card, data_checksum
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
-from vitlib.model import ViT, ViTConfig
+from vitlib.model import ViT, ViTConfig, set_execution
 from vitlib.train import finetune, loop, masked, tokenizers
 from vitlib.train.losses import LOSSES
 from vitlib.train.recipes import Recipe
 
 # Raised whenever training changes its numbers; tests/test_training.py holds twenty steps that notice.
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2  # 2: branches at once (`par`), unread tokens skipped
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
@@ -52,7 +52,7 @@ ALLOWED = {
     "strategy": finetune.STRATEGIES,
     "targets": ("none", *tokenizers.TARGETS),
     "precision": ("float32",),
-    "execution": ("seq",),
+    "execution": ("seq", "par"),
     "device": ("cpu",),
 }
 
@@ -367,12 +367,14 @@ def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
     if spec.protocol == "masked":
         targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed)
         model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
+        set_execution(model.vit, spec.execution)
         return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
     if spec.protocol == "finetune":
         model = finetune.start_from(weights(spec.parent), spec.model, spec.seed)
         finetune.freeze(model, spec.strategy)
     else:
         model = ViT(spec.model, spec.seed)
+    set_execution(model, spec.execution)
     return model, LOSSES[spec.recipe.loss]
 
 

@@ -48,6 +48,8 @@ class ViTConfig:
     pool: str = "cls"  # what the head reads: the class token, or the mean of the patch tokens (BEiT)
     pos: str = "patches"  # "patches": none for the class token (released code); "all": timm; "relative": BEiT
     init_std: float = 0.02
+    inner: int | None = None  # heads x head size; None = width. Wider in what `fuse` makes
+    ffn_width: int | None = None  # None = 4 width
 
     @property
     def pairs(self) -> int:
@@ -66,10 +68,13 @@ class ViTConfig:
 
     @property
     def name(self) -> str:
-        """The canonical name, e.g. "B18x2/16" or "W64-12x1/4"."""
+        """The canonical name, e.g. "B18x2/16" or "W64-12x1/4"; fused: "B18x1/16 with 24 heads and FFN 6144"."""
+        inner, ffn = self.inner or self.width, self.ffn_width or 4 * self.width
+        own_heads = self.heads * self.width // inner  # of a model that is not wider than its name says
         sizes = {size: name for name, size in WIDTHS.items()}
-        width = sizes.get((self.width, self.heads), f"W{self.width}-")
-        return f"{width}{self.depth}x{self.branches}/{self.patch_size}"
+        width = sizes.get((self.width, own_heads), f"W{self.width}-")
+        wide = f" with {self.heads} heads and FFN {ffn}" if (inner, ffn) != (self.width, 4 * self.width) else ""
+        return f"{width}{self.depth}x{self.branches}/{self.patch_size}{wide}"
 
 
 def vit_config(name: str, **overrides: object) -> ViTConfig:
@@ -129,6 +134,10 @@ def check(config: ViTConfig) -> ViTConfig:
         value, least = getattr(config, field), 0 if field == "num_classes" else 1  # no classes: no head
         if type(value) is not int or value < least:
             raise UsageError(f"{field} is {value!r}: allowed is a whole number from {least}")
+    for field in ("inner", "ffn_width"):
+        value = getattr(config, field)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{field} is {value!r}: allowed is None (as the width says) or a whole number from 1")
     for field in ("layer_scale", "drop_path", "init_std"):
         value = getattr(config, field)
         if not isinstance(value, (int, float)) and not (field == "layer_scale" and value is None):
@@ -142,8 +151,9 @@ def check(config: ViTConfig) -> ViTConfig:
             f"image_size {config.image_size} is not a multiple of patch_size {config.patch_size}: "
             f"the nearest allowed are {' and '.join(near)}"
         )
-    if config.width % config.heads:
-        raise UsageError(f"width {config.width} cannot be split into {config.heads} heads")
+    if (config.inner or config.width) % config.heads:
+        what = "width" if config.inner is None else "inner"
+        raise UsageError(f"{what} {config.inner or config.width} cannot be split into {config.heads} heads")
     if config.layer_scale is not None and not config.layer_scale > 0:
         # timm reads init_values=0 as "no LayerScale"; here that is said with None.
         raise UsageError(f"layer_scale is {config.layer_scale!r}: allowed are None (off) or a positive initial value")

@@ -1,6 +1,6 @@
 """The two residual functions of a ViT, mhsa and ffn, each with its own pre-norm and LayerScale.
 
-Shapes: B batch, N tokens (class token first), D width, H heads.
+Shapes: B batch, N tokens (class token first), M of them that are read, D width, H heads of size d.
 """
 
 from __future__ import annotations
@@ -12,19 +12,46 @@ from torch import Tensor, nn
 EPS = 1e-6  # of every LayerNorm. Released code: models_v2.py, partial(nn.LayerNorm, eps=1e-6)
 
 
-def attend(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v in every head: (B, N, 3 heads d) -> (B, N, heads d).
+# Which tokens of a layer are read by what follows: all (None), a slice, or token numbers of each image, int64 (B, M).
+Rows = slice | Tensor | None
 
-    The last axis of `qkv` is q, then k, then v, heads in order within each. `bias` (heads, N, N) is added to the
-    logits.
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """The tokens `rows` of x: (B, N, D) -> (B, M, D)."""
+    if rows is None:
+        return x
+    return x[:, rows] if isinstance(rows, slice) else x.take_along_dim(rows[..., None], dim=1)
+
+
+def attention(
+    x: Tensor, weight: Tensor, bias: Tensor, heads: int, relative: Tensor | None = None, rows: Rows = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in every head, before the last projection: (B, N, D) -> (B, M, heads d).
+
+    The rows of `weight` (3 heads d, D) and `bias` are q, then k, then v, heads in order within each. `relative`
+    (heads, N, N) is added to the logits. Queries are made for the tokens `rows` only.
     """
-    B, N, width = qkv.shape
-    q, k, v = qkv.view(B, N, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(B, N, width // 3)
+    if rows is None:
+        q, k, v = _heads(F.linear(x, weight, bias), 3, heads)
+    else:
+        inner = len(weight) // 3
+        of_q, of_kv = weight.split([inner, 2 * inner])
+        bias_q, bias_kv = bias.split([inner, 2 * inner])
+        (q,) = _heads(F.linear(take(x, rows), of_q, bias_q), 1, heads)
+        k, v = _heads(F.linear(x, of_kv, bias_kv), 2, heads)
+        if relative is not None:
+            relative = relative[:, rows]  # (heads, M, N), or (heads, B, M, N) where each image has rows of its own
+            relative = relative if relative.ndim == 3 else relative.transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=relative).transpose(1, 2).flatten(2)
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts heads d) -> `parts` tensors (B, heads, N, d)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class MHSA(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D). `inner` = heads x head size, D unless branches are fused."""
+    """Multi-head self-attention, (B, N, D) -> (B, M, D). `inner` = heads x head size, D unless branches are fused."""
 
     def __init__(self, width: int, heads: int, inner: int | None = None):
         super().__init__()
@@ -33,9 +60,9 @@ class MHSA(nn.Module):
         self.qkv = nn.Linear(width, 3 * inner)
         self.proj = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`bias` (H, N, N): BEiT's relative positions, else None."""
-        return self.proj(attend(self.qkv(x), self.heads, bias))
+    def forward(self, x: Tensor, relative: Tensor | None = None, rows: Rows = None) -> Tensor:
+        """`relative` (H, N, N): BEiT's relative positions, else None. `rows`: the M tokens that are read."""
+        return self.proj(attention(x, self.qkv.weight, self.qkv.bias, self.heads, relative, rows))
 
 
 class FFN(nn.Module):
@@ -47,7 +74,7 @@ class FFN(nn.Module):
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, bias: None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -65,9 +92,12 @@ class Residual(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale is not None else None
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, draw: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D). `draw` (B,) is uniform in [0, 1): the samples below the rate are dropped."""
-        y = self.f(self.norm(x), bias)
+    def forward(self, x: Tensor, draw: Tensor | None = None, **reads: object) -> Tensor:
+        """(B, N, D) -> (B, M, D). `draw` (B,) is uniform in [0, 1): the samples below the rate are dropped.
+
+        `reads`: what MHSA takes besides, relative positions and rows.
+        """
+        y = self.f(self.norm(x), **reads)
         if self.gamma is not None:
             y = y * self.gamma
         if self.training and self.drop_path > 0:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.model.config import ViTConfig
-from vitlib.model.execution import par_layer
-from vitlib.model.layers import FFN, MHSA, Residual
+from vitlib.model.execution import EXECUTE, fastest
+from vitlib.model.layers import FFN, MHSA, Residual, Rows, take
 
 
 class ParallelLayer(nn.Module):
     """One layer of K branches: eq. (2), with K = 1 half of eq. (1). (B, N, D) -> (B, N, D)."""
 
-    execution = "seq"  # or "par": see execution.py
+    execution = "seq"  # how the branches are processed: see execution.py
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -34,18 +34,34 @@ class ParallelLayer(nn.Module):
         self.drop_path = drop
         branches = range(config.branches)
         # Each branch owns its tensors: LAMB's trust ratio is per tensor, so stacking them would be another optimizer.
-        self.mhsa = nn.ModuleList(Residual(MHSA(width, config.heads), width, scale, drop) for _ in branches)
-        self.ffn = nn.ModuleList(Residual(FFN(width), width, scale, drop) for _ in branches)
+        self.mhsa = nn.ModuleList(
+            Residual(MHSA(width, config.heads, config.inner), width, scale, drop) for _ in branches
+        )
+        self.ffn = nn.ModuleList(Residual(FFN(width, config.ffn_width), width, scale, drop) for _ in branches)
 
-    def forward(self, x: Tensor, draws: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """`draws` (branches, 2, B): this layer's stochastic-depth draws, [:, 0] for mhsa and [:, 1] for ffn."""
+    def forward(
+        self, x: Tensor, draws: Tensor | None = None, relative: Tensor | None = None, rows: Rows = None
+    ) -> Tensor:
+        """`draws` (branches, 2, B): this layer's stochastic-depth draws, [:, 0] for mhsa and [:, 1] for ffn.
+
+        `rows`: the tokens that are read behind this layer; (B, M, D) then, and nothing is computed for the others.
+        """
         if draws is None and self.training and self.drop_path > 0:
             draws = torch.rand(len(self.mhsa), 2, len(x), device=x.device)
-        if self.execution == "par" and len(self.mhsa) > 1:
-            return par_layer(self, x, draws, bias)  # the same sums, the branches' tensors side by side
-        x = x + sum(mhsa(x, _draw(draws, k, 0), bias) for k, mhsa in enumerate(self.mhsa))
-        x = x + sum(ffn(x, _draw(draws, k, 1)) for k, ffn in enumerate(self.ffn))
-        return x
+        if len(self.mhsa) > 1 and self.execution != "seq":
+            execution = self.execution if self.execution != "auto" else fastest(self, x, relative, rows)
+            return EXECUTE[execution](self, x, draws, relative, rows)  # the same sums
+        return self.equation_2(x, draws, relative, rows)
+
+    def equation_2(self, x: Tensor, draws: Tensor | None, relative: Tensor | None, rows: Rows) -> Tensor:
+        """One branch after the other."""
+        mhsa = [m(x, _draw(draws, k, 0), relative=relative, rows=rows) for k, m in enumerate(self.mhsa)]
+        x = take(x, rows) + sum(mhsa)
+        return x + sum(ffn(x, _draw(draws, k, 1)) for k, ffn in enumerate(self.ffn))
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles do without the matrices that `par` keeps for inference."""
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
 
 def _draw(draws: Tensor | None, branch: int, part: int) -> Tensor | None:

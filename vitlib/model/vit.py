@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlib.draws import key
 from vitlib.model.config import ViTConfig
-from vitlib.model.layers import EPS
+from vitlib.model.layers import EPS, Rows, take
 from vitlib.model.parallel import ParallelLayer
 from vitlib.model.stems import make_stem
 
@@ -27,6 +27,10 @@ class ViT(nn.Module):
     Initial values are a function of (seed, role, pair), pair = layer * branches + branch, so that 12x1, 6x2, 4x3 and
     3x4 start from identical tensors, and arms with different stems from identical blocks.
     """
+
+    # The last layer computes only the tokens that are read behind it, e.g. the class token: the same logits for up to
+    # 10/12 of a layer less. False: every token, as the paper's multiply-adds are counted.
+    skip_unread = True
 
     def __init__(self, config: ViTConfig, seed: int = 0):
         super().__init__()
@@ -44,7 +48,8 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, num_classes). `draws` (pairs, 2, B): stochastic depth, uniform in [0, 1)."""
-        return self.head(self.pool(self.encode(self.embed(images), draws)))
+        read = slice(0, 1) if self.config.pool == "cls" else None
+        return self.head(self.pool(self.encode(self.embed(images), draws, read)))
 
     def embed(self, images: Tensor) -> Tensor:
         """The stem: (B, C, H, W) -> (B, patches, D). Masked pre-training replaces tokens behind it."""
@@ -53,19 +58,23 @@ class ViT(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, this model wants (B, {C}, {size}, {size})")
         return self.stem(images)
 
-    def encode(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D)."""
+    def encode(self, x: Tensor, draws: Tensor | None = None, rows: Rows = None) -> Tensor:
+        """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D).
+
+        `rows`: the tokens that will be read, all by default; (B, M, D) then.
+        """
         cls_token = self.cls_token.expand(len(x), -1, -1)
         if self.config.pos == "patches":
             x = x + self.pos_embed
         x = torch.cat([cls_token, x], dim=1)
         if self.config.pos == "all":
             x = x + self.pos_embed
-        bias = self.relative() if self.relative is not None else None
-        K = self.config.branches
+        relative = self.relative() if self.relative is not None else None
+        K, last = self.config.branches, len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if draws is None else draws[i * K : (i + 1) * K], bias)
-        return self.norm(x)
+            own = None if draws is None else draws[i * K : (i + 1) * K]
+            x = layer(x, own, relative, rows if i == last and self.skip_unread else None)
+        return self.norm(x) if self.skip_unread else take(self.norm(x), rows)
 
     def pool(self, x: Tensor) -> Tensor:
         """What the head reads: (B, 1 + patches, D) -> (B, D)."""

@@ -83,8 +83,11 @@ class MaskedViT(nn.Module):
         """
         x = self.vit.embed(images)
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = self.vit.encode(x, draws)[:, 1:]
-        return self.predictor(x[mask])
+        counts = mask.sum(dim=1)
+        if (counts != counts[0]).any():
+            raise ValueError(f"every image masks the same number of patches; these mask {counts.tolist()}")
+        masked = mask.nonzero()[:, 1].view(len(mask), -1) + 1  # the class token is token 0
+        return self.predictor(self.vit.encode(x, draws, masked)).flatten(0, 1)
 
     def no_weight_decay(self) -> set[str]:
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
