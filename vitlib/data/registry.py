@@ -2,7 +2,7 @@
 
 A card (data_cards/<name>.md, Hugging Face dataset-card form) carries under `vitlib:` the files, the channels, the
 pixel statistics and, per split, the SHA-256 over the decoded arrays, so that a file that was re-encoded without loss
-passes and one changed pixel does not.
+passes and one changed pixel does not. A card without that block describes data that is not embedded.
 """
 
 from __future__ import annotations
@@ -60,16 +60,24 @@ def checksum(images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def names() -> list[str]:
-    """Every data set that has a card."""
-    return sorted(path.stem for path in DATA_CARDS.glob("*.md"))
+    """Every data set that a run can name: its card has a `vitlib:` block. Other cards only say where data is."""
+    return sorted(path.stem for path in DATA_CARDS.glob("*.md") if "vitlib" in read_card(path))
 
 
 def card(name: str) -> dict:
-    """The YAML part of a data card. Raises UsageError for a data set without one."""
-    if name not in names():
+    """The YAML part of a data card. Raises UsageError for a data set without one, or that cannot be loaded here."""
+    path = DATA_CARDS / f"{name}.md"
+    if path not in DATA_CARDS.glob("*.md"):
         raise unknown("data set", name, names())
-    text = (DATA_CARDS / f"{name}.md").read_text(encoding="utf-8")
-    return yaml.safe_load(text.split("---\n")[1])
+    about = read_card(path)
+    if "vitlib" not in about:
+        raise UsageError(f"data set {name!r} has a card but is not embedded: data_cards/{name}.md says where to get it")
+    return about
+
+
+def read_card(path: Path) -> dict:
+    """The YAML between the first two lines of dashes, whatever the card is for."""
+    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
 
 
 def data_checksum(name: str) -> str:

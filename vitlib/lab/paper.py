@@ -11,7 +11,10 @@ from vitlib.errors import unknown
 def paper_table(name: str) -> pd.DataFrame:
     """A table of the paper, cells as text so that digits stay as printed; empty = not in the paper.
 
-    `confidence`: read (typeset), read-chart (estimated from a chart, about 0.1 off), computed.
+    `source`: A (the arXiv text with supplement, 2203.09795), B (the released code and its pictures).
+    `confidence`: read (typeset), read-chart (estimated from a chart, about 0.1 off), computed (from read numbers).
+    `remark`: what is doubtful about a number. "disagreements" lists where the paper has two numbers for one quantity.
+    Raises UsageError for a name that is not there.
     """
     files = {path.stem: path for path in paths.PAPER.glob("*.csv")}
     if name not in files:
