@@ -101,7 +101,7 @@ def test_a_fused_model_is_a_plain_vit_with_wider_layers_and_leaves_the_original_
     assert layer.ffn[0].f.fc1.weight.shape == (2 * 256, 64)
     assert layer.mhsa[0].gamma is None and (layer.ffn[0].norm.weight == 1).all() and (layer.ffn[0].norm.bias == 0).all()
     assert vit.training and all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
-    assert not fused.training and not any(p.requires_grad for p in fused.parameters())
+    assert not fused.training and not any(p.requires_grad for p in fused.parameters(), strict=True)
     assert measure.macs(fused).matmul == measure.macs(vit).matmul
 
 
@@ -111,7 +111,7 @@ def test_a_fused_model_travels_as_a_file_and_as_a_plain_timm_model(tmp_path):
     save(fused.float(), tmp_path / "fused.safetensors")
     again = load(tmp_path / "fused.safetensors").eval()
     assert again.config == fused.config and all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), fused.parameters())
+        torch.equal(a, b) for a, b in zip(again.parameters(), fused.parameters(), strict=True)
     )
     theirs = to_timm(again.double())
     assert [type(block).__name__ for block in theirs.blocks] == ["Block"] * 3

@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
+    bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
+    bench.add_argument("name", help="branches, finetune, masked, train or data")
+    bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
+    bench.add_argument("--restarts", type=int, default=0, help="fresh processes a case (0: each case's own number)")
+    bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     for name, function, text in (
         ("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)"),
@@ -114,6 +119,17 @@ def refresh_(arguments) -> None:
     from vitlib.lab import render
 
     render.refresh(_notebooks(arguments), arguments.jobs)
+
+
+def bench_(arguments) -> None:
+    from vitlib.lab.bench import runner
+    from vitlib.lab.experiments import profile
+
+    if arguments.restarts < 0:
+        raise UsageError(f"restarts is {arguments.restarts}: allowed are 0 (each case's own number) and up")
+    scale = profile(arguments.profile).name
+    rows = runner.run(arguments.name, scale, arguments.device, arguments.restarts, arguments.only)
+    print(runner.report(arguments.name, scale, rows))
 
 
 def claims_(arguments) -> None:

@@ -25,7 +25,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from vitlib import paths
 from vitlib.errors import UsageError, unknown
-from vitlib.lab import report, runs, timing
+from vitlib.lab import report, runs
+from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.compare import moved
 from vitlib.lab.experiments import NOTEBOOKS, all_specs
 from vitlib.lab.launch import launch
@@ -98,9 +99,8 @@ def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
     """What a notebook reads: the results of its runs and the timings; of all notebooks for 00, which collects them."""
     specs = all_specs(profile, list(NOTEBOOKS)) if number == "00" else specs
     found = {spec.hash: runs.find(spec) for spec in specs}
-    timings = timing.stored(profile)
     results = sorted([name, result.record()] for name, result in found.items() if result)
-    return [results, None if timings is None else timings.to_csv()]
+    return [results, finetune_bench.stored(profile)]
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:

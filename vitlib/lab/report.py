@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from vitlib import paths
 from vitlib.data import load_resized
 from vitlib.data.registry import card
-from vitlib.lab import exact, plan, runs, timing
+from vitlib.lab import exact, plan, runs
+from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.claims import Estimate, Verdict, arms_of, claim_stance, difference, interval, judge, verdict_table
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
 from vitlib.lab.launch import cores
@@ -230,10 +231,10 @@ def step_costs(profile_name: str) -> pd.DataFrame:
     """A training step at the profile's own size: time from five process restarts, memory counted; nothing at smoke."""
     p = profile(profile_name)
     if not p.judged:
-        return pd.DataFrame({"strategy": ["full", "attn", "ffn"], "step": ["no timing at smoke"] * 3})
-    table = timing.finetune_steps(p.name, experiment("41", p.name).arms["full"])
-    full, rows = table[table["strategy"] == "full"], []
-    for strategy, group in table.groupby("strategy", sort=False):
+        return pd.DataFrame({"strategy": ["full", "attn", "ffn", "head"], "step": ["no timing at smoke"] * 4})
+    table = pd.DataFrame(finetune_bench.at_profile(p.name))
+    full, rows = table[table["arm"] == "full"], []
+    for strategy, group in table.groupby("arm", sort=False):
         ratio = full["time_s"].to_numpy() / group["time_s"].to_numpy()
         rows.append({
             "strategy": strategy, "time_s": f"{group['time_s'].median():.4f}",
@@ -386,13 +387,13 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     if part.kind == "exact":
         return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
-        table = timing.stored(p.name)
-        if table is None:
+        rows = finetune_bench.stored(p.name)  # of the present ledger entry
+        if not rows:
             return judge(part, {}, p.name, p.pairs, classes)
-        arms = {arm: table.query("strategy == @arm")[part.metric].to_numpy() for arm in part.contrast}
-        about = table.iloc[0]
-        hashes = [{part.id: value} for value in table[f"ledger_{part.metric}"].unique()]
-        return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=f"{about['device']}, {about['size']}")
+        arms = {arm: np.array([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
+        hashes = [{part.id: row[f"ledger_{part.id}"] for row in rows}]
+        device = f"{rows[0]['device']}, {rows[0]['case']}"
+        return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     setting = experiment(part.notebook, p.name)
     found = _finished(setting)
     pairs = _pairs(part, p.pairs, found)

@@ -77,24 +77,23 @@ def side_by_side(layer: ParallelLayer) -> Wide:
 
 def _first(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
     """First matrices with the norms' affine parts folded in: (K F, D) and (K F,); q, k, v stay outermost for qkv."""
-    weight = torch.stack([getattr(b.f, name).weight for b in branches])
-    scale = torch.stack([b.norm.weight for b in branches])
-    shift = torch.stack([b.norm.bias for b in branches])
-    bias = torch.stack([getattr(b.f, name).bias for b in branches]) + (weight @ shift[:, :, None])[:, :, 0]
-    weight = weight * scale[:, None, :]
     parts = 3 if name == "qkv" else 1
-    weight = weight.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
-    return weight, bias.unflatten(1, (parts, -1)).transpose(0, 1).flatten()
+    weights, biases = [], []
+    for branch in branches:
+        own = getattr(branch.f, name)
+        weights.append((own.weight * branch.norm.weight).unflatten(0, (parts, -1)))
+        biases.append(torch.addmv(own.bias, own.weight, branch.norm.bias).unflatten(0, (parts, -1)))
+    return torch.cat(weights, dim=1).flatten(0, 1), torch.cat(biases, dim=1).flatten()
 
 
 def _last(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
     """Last matrices with LayerScale folded in: (D, K F), and the biases apart, (K, D)."""
-    weight = torch.stack([getattr(b.f, name).weight for b in branches])
-    bias = torch.stack([getattr(b.f, name).bias for b in branches])
-    if branches[0].gamma is not None:
-        gamma = torch.stack([b.gamma for b in branches])
-        weight, bias = weight * gamma[:, :, None], bias * gamma
-    return weight.transpose(0, 1).flatten(1), bias
+    weights, biases = [], []
+    for branch in branches:
+        own, gamma = getattr(branch.f, name), branch.gamma
+        weights.append(own.weight if gamma is None else own.weight * gamma[:, None])
+        biases.append(own.bias if gamma is None else own.bias * gamma)
+    return torch.cat(weights, dim=1), torch.stack(biases)
 
 
 def par_layer(layer: ParallelLayer, x: Tensor, draws: Tensor | None, relative: Tensor | None, rows: Rows) -> Tensor:
@@ -134,9 +133,14 @@ def _wide(layer: ParallelLayer) -> Wide:
     A change is seen by what PyTorch counts: every in-place operation on a parameter, a new parameter, a new module.
     (Writing through `.data` is not counted.)
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         layer.__dict__.pop("kept", None)
         return side_by_side(layer)
+    return _kept(layer)
+
+
+@torch.compiler.disable  # compiled code cannot look for changes, so it asks
+def _kept(layer: ParallelLayer) -> Wide:
     kept = layer.__dict__.get("kept")
     if kept is None or not all(
         owner.get(name) is part and (version is None or part._version == version) and pointer == _pointer(part)
