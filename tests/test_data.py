@@ -2,6 +2,8 @@
 
 import gzip
 import importlib.util
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -17,23 +19,100 @@ from vitlib.errors import UsageError
 
 NAME = "fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+SIZES = {  # images of train, validation, test; image side; classes
+    "animal-shapes": (5_000, 1_000, 2_000, 28, 10),
+    "digits": (1_000, 128, 640, 8, 10),
+    "fashion-mnist": (18_000, 2_000, 5_000, 28, 10),
+    "fashion-mnist-4": (7_200, 800, 1_969, 28, 4),
+    "fashion-mnist-6": (10_800, 1_200, 3_031, 28, 6),
+}
+VIEWS = {"fashion-mnist-4": (0, 2, 4, 6), "fashion-mnist-6": (1, 3, 5, 7, 8, 9)}
+# Where the wheels are that tools/embed.py reads: folder $VITLIB_DATA, as for data that is not embedded.
+WHEELS = paths.ROOT / os.environ.get("VITLIB_DATA", "data")
+SOURCES = {
+    "fashion-mnist": DEBIAN,
+    "digits": next(WHEELS.glob("scikit_learn-*.whl"), WHEELS / "scikit_learn"),
+    "animal-shapes": WHEELS / "animal_mnist-0.4-py3-none-any.whl",
+}
 
 
-def test_the_embedded_splits_have_the_sizes_and_the_balance_that_their_card_says():
-    card = registry.card(NAME)
-    sizes = {split["name"]: split["num_examples"] for split in card["dataset_info"]["splits"]}
-    assert sizes == {"train": 18_000, "validation": 2_000, "test": 5_000}
-    for split, size in sizes.items():
-        data = load(NAME, split)
-        assert data.images.shape == (size, 1, 28, 28) and data.images.dtype == torch.uint8
-    assert torch.bincount(load(NAME, "train").labels).tolist() == [1800] * 10
-    assert torch.bincount(load(NAME, "validation").labels).tolist() == [200] * 10
+@pytest.fixture
+def embed():
+    """tools/embed.py as a module."""
+    spec = importlib.util.spec_from_file_location("embed", paths.ROOT / "tools" / "embed.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
-def test_the_card_has_the_pixel_statistics_of_the_training_images():
-    data, pixels = load(NAME, "train"), load(NAME, "train").images.double() / 255
+@pytest.mark.parametrize("name", SIZES)
+def test_the_splits_have_the_sizes_and_the_balance_that_their_card_says(name):
+    *sizes, side, classes = SIZES[name]
+    card = registry.card(name)
+    assert [split["num_examples"] for split in card["dataset_info"]["splits"]] == sizes
+    facts = card["vitlib"]
+    assert (facts["channels"], facts["image_size"], facts["num_classes"]) == (1, side, classes)
+    for split, size in zip(registry.SPLITS, sizes, strict=True):
+        data = load(name, split)
+        assert data.images.shape == (size, 1, side, side) and data.images.dtype == torch.uint8
+        assert len(data.classes) == classes and data.labels.dtype == torch.int64
+        assert set(data.labels.tolist()) == set(range(classes))
+    assert torch.bincount(load(name, "train").labels).tolist() == [sizes[0] // classes] * classes
+    if name != "digits":  # its validation split is one sheet of handwriting
+        assert torch.bincount(load(name, "validation").labels).tolist() == [sizes[1] // classes] * classes
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_card_has_the_pixel_statistics_of_the_training_images(name):
+    data, pixels = load(name, "train"), load(name, "train").images.double() / 255
     assert pixels.mean().item() == pytest.approx(data.mean, abs=5e-6)
     assert pixels.std().item() == pytest.approx(data.std, abs=5e-6)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_image_occurs_twice_in_a_split_or_in_two(name):
+    images = [image.tobytes() for split in registry.SPLITS for image in load(name, split).images.numpy()]
+    assert len(set(images)) == len(images)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_exactly_its_parents_images_of_its_classes(name):
+    parent_classes = load(NAME, "test").classes
+    assert load(name, "test").classes == tuple(parent_classes[c] for c in VIEWS[name])
+    for split in registry.SPLITS:
+        parent, view = load(NAME, split), load(name, split)
+        rows = [row for row, label in enumerate(parent.labels.tolist()) if label in VIEWS[name]]
+        assert torch.equal(view.images, parent.images[rows])
+        assert [VIEWS[name][label] for label in view.labels.tolist()] == parent.labels[rows].tolist()
+
+
+def test_every_data_set_has_a_checksum_of_its_own_and_the_views_share_nothing():
+    assert len({registry.data_checksum(name) for name in SIZES}) == len(SIZES)
+    assert sorted(VIEWS["fashion-mnist-4"] + VIEWS["fashion-mnist-6"]) == list(range(10))
+
+
+def test_the_digits_are_cut_between_sheets_of_handwriting():
+    """Every sheet begins with 0 to 9 three times: the splits begin with a sheet."""
+    for split, digits in (("validation", 30), ("test", 30)):
+        assert load("digits", split).labels[:digits].tolist() == list(range(10)) * 3
+    assert (load("digits", "train").images.unique().diff() >= 15).all()  # 17 levels of ink
+
+
+@pytest.mark.parametrize("name", ["digits", "animal-shapes", "fashion-mnist-4"])
+def test_a_small_data_set_can_be_resized_and_cut_for_a_run(name):
+    data = load_resized(name, "train", 16)
+    assert data.images.shape[-2:] == (16, 16) and data.images.dtype == torch.uint8
+    # Neither too bright nor too dark: a resize keeps the mean but for rounding.
+    assert abs(data.images.double().mean() - load(name, "train").images.double().mean()) < 0.5
+    classes = len(data.classes)
+    rows = subset(data, 20 * classes, 0)
+    assert torch.bincount(data.labels[torch.from_numpy(rows)]).tolist() == [20] * classes
+
+
+def test_an_enlarged_image_blends_neighbours_in_quarters():
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    image[0, 0, :, 4:] = 100
+    assert resize(image, 16)[0, 0, 5].tolist() == [0] * 7 + [25, 75] + [100] * 7
 
 
 def test_every_card_is_in_hugging_face_form_and_has_the_headings():
@@ -53,8 +132,8 @@ def test_every_card_is_in_hugging_face_form_and_has_the_headings():
 
 def test_a_data_set_that_is_not_embedded_is_answered_with_its_card():
     """`names` (what `python -m vitlib check` loads) has the embedded ones only; the others raise one sentence."""
-    assert registry.names() == [NAME]
-    others = {path.stem for path in paths.DATA_CARDS.glob("*.md")} - {NAME}
+    assert registry.names() == sorted(SIZES)
+    others = {path.stem for path in paths.DATA_CARDS.glob("*.md")} - set(SIZES)
     assert others == set(
         "imagenet-1k imagenet-v2 inaturalist-2018 inaturalist-2019 cifar-10 cifar-100 stanford-cars flowers-102 "
         "tiny-imagenet".split()
@@ -77,7 +156,9 @@ def test_a_card_that_is_no_data_card_cannot_be_named():
 def test_the_files_with_their_licence_are_under_fifteen_megabytes():
     files = list(paths.EMBEDDED.glob("*"))
     assert sum(f.stat().st_size for f in files) < 15e6
-    assert "Zalando" in (paths.EMBEDDED / "LICENSE.fashion-mnist").read_text(encoding="utf-8")
+    for name, owner in (("fashion-mnist", "Zalando"), ("digits", "scikit-learn"), ("animal-shapes", "SinaSR-6")):
+        notice = (paths.EMBEDDED / f"LICENSE.{name}").read_text(encoding="utf-8")
+        assert owner in notice and f"{name}-*.parquet" in notice
 
 
 def test_the_datasets_library_reads_the_embedded_files(monkeypatch, tmp_path):
@@ -90,15 +171,38 @@ def test_the_datasets_library_reads_the_embedded_files(monkeypatch, tmp_path):
     assert np.array_equal(np.asarray(rows[7]["image"]), data.images[7, 0].numpy())
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_the_script_makes_the_same_pixels_and_labels_again(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("embed", paths.ROOT / "tools" / "embed_fashion_mnist.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(script, "EMBEDDED", tmp_path)
-    script.main(DEBIAN)
-    for split, sha256 in registry.card(NAME)["vitlib"]["sha256"].items():
-        assert registry.checksum(*registry.read_parquet(tmp_path / f"fashion-mnist-{split}.parquet")) == sha256
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_script_makes_the_same_pixels_and_labels_again(name, embed, tmp_path, monkeypatch):
+    if not SOURCES[name].exists():
+        pytest.skip(f"the source of {name} is not at hand: tools/embed.py says where to get it")
+    monkeypatch.setattr(embed, "EMBEDDED", tmp_path)
+    embed.MAKERS[name](SOURCES[name])
+    for split, sha256 in registry.card(name)["vitlib"]["sha256"].items():
+        assert registry.checksum(*registry.read_parquet(tmp_path / f"{name}-{split}.parquet")) == sha256
+
+
+class Calls:
+    """Unpickled carelessly, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_read_as_arrays_or_refused_and_nothing_in_them_is_called(embed, tmp_path):
+    for array in (np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([3, -1, 2**40])):
+        again = embed.read_array(pickle.dumps(array, protocol=4))
+        assert np.array_equal(again, array) and again.dtype == array.dtype
+    trap = tmp_path / "called"
+    held = np.array([Calls(trap)], dtype=object)
+    for thing in (Calls(trap), held, {"a": np.arange(3)}, b"bytes", np.arange(3.0), np.dtype("u1"), np.ndarray, len):
+        with pytest.raises(ValueError, match="refused"):
+            embed.read_array(pickle.dumps(thing, protocol=4))
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Calls(trap)))
+    assert trap.exists()  # the trap works
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
@@ -136,6 +240,25 @@ def test_a_damaged_file_is_refused_in_one_sentence(copied):
     file.unlink()
     with pytest.raises(UsageError, match=r"there is no file fashion-mnist-test\.parquet"):
         load(NAME, "test")
+
+
+def test_a_view_of_a_damaged_file_is_refused_and_so_is_a_view_of_other_classes(copied):
+    card = copied / "DATA_CARDS" / "fashion-mnist-4.md"
+    card.write_text(card.read_text().replace("[0, 2, 4, 6]", "[0, 2, 4, 8]"))
+    with pytest.raises(UsageError, match=r"^fashion-mnist does not hold the test images of fashion-mnist-4"):
+        load("fashion-mnist-4", "test")
+    (copied / "EMBEDDED" / "fashion-mnist-test.parquet").write_bytes(b"PAR1")
+    load.cache_clear()
+    with pytest.raises(UsageError, match=r"fashion-mnist-test\.parquet is damaged"):
+        load("fashion-mnist-6", "test")
+
+
+@pytest.mark.parametrize("name", ["digits", "animal-shapes"])
+def test_a_damaged_file_of_the_smaller_sets_is_refused_too(copied, name):
+    file = copied / "EMBEDDED" / f"{name}-train.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=rf"{name}-train\.parquet is damaged"):
+        load(name, "train")
 
 
 def test_one_changed_pixel_is_refused(copied):

@@ -127,6 +127,15 @@ def test_a_fine_tuned_run_starts_from_its_trunks_weights():
     assert tuned.metrics["trained_params"] < sum(t.numel() for t in after.values())
 
 
+def test_a_trunk_of_another_data_set_gets_a_fresh_head_though_it_has_as_many_classes():
+    runs.execute(TINY)
+    trunk = runs.weights(TINY)
+    for data, kept in (("fashion-mnist", True), ("digits", False)):
+        model, _ = runs.prepare(replace(TUNED, model=MODEL, data=data), None)
+        assert torch.equal(model.state_dict()["pos_embed"], trunk["pos_embed"])
+        assert torch.equal(model.head.weight, trunk["head.weight"]) == kept
+
+
 def test_a_run_directory_of_another_version_is_named_and_kept(store):
     (store / TINY.hash).mkdir(parents=True)
     (store / TINY.hash / "result.json").write_text('{"accuracy": 3}')

@@ -215,6 +215,11 @@ def test_a_trunk_starts_at_a_new_resolution_with_resized_positions(images):
     assert torch.equal(model.head.weight, trunk.head.weight)
     other = start_from(trunk.state_dict(), replace(larger, num_classes=4), seed=4)
     assert torch.equal(other.head.weight, ViT(replace(larger, num_classes=4), 4).head.weight)
+    fresh = start_from(trunk.state_dict(), larger, seed=4, new_head=True)
+    assert torch.equal(fresh.head.weight, ViT(larger, 4).head.weight)
+    assert torch.equal(fresh.head.bias, ViT(larger, 4).head.bias)
+    assert not torch.equal(fresh.head.weight, trunk.head.weight)
+    assert torch.equal(fresh.pos_embed, model.pos_embed)
     with pytest.raises(UsageError, match="nearest allowed are 20 and 24"):
         at_image_size(trunk.config, 22)
 

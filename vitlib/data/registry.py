@@ -2,7 +2,8 @@
 
 A card (data_cards/<name>.md, Hugging Face dataset-card form) carries under `vitlib:` the files, the channels, the
 pixel statistics and, per split, the SHA-256 over the decoded arrays, so that a file that was re-encoded without loss
-passes and one changed pixel does not. A card without that block describes data that is not embedded.
+passes and one changed pixel does not. A card may be a view of another one's images: `view_of` and `classes` instead of
+files. A card without that block describes data that is not embedded.
 """
 
 from __future__ import annotations
@@ -97,27 +98,39 @@ def load(name: str, split: str) -> DataSet:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     facts = about["vitlib"]
-    path = _folder(name, facts) / facts["files"][split]
-    images, labels = read_parquet(path)
+    images, labels = _view(facts, split) if "view_of" in facts else read_parquet(_file(name, facts, split))
     found, wanted = checksum(images, labels), facts["sha256"][split]
     if found != wanted:
+        source = facts.get("view_of") or facts["files"][split]
         raise UsageError(
-            f"{path.name} does not hold the {split} images of {name}: its decoded arrays have SHA-256 {found[:16]}..., "
+            f"{source} does not hold the {split} images of {name}: its decoded arrays have SHA-256 {found[:16]}..., "
             f"data_cards/{name}.md says {wanted[:16]}...; take the file from a fresh clone"
         )
-    features = {f["name"]: f for f in about["dataset_info"]["features"]}
-    classes = features["label"]["dtype"]["class_label"]["names"]
     return DataSet(
         name, split, torch.from_numpy(images), torch.from_numpy(labels),
-        tuple(classes[key] for key in sorted(classes, key=int)), facts["mean"], facts["std"], data_checksum(name),
+        tuple(class_names(about)), facts["mean"], facts["std"], data_checksum(name),
     )  # fmt: skip
 
 
-def _folder(name: str, facts: dict) -> Path:
+def class_names(about: dict) -> list[str]:
+    """The classes of a card, in the order of their labels."""
+    features = {f["name"]: f for f in about["dataset_info"]["features"]}
+    named = features["label"]["dtype"]["class_label"]["names"]
+    return [named[key] for key in sorted(named, key=int)]
+
+
+def _view(facts: dict, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The parent's images of `classes` (its labels, ascending) in its order, labels numbered anew from 0."""
+    parent = load(facts["view_of"], split)
+    labels = parent.labels.numpy()
+    kept = np.isin(labels, facts["classes"])
+    return parent.images.numpy()[kept], np.searchsorted(facts["classes"], labels[kept])
+
+
+def _file(name: str, facts: dict, split: str) -> Path:
     """Embedded files lie in the package; others in $VITLIB_DATA/<name>."""
-    if facts.get("embedded"):
-        return EMBEDDED
-    return ROOT / os.environ.get("VITLIB_DATA", "data") / name
+    folder = EMBEDDED if facts.get("embedded") else ROOT / os.environ.get("VITLIB_DATA", "data") / name
+    return folder / facts["files"][split]
 
 
 def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:

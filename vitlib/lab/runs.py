@@ -370,7 +370,8 @@ def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
         set_execution(model.vit, spec.execution)
         return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
     if spec.protocol == "finetune":
-        model = finetune.start_from(weights(spec.parent), spec.model, spec.seed)
+        other_classes = spec.data != spec.parent.data
+        model = finetune.start_from(weights(spec.parent), spec.model, spec.seed, new_head=other_classes)
         finetune.freeze(model, spec.strategy)
     else:
         model = ViT(spec.model, spec.seed)

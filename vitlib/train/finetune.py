@@ -65,18 +65,19 @@ def freeze(model: nn.Module, strategy: str) -> list[str]:
     return kept
 
 
-def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int) -> ViT:
+def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_head: bool = False) -> ViT:
     """A model of `config` with a trunk's weights: positions resized to its grid, a fresh head where shapes differ.
 
     The trunk may be a classifier at another image size or with other classes, or a masked pre-trained model without
-    a head. Raises ValueError with the list of keys if anything else differs; nothing is loaded loosely.
+    a head. new_head: the head is fresh though its shape is the same, because the trunk's classes were others.
+    Raises ValueError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     model = ViT(config, seed)
     own = model.state_dict()
     weights = dict(weights)
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)
-    if weights.get("head.weight", torch.empty(0)).shape != own["head.weight"].shape:
+    if new_head or weights.get("head.weight", torch.empty(0)).shape != own["head.weight"].shape:
         weights |= {name: own[name] for name in ("head.weight", "head.bias")}
     differ = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
     if differ:
