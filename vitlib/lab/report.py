@@ -391,7 +391,7 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
         if not rows:
             return judge(part, {}, p.name, p.pairs, classes)
         arms = {arm: np.array([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
-        hashes = [{part.id: row[f"ledger_{part.id}"] for row in rows}]
+        hashes = [{part.id: rows[0][f"ledger_{part.id}"]}]
         device = f"{rows[0]['device']}, {rows[0]['case']}"
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     setting = experiment(part.notebook, p.name)

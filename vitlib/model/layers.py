@@ -42,7 +42,11 @@ def attention(
         if relative is not None:
             relative = relative[:, rows]  # (heads, M, N), or (heads, B, M, N) where each image has rows of its own
             relative = relative if relative.ndim == 3 else relative.transpose(0, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=relative).transpose(1, 2).flatten(2)
+    if relative is None or q.is_cuda:
+        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=relative)
+    else:  # PyTorch's CPU kernel takes no bias that trains; what it falls back to is slower than this
+        heard = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + relative).softmax(-1) @ v
+    return heard.transpose(1, 2).flatten(2)
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

@@ -63,7 +63,9 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
         arms = {name: _training(m.train(), shape, device, dtype) for name, m in models.items()}
     else:
         arms = {name: _inference(m.to(dtype), mode, shape, device, dtype) for name, m in models.items()}
-    return {name: Reading(t.seconds, *_counts(config, name, mode, shape)) for name, t in take_turns(arms, device).items()}
+    return {
+        name: Reading(t.seconds, *_counts(config, name, mode, shape)) for name, t in take_turns(arms, device).items()
+    }
 
 
 def _arm(model: ViT, name: str) -> nn.Module:
@@ -74,7 +76,9 @@ def _arm(model: ViT, name: str) -> nn.Module:
 
 def _inference(model: nn.Module, mode: str, shape: tuple, device: str, dtype: torch.dtype) -> Arm:
     fresh = functools.partial(torch.randn, shape, device=device, dtype=dtype)
-    run = {"eager": lambda: model, "compiled": lambda: torch.compile(model), "graph": lambda: _graph(model, fresh)}[mode]()
+    run = {"eager": lambda: model, "compiled": lambda: torch.compile(model), "graph": lambda: _graph(model, fresh)}[
+        mode
+    ]()
 
     @torch.no_grad()
     def step(images: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from vitlib.lab.bench.runner import Case, Reading
 from vitlib.lab.bench.stopwatch import Arm, count, take_turns
 from vitlib.lab.experiments import experiment
 from vitlib.lab.ledger import ledger_hashes
-from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig, set_execution, vit_config
 from vitlib.train.finetune import STRATEGIES, freeze
 from vitlib.train.loop import make_optimizer, set_train_mode
@@ -68,7 +67,9 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
         arms[strategy] = Arm(functools.partial(torch.randn, shape, device=device), step)
     about = {"run": task["run"], f"ledger_{PART}": ledger_hashes()[PART]}
     return {
-        name: Reading(timing.seconds, *_counts(config, name, task["execution"], shape), _memory(config, name, shape) | about)
+        name: Reading(
+            timing.seconds, *_counts(config, name, task["execution"], shape), _memory(config, name, shape) | about
+        )
         for name, timing in take_turns(arms, device).items()
     }
 
@@ -100,7 +101,9 @@ def stored(profile: str) -> list[dict]:
     """The rows of the profile's own case under the present ledger and run; empty where there are none."""
     own, entry = cases(profile, "cpu")[0], ledger_hashes()[PART]
     rows = runner.read(paths.outputs() / profile / "bench" / "finetune.csv")
-    rows = [row for row in rows if (row["case"], row["run"], row[f"ledger_{PART}"]) == (own.name, own.task["run"], entry)]
+    rows = [
+        row for row in rows if (row["case"], row["run"], row[f"ledger_{PART}"]) == (own.name, own.task["run"], entry)
+    ]
     return rows if len(rows) == RESTARTS * len(STRATEGIES) else []
 
 

@@ -25,6 +25,7 @@ from vitlib.lab.runs import device_name
 
 BENCHES = ("branches", "finetune", "masked", "train", "data")
 DEVICES = ("cpu", "cuda")
+MORE = ("saved_mb", "state_mb", "mem_mb", "images_per_s")  # columns that only some benchmarks have
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,27 @@ def run(name: str, profile: str, device: str = "", restarts: int = 0, only: str 
     for case in chosen:
         rows = []
         for restart in range(restarts or case.restarts):
-            print(f"{name}: {case.name}, restart {restart + 1} of {restarts or case.restarts}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {case.name}, restart {restart + 1} of {restarts or case.restarts}",
+                file=sys.stderr,
+                flush=True,
+            )
             rows += [row | {"restart": restart} for row in _restart(name, case, device)]
-        write(path, [row for row in read(path) if row["case"] != case.name] + rows)
+        known = {c.name for c in every} - {case.name}  # rows of cases that exist no more go
+        write(path, [row for row in read(path) if row["case"] in known] + rows)
     return read(path)
 
 
 def _restart(name: str, case: Case, device: str) -> list[dict]:
     """One fresh process; its rows."""
-    task = {"bench": name, "task": case.task, "device": device, "threads": case.threads}
+    about = {"bench": name, "device": device, "threads": case.threads, "reference": case.reference}
     done = subprocess.run(
-        [sys.executable, "-m", "vitlib.lab.bench"], input=json.dumps(task), capture_output=True, text=True,
+        [sys.executable, "-m", "vitlib.lab.bench"], input=json.dumps(about | {"task": case.task}), capture_output=True, text=True,
         env=MEMORY | os.environ,
     )  # fmt: skip
     if done.returncode:
         raise UsageError(f"the process for {case.name} failed: {done.stderr.strip().splitlines()[-1]}")
-    rows = json.loads(done.stdout.splitlines()[-1])
-    reference = next(row["time_s"] for row in rows if row["arm"] == case.reference)
-    return [{"case": case.name} | row | {"ratio": reference / row["time_s"]} for row in rows]
+    return [{"case": case.name} | row for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 def measure_here(task: dict) -> list[dict]:
@@ -96,19 +100,26 @@ def measure_here(task: dict) -> list[dict]:
     torch.set_num_threads(task["threads"] or len(os.sched_getaffinity(0)))
     torch.set_flush_denormal(True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    before = stopwatch.ceilings(device, dtype)
     found = importlib.import_module(f"vitlib.lab.bench.{task['bench']}").measure(task["task"], device, dtype)
-    top = stopwatch.ceilings(device, dtype)
-    rows = []
+    top = stopwatch.Ceilings(*map(max, before, stopwatch.ceilings(device, dtype)))
+    rows, peers = [], {"ratio": task["reference"], "over_timm": "timm"}
     for arm, reading in found.items():
         seconds = statistics.median(reading.seconds)
+        ratios = {column: _ratio(found[peer], reading) for column, peer in peers.items() if peer in found}
         rows.append({
-            "arm": arm, "time_s": seconds, "repetitions": len(reading.seconds), "gmacs": reading.macs / 1e9,
+            "arm": arm, "time_s": seconds, **ratios, "repetitions": len(reading.seconds), "gmacs": reading.macs / 1e9,
             "gbytes": reading.bytes / 1e9, "of_matmul": reading.macs / seconds / top.macs,
             "of_copy": reading.bytes / seconds / top.bytes, "precision": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "device": device_name(device), "torch": torch.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         } | reading.more)  # fmt: skip
     return rows
+
+
+def _ratio(reference: Reading, other: Reading) -> float:
+    """Median over repetitions of the reference's time over the other's in the same turn: a slow phase meets both."""
+    return statistics.median(a / b for a, b in zip(reference.seconds, other.seconds, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -153,14 +164,18 @@ def summary(rows: Iterable[dict]) -> list[dict]:
             return statistics.median(row[column] for row in own)
 
         reference = next(row["arm"] for row in rows if row["case"] == case and row["ratio"] == 1)
+        more = {c: f"{middle(c):.4g}" for c in MORE if own[0].get(c)}
         lines.append({
             "case": case, "arm": arm, "time_s": f"{middle('time_s'):.4g}",
-            "ratio": f"{statistics.median(ratios):.2f}", "over": reference,
-            "range (n restarts)": f"{min(ratios):.2f} to {max(ratios):.2f} (n={len(own)})",
+            "ratio": f"{statistics.median(ratios):.3g}", "over": reference,
+            "range (n restarts)": f"{min(ratios):.3g} to {max(ratios):.3g} (n={len(own)})",
+            "over timm": f"{middle('over_timm'):.3g}" if own[0].get("over_timm") else "",
             "gmacs": f"{middle('gmacs'):.3g}", "gbytes": f"{middle('gbytes'):.3g}",
             "of matmul ceiling": f"{100 * middle('of_matmul'):.0f} %", "of copy ceiling": f"{100 * middle('of_copy'):.0f} %",
-        })  # fmt: skip
-    return lines
+        } | more)  # fmt: skip
+    columns = dict.fromkeys(column for line in lines for column in line)
+    lines = [{column: line.get(column, "") for column in columns} for line in lines]
+    return [{c: line[c] for c in columns if any(other[c] for other in lines)} for line in lines]
 
 
 def text(lines: list[dict]) -> str:

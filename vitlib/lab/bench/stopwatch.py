@@ -65,7 +65,7 @@ class Ceilings(NamedTuple):
 
 
 def ceilings(device: str, dtype: torch.dtype = torch.float32) -> Ceilings:
-    """A large square matrix product and a large copy (read and written), best of five."""
+    """A large square matrix product and a large copy (read and written), best of ten."""
     side, count = (8192, 2**28) if device == "cuda" else (1536, 2**25)
     a = torch.randn(side, side, device=device, dtype=dtype)
     b = torch.randn(count, device=device)
@@ -74,7 +74,7 @@ def ceilings(device: str, dtype: torch.dtype = torch.float32) -> Ceilings:
 
     def best(work: Callable[[], object]) -> float:
         times = []
-        for _ in range(6):
+        for _ in range(11):
             wait()
             began = time.perf_counter()
             work()
