@@ -104,7 +104,7 @@ def measure_here(task: dict) -> list[dict]:
             seconds.append(time.perf_counter() - began)
     for strategy, (model, _, seconds) in arms.items():
         saved = measure.saved_bytes(model, fresh(), lambda logits: F.cross_entropy(logits, labels))
-        state = sum(measure.training_state(model).values())
+        state = measure.training_state(model).total
         rows.append({
             "strategy": strategy, "time_s": statistics.median(seconds[WARM_UP:]), "mem_mb": (saved + state) / 2**20,
             "saved_mb": saved / 2**20, "device": device_name("cpu"),
