@@ -6,12 +6,25 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitlib.errors import UsageError
-from vitlib.lab.measure import macs, params, params_by_role, saved_bytes, training_state
+from vitlib.lab.measure import (
+    Memory,
+    macs,
+    memory,
+    params,
+    params_by_role,
+    peak_bytes,
+    saved_bytes,
+    step_macs,
+    training_state,
+)
 from vitlib.model import ParallelLayer, ViT, ViTConfig, vit_config
+from vitlib.train.finetune import freeze
 
 torch.set_num_threads(1)
 
@@ -283,28 +296,183 @@ def test_an_unknown_way_of_attention_is_refused():
 
 
 @pytest.mark.parametrize("kind", [None, "mhsa", "full"])
-def test_training_state_is_what_adamw_really_holds(kind):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_training_state_is_what_an_optimizer_really_holds(kind, optimizer):
     model = ViT(small(layer_scale=1e-4))
     if kind != "full":
         freeze_all_but(model, kind)
-    expected = training_state(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    expected = training_state(model, optimizer)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    step = torch.optim.AdamW(trainable) if optimizer == "adamw" else torch.optim.SGD(trainable, momentum=0.9)
     loss_fn(model(torch.ones(2, 3, 16, 16))).backward()
-    optimizer.step()
-    held = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    assert expected == {
-        "weights": sum(p.nbytes for p in model.parameters()),
-        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
-        "adamw": sum(tensor.nbytes for tensor in held),
-    }
+    step.step()
+    held = [tensor for state in step.state.values() for tensor in state.values()]
+    assert expected == Memory(
+        weights=sum(p.nbytes for p in model.parameters()),
+        gradients=sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+        optimizer=sum(tensor.nbytes for tensor in held),
+        activations=0,
+    )
 
 
 def test_training_state_of_vit_b_is_four_bytes_times_its_parameters():
     with torch.device("meta"):
-        state = training_state(ViT(vit_config("B12")))
+        model = ViT(vit_config("B12"))
     tensors = 12 * 12 + 2 + 2 + 2 + 2  # 12 a block; stem, cls_token and pos_embed, last norm, head
-    assert state == {
-        "weights": 4 * 86_566_888,
-        "gradients": 4 * 86_566_888,
-        "adamw": 8 * 86_566_888 + 4 * tensors,
+    assert training_state(model) == (4 * 86_566_888, 4 * 86_566_888, 8 * 86_566_888 + 4 * tensors, 0)
+    assert training_state(model, "sgd") == (4 * 86_566_888, 4 * 86_566_888, 4 * 86_566_888, 0)
+
+
+# --- the whole of a step: weights, gradients, optimizer, activations ---
+
+
+def test_memory_is_training_state_and_what_autograd_keeps_on_a_real_device():
+    config = small(layer_scale=1e-4)
+    for strategy in ("full", "attn", "ffn", "head"):
+        model = ViT(config).train()
+        freeze(model, strategy)
+        for attention in ("fused", "explicit"):
+            labels = torch.zeros(3, dtype=torch.long)
+            saved = saved_bytes(model, torch.zeros(3, 3, 16, 16), lambda y, t=labels: F.cross_entropy(y, t), attention)
+            found = memory(config, strategy, attention, batch=3)
+            assert found == training_state(model)._replace(activations=saved)
+            assert found.total == found.weights + found.gradients + found.optimizer + found.activations
+
+
+def by_hand(B: int, attention: str, precision: str, strategy: str) -> int:
+    """Bytes kept of W64-1/4 with LayerScale at 16 pixels, 10 classes, every token computed, under full or attn."""
+    N, D, H, C = 17, 64, 2, 10
+    half = 2 if precision == "amp" else 4
+    full = strategy == "full"
+    # What a norm reads is float32 (the last one's input has no other reader), and it keeps 2 numbers a token.
+    norms = 3 * (B * N * D + 2 * B * N) * 4
+    # Half copies (amp) of norms' outputs are what trainable matrices read; LayerScale keeps what it multiplies.
+    read = (2 if full else 1) * B * N * D * half
+    scales = 2 * B * N * D * half if full else 0
+    maps = {"fused": B * H * N * 4, "explicit": B * H * N * N * (4 if precision == "float32" else 4 + 2)}[attention]
+    mhsa = 4 * B * N * D * half + maps  # q, k, v, output
+    ffn = (2 if full else 1) * B * N * 4 * D * half  # before GELU, and if fc2 trains behind it
+    images = B * 3 * 16 * 16 * half if full else 0
+    # The head reads one row of a float32 tensor, kept whole, or that row's half copy. Log-probabilities are float32; in
+    # amp the half logits stay too. Class numbers, and one number for all.
+    head = B * N * D * 4 + B * C * 4 if precision == "float32" else B * D * 2 + B * C * (2 + 4)
+    head += B * 8 + 4
+    # Half copies of matrices, for the gradients of what they multiply; a convolution keeps its own in any case.
+    weights = (12 * D * D + D * C + (3 * 4 * 4 * D if full else 0)) * 2 if precision == "amp" else 0
+    return norms + read + scales + mhsa + ffn + images + head + weights
+
+
+@pytest.mark.parametrize("precision", ["float32", "amp"])
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+@pytest.mark.parametrize("strategy", ["full", "attn"])
+def test_activations_are_the_sum_done_by_hand(attention, precision, strategy):
+    config = small("W64-1/4", layer_scale=1e-4)
+    for B in (2, 3, 5):
+        found = memory(config, strategy, attention, B, precision, skip_unread=False)
+        assert found.activations == by_hand(B, attention, precision, strategy)
+
+
+@pytest.mark.parametrize("precision", ["float32", "amp"])
+@pytest.mark.parametrize("attention", ["fused", "explicit"])
+def test_memory_is_a_fixed_part_and_a_part_an_image(attention, precision):
+    two, three, eight = (memory(small("W64-2/4"), "attn", attention, B, precision) for B in (2, 3, 8))
+    assert eight.activations == two.activations + 6 * (three.activations - two.activations)
+    assert eight[:3] == two[:3]
+
+
+def test_half_precision_leaves_weights_and_their_state_as_they_are():
+    whole, half = (memory(small(), "full", batch=8, precision=p) for p in ("float32", "amp"))
+    assert half[:3] == whole[:3] and half.activations < whole.activations
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch without CUDA knows no CUDA tensors")
+@pytest.mark.parametrize(
+    "parts",
+    [{"layer_scale": 1e-4}, {"stem": "hmlp", "drop_path": 0.1}, {"stem": "conv", "pos": "all"}, {"pos": "relative"}],
+)
+def test_half_precision_keeps_what_cudas_autocast_keeps(parts):
+    """On CUDA tensors without values, which need no GPU."""
+    config = small(**parts)
+    for strategy in ("full", "attn"):
+        with torch.device("meta"):
+            model = ViT(config).train()
+        freeze(model, strategy)
+        with FakeTensorMode(), torch.device("cuda"):
+            model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+            images, labels = torch.empty(2, 3, 16, 16), torch.empty(2, dtype=torch.long)
+            torch.set_autocast_dtype("cuda", torch.float16)
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast refuses without a GPU
+            try:
+                saved = saved_bytes(model, images, lambda y, t=labels: F.cross_entropy(y, t), "explicit")
+            finally:
+                torch.set_autocast_enabled("cuda", False)
+                torch.clear_autocast_cache()
+        assert memory(config, strategy, "explicit", 2, "amp").activations == saved
+
+
+def test_tokens_that_nobody_reads_keep_nothing_unless_asked():
+    assert memory(small(), "full", batch=8).total < memory(small(), "full", batch=8, skip_unread=False).total
+
+
+def test_unknown_words_are_refused():
+    for words in ({"attention": "flash"}, {"precision": "half"}, {"optimizer": "lamb"}, {"strategy": "all"}):
+        with pytest.raises(UsageError, match=f"{next(iter(words.values()))}"):
+            memory(small(), **{"strategy": "full", **words})
+
+
+def test_a_peak_is_asked_of_a_gpu_and_of_nothing_else():
+    ran = []
+    assert peak_bytes(lambda: ran.append(1), "cpu") is None and peak_bytes(lambda: ran.append(1), "meta") is None
+    assert not ran
+    if torch.cuda.is_available():
+        assert peak_bytes(lambda: torch.zeros(2**20, device="cuda"), "cuda") >= 2**22
+
+
+# --- multiply-adds of a training step ---
+
+
+@pytest.mark.parametrize("name", ["W64-4x1/4", "W64-2x2/4"])
+@pytest.mark.parametrize("strategy", ["full", "attn", "ffn", "head"])
+def test_multiply_adds_of_a_step_are_the_formula(name, strategy):
+    c = small(name)
+    D, N, pairs = c.width, c.tokens, c.pairs
+    mhsa, maps, ffn = pairs * 4 * N * D * D, pairs * 2 * N * N * D, pairs * 8 * N * D * D
+    stem, head = (N - 1) * 48 * D, 10 * D
+    # Backward, a product each for the gradient of the input (not of the images) and, if it trains, of the matrix.
+    assert step_macs(c, strategy) == {
+        "mhsa": (mhsa, 2 * mhsa if strategy in ("full", "attn") else mhsa),
+        "attention": (maps, 2 * maps),
+        "ffn": (ffn, 2 * ffn if strategy in ("full", "ffn") else ffn),
+        "stem": (stem, stem if strategy == "full" else 0),
+        "head": (head, 2 * head),
+        "other": (0, 0),
     }
+
+
+@pytest.mark.parametrize("parts", [{"stem": "hmlp", "layer_scale": 1e-4}, {"stem": "conv"}, {"pos": "relative"}])
+def test_the_forward_half_of_a_step_is_what_macs_counts(parts):
+    for strategy in ("full", "attn"):  # without positions to train, the first layers have no gradient at all
+        step = step_macs(small(**parts), strategy)
+        assert sum(kind.forward for kind in step.values()) == macs(small(**parts)).matmul
+        assert step["other"] == (0, 0)
+
+
+@pytest.mark.parametrize(("image_size", "attn", "ffn"), [(224, "0.21", "0.11"), (384, "0.20", "0.10")])
+def test_attention_only_spares_vit_b_a_third_of_the_ffns_multiply_adds_and_ffn_only_a_third_of_attentions(
+    image_size, attn, ffn
+):
+    """paper-facts.md, section 2: 21 % of the step at 224 pixels, 20 % at 384."""
+    config = vit_config("B12", image_size=image_size)
+    full = step_macs(config, "full")
+    total = sum(kind.total for kind in full.values())
+    for strategy, frozen, share in (("attn", "ffn", attn), ("ffn", "mhsa", ffn)):
+        spared = total - sum(kind.total for kind in step_macs(config, strategy).values())
+        assert spared == full[frozen].total / 3 + full["stem"].backward
+        assert f"{spared / total:.2f}" == share
+
+
+def test_par_multiplies_as_often_as_seq():
+    seq, par = (step_macs(small(layer_scale=1e-4), "full", execution) for execution in ("seq", "par"))
+    for direction in ("forward", "backward"):
+        assert getattr(par["other"], direction) == sum(getattr(seq[k], direction) for k in ("mhsa", "attention", "ffn"))
+    assert (par["stem"], par["head"]) == (seq["stem"], seq["head"])

@@ -110,3 +110,25 @@ def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
     assert "(n=5)" in row["top1, this run (cpu)"] and row["minus full, points"].startswith("-0.")
     assert report.paper_branches()["36x1"] == "82.9 (chart)" and "12x1" not in report.paper_branches()
     assert report.paper_branches()["18x2+LS"] == "83.8"
+
+
+def test_the_figures_two_peaks_are_met_exactly_by_what_is_counted_and_what_both_strategies_need_besides():
+    for setting, row in zip(report.SETTINGS, report.figure4_memory().to_dict("records"), strict=True):
+        batch, counted, rest = (
+            float(row[name].replace(",", ""))
+            for name in ("full - attn = 3,020 MB at batch", "full counted there, MB", "not counted, MB")
+        )
+        assert counted + rest == pytest.approx(20_860, abs=1)
+        fixed, each = report._memory_line("attn", *setting)
+        assert fixed + batch * each + rest == pytest.approx(17_840, abs=30)  # the printed batch is rounded to 0.1
+        assert (
+            (rest < 5_000) == (float(row["never less than"].split()[0]) < 20) == (setting == (384, "explicit", "amp"))
+        )
+
+
+def test_a_steps_rows_add_up_and_what_is_spared_is_a_fifth():
+    table = report.step_multiply_adds()
+    for size, share in (("224", 21.436), ("384", 19.873)):
+        rows = table[table["image_size"] == size].set_index("kind").drop(columns="image_size").astype(float)
+        assert rows.drop(index="all").sum().to_numpy() == pytest.approx(rows.loc["all"].to_numpy(), abs=0.004)
+        assert rows.loc["all", "spared, % of the step"] == share

@@ -1,7 +1,8 @@
 """What a model costs, counted and not timed: parameters, multiply-adds, and the bytes that training keeps.
 
 Exact, without data and without an accelerator: the operations run on the meta device, where tensors have shapes and
-no values, so that ViT-L is measured as quickly as a toy. `saved_bytes` also runs on real devices.
+no values, so that ViT-L is measured as quickly as a toy. `saved_bytes` also runs on real devices. `peak_bytes` alone
+asks the device.
 
 Paper: "FLOPs" are multiply-adds as fvcore counts them: matrix products, convolutions and norms, but no softmax,
 GELU, residual sum or LayerScale. That is the column `gmacs`; `gmacs_matmul` leaves the norms out.
@@ -9,8 +10,9 @@ GELU, residual sum or LayerScale. That is the column `gmacs`; `gmacs_matmul` lea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,18 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.config import check
+from vitlib.model.execution import set_execution
 from vitlib.model.layers import FFN, MHSA, Residual
 from vitlib.model.stems import Stem
 from vitlib.model.vit import RelativeBias
+from vitlib.train.finetune import freeze
 
 FLOAT32 = 4  # bytes
+ATTENTION, PRECISIONS, OPTIMIZERS = ("fused", "explicit"), ("float32", "amp"), ("adamw", "sgd")
 
 
 def params(model: nn.Module) -> int:
@@ -108,6 +113,77 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     return Macs(matmul, matmul + norms)
 
 
+KINDS = ("mhsa", "attention", "ffn", "stem", "head", "other")
+
+
+class Step(NamedTuple):
+    """Multiply-adds of one image's training step."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def step_macs(config: ViTConfig, strategy: str, execution: str = "seq") -> dict[str, Step]:
+    """Multiply-adds of one image's training step by kind of layer, counted from the operations that run.
+
+    Matrix products and convolutions, as `gmacs_matmul`, with every token in every layer. `mhsa` is qkv and proj,
+    `attention` the N x N products, `other` what no such layer does: 0 in seq. A layer that runs as `par` is not made of
+    its branches' modules, so that all its products are `other`. (What folds the norms into its matrices is a product of
+    a matrix with a vector, which does not grow with the batch and is not counted.)
+    Raises UsageError for an unknown strategy or execution.
+    """
+    with torch.device("meta"):
+        model = set_execution(ViT(config).train(), execution)
+        images = torch.empty(1, config.in_chans, config.image_size, config.image_size)
+    model.skip_unread = False
+    freeze(model, strategy)
+    counter = _StepCounter()
+    for module in model.modules():
+        kind = {MHSA: "mhsa", FFN: "ffn"}.get(type(module), "stem" if isinstance(module, Stem) else None)
+        if kind or module is model.head:
+            module.register_forward_pre_hook(lambda *_, kind=kind or "head": counter.enter(kind))
+            module.register_forward_hook(lambda *_: counter.enter("other"))
+    with counter:
+        model(images).sum().backward()
+    return {kind: Step(counter.macs[kind, "forward"], counter.macs[kind, "backward"]) for kind in KINDS}
+
+
+class _StepCounter(TorchDispatchMode):
+    """Counts products by kind of layer. A backward operation is of the kind of the forward one that it belongs to:
+    autograd numbers the operations that it records, and knows at any time which of them it is at.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.macs: Counter[tuple[str, str]] = Counter()
+        self.kind = "other"  # where the forward pass is
+        self.kinds: dict[int, str] = {}  # by autograd's number
+
+    def enter(self, kind: str) -> None:
+        self.kind = kind
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            products = count(*args, **kwargs, out_val=out) // 2  # a multiply-add is two FLOPs
+            node = torch._C._current_autograd_node()
+            if node is not None:
+                self.macs[self.kinds[node._sequence_nr()], "backward"] += products
+            else:
+                maps = self.kind == "mhsa" and func.overloadpacket is torch.ops.aten.bmm
+                kind = "attention" if maps else self.kind
+                self.macs[kind, "forward"] += products
+                # The first operation after a number was given out has it; one without gradients gets none.
+                self.kinds.setdefault(torch.autograd._get_sequence_nr() - 1, kind)
+        return out
+
+
 def _layer_norm(x: torch.Size, shape: torch.Size, weight: torch.Size | None = None, *_, **__) -> int:
     """fvcore, norm_flop_counter: 4 per element, and one for the affine part. Called with shapes."""
     return (4 if weight is None else 5) * x.numel()
@@ -133,10 +209,11 @@ def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Te
     the meta device included, in the mode (train or eval) that the model is in.
 
     Two ways of attention keep different things: "fused" (PyTorch's kernels) keeps q, k, v and a number per query;
-    "explicit" keeps the (B, H, N, N) maps too. A bias on the attention logits that trains makes it explicit always.
+    "explicit" (the released code's lines) keeps the (B, H, N, N) maps too. A bias on the attention logits that trains
+    makes it explicit always.
     """
-    if attention not in ("fused", "explicit"):
-        raise unknown("attention", attention, ("fused", "explicit"))
+    if attention not in ATTENTION:
+        raise unknown("attention", attention, ATTENTION)
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages, so that no address is used twice
 
@@ -148,10 +225,8 @@ def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Te
         return tensor
 
     with ExitStack() as stack:
-        if attention == "explicit":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        elif images.is_meta:
-            stack.enter_context(_FusedOnMeta())
+        if attention == "explicit" or images.is_meta:
+            stack.enter_context(AttentionAs(attention))
         stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
         # Held until the count is taken: with the loss goes the graph.
         loss = loss_fn(model(images))
@@ -160,23 +235,120 @@ def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Te
     return total
 
 
-class _FusedOnMeta(TorchFunctionMode):
-    """Attention by the fused CPU kernel's meta form, so that a meta model keeps what a real one keeps."""
+class AttentionAs(TorchFunctionMode):
+    """Attention in the released code's lines, or by a fused kernel's meta form: without values no kernel is chosen."""
+
+    def __init__(self, attention: str):
+        super().__init__()
+        self.attention = attention
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = args
+        mask = kwargs.get("attn_mask")
+        if self.attention == "fused" and mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # Released code: models_v2.py, Attention
+        return (logits if mask is None else logits + mask).softmax(dim=-1) @ v
 
 
-def training_state(model: nn.Module) -> dict[str, int]:
-    """Bytes that training holds besides activations, float32: all weights, and for the trainable ones their
-    gradients and AdamW's state (two moments, and one step count a tensor).
+class Memory(NamedTuple):
+    """Bytes that a training step holds."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # what autograd keeps from the forward for the backward pass
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def training_state(model: nn.Module, optimizer: str = "adamw") -> Memory:
+    """What training holds without activations, float32: all weights, and for the trainable ones their gradients and
+    the optimizer's state: AdamW's two moments and one step count a tensor, or one momentum of SGD.
     """
+    if optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", optimizer, OPTIMIZERS)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    return {
-        "weights": FLOAT32 * params(model),
-        "gradients": FLOAT32 * sum(trainable),
-        "adamw": FLOAT32 * (2 * sum(trainable) + len(trainable)),
-    }
+    state = 2 * sum(trainable) + len(trainable) if optimizer == "adamw" else sum(trainable)
+    return Memory(FLOAT32 * params(model), FLOAT32 * sum(trainable), FLOAT32 * state, 0)
+
+
+def memory(
+    config: ViTConfig,
+    strategy: str,
+    attention: str = "fused",
+    batch: int = 1,
+    precision: str = "float32",
+    optimizer: str = "adamw",
+    skip_unread: bool = True,
+) -> Memory:
+    """What a training step on `batch` images holds under a fine-tuning strategy, counted without data or GPU.
+
+    `attention` as in `saved_bytes`; the loss is cross-entropy with class numbers. "amp": weights, gradients and
+    optimizer stay float32, and the forward pass casts to half precision what CUDA's autocast casts, by its own lists
+    (products half, norms and softmax float32). What is kept of such casts counts as activations: of weights the half
+    copies, which do not grow with the batch, and of explicit attention's maps both, 4 + 2 bytes an entry.
+    `skip_unread=False`: every token in the last layer, as in the released code (`ViT.skip_unread`).
+
+    From 2 images on, activations are exactly a fixed part and a part an image; explicit attention needs fewer copies
+    for a single one. Not counted: temporary tensors, above all the backward pass's own, and what allocator, libraries
+    and CUDA add.
+
+    Raises UsageError for an unknown strategy, attention, precision or optimizer.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    with torch.device("meta"):
+        model = ViT(config).train()
+        images = torch.empty(batch, config.in_chans, config.image_size, config.image_size)
+        labels = torch.empty(batch, dtype=torch.long)
+    model.skip_unread = skip_unread
+    freeze(model, strategy)
+    with _Autocast() if precision == "amp" else nullcontext():
+        saved = saved_bytes(model, images, lambda logits: F.cross_entropy(logits, labels), attention)
+    return training_state(model, optimizer)._replace(activations=saved)
+
+
+class _Autocast(TorchFunctionMode):
+    """What CUDA's autocast to float16 does to the functions that a ViT calls, for meta tensors, which know no autocast.
+
+    torch.autocast itself wants CUDA tensors, and the CPU's own lists are others: its norms and softmax stay half.
+    """
+
+    half = (F.linear, F.conv2d, Tensor.matmul, Tensor.__matmul__)
+    float32 = (F.layer_norm, Tensor.softmax)
+
+    def __init__(self):
+        super().__init__()
+        self.copies: dict[Tensor, Tensor] = {}  # a parameter that trains is cast once
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.half:
+            args = [self.to_half(value) for value in args]
+        elif func in self.float32:
+            args = [value.float() if isinstance(value, Tensor) else value for value in args]
+        elif func is F.cross_entropy:  # a half softmax, a float32 loss
+            return F.nll_loss(F.log_softmax(args[0], dim=1).float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def to_half(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.half()
+        return self.copies.setdefault(value, value.half())
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int | None:
+    """The most bytes that tensors held on a GPU at any time of `step()`, with what was there before; elsewhere None."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device)

@@ -7,6 +7,7 @@ Tables are pandas frames with texts ready to print; figures are matplotlib figur
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from vitlib import paths
 from vitlib.data import load_resized
 from vitlib.data.registry import card
-from vitlib.lab import exact, plan, runs
+from vitlib.lab import exact, measure, plan, runs
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.claims import Estimate, Verdict, arms_of, claim_stance, difference, interval, judge, verdict_table
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
@@ -210,21 +211,97 @@ def trained_shares() -> pd.DataFrame:
     """Figure 4 and section 4: what each strategy trains of ViT-B at 384, and the memory that it keeps, counted."""
     rows = []
     for strategy in ("full", "attn", "ffn", "head"):
-        kept = exact.kept_bytes(strategy)
-        count, every = kept["gradients"] // 4, kept["weights"] // 4
+        kept = exact.memory(strategy)
+        count, every = kept.gradients // 4, kept.weights // 4
         rows.append({
             "strategy": strategy, "trained_params": f"{count:,}", "share of all": f"{100 * count / every:.1f} %",
-            "weights, MB": kept["weights"], "gradients + AdamW state, MB": kept["gradients"] + kept["adamw"],
-            "saved activations, MB an image": kept["activations"], "all, batch of 1, MB": sum(kept.values()),
+            "weights, MB": kept.weights, "gradients + AdamW state, MB": kept.gradients + kept.optimizer,
+            "saved activations, MB an image": kept.activations, "all, batch of 1, MB": kept.total,
         })  # fmt: skip
     table = pd.DataFrame(rows)
     for column in table.columns[3:]:
-        less = 100 * (1 - table[column] / table[column].iloc[0])
-        table[column] = [
-            f"{value / 2**20:,.1f}" + (f" ({saved:.1f} % less)" if saved else "")
-            for value, saved in zip(table[column], less, strict=True)
-        ]
+        table[column] = [_megabytes(value, table[column].iloc[0]) for value in table[column]]
     return table
+
+
+def _megabytes(value: float, full: float | None = None, digits: int = 1) -> str:
+    """Bytes as "226.9 (38.8 % less)" than `full`."""
+    less = f" ({100 * (1 - value / full):.1f} % less)" if full and value != full else ""
+    return f"{value / 2**20:,.{digits}f}{less}"
+
+
+# ViT-B's memory is looked at for these: image size, attention, precision
+SETTINGS = list(itertools.product((224, 384), ("explicit", "fused"), ("float32", "amp")))
+
+
+def memory_savings(batch: int = 32) -> pd.DataFrame:
+    """What attention-only saves of a step's memory, in all and of activations, by resolution, kernel and precision.
+
+    Every token is computed in every layer, as in the released code; the last rows are a stack of today.
+    """
+    rows = []
+    for size, attention, precision, skip in [(*s, False) for s in SETTINGS] + [
+        (s, "fused", "amp", True) for s in (224, 384)
+    ]:
+        full, attn = (exact.memory(s, size, attention, precision, batch, skip) for s in ("full", "attn"))
+        rows.append({
+            "image_size": size, "attention": attention, "precision": precision,
+            "last layer": "what is read" if skip else "all tokens",
+            f"full, batch of {batch}, MB": _megabytes(full.total, digits=0),
+            "attn, MB": _megabytes(attn.total, full.total, 0),
+            "activations, full, MB": _megabytes(full.activations, digits=0),
+            "activations, attn, MB": _megabytes(attn.activations, full.activations, 0),
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
+def figure4_memory() -> pd.DataFrame:
+    """Figure 4's two peaks against what is counted, by resolution, kernel and precision.
+
+    First the batch at which `full` alone explains its peak, and what attention-only would then need. Then the batch
+    that explains the difference of both peaks, from which everything drops out that both need alike, counted or not:
+    what is left of full's peak is then not counted. Last the saving that no batch falls below.
+    """
+    paper = paper_table("figure4").set_index("panel").loc["peak memory"]
+    peak, peak_attn = (float(paper[s]) for s in ("full", "attn"))
+    rows = []
+    for setting in SETTINGS:
+        (fixed, each), (fixed_attn, each_attn) = (_memory_line(s, *setting) for s in ("full", "attn"))
+        batch = (peak - fixed) / each
+        attn = fixed_attn + batch * each_attn
+        apart = (peak - peak_attn - fixed + fixed_attn) / (each - each_attn)
+        rows.append(dict(zip(("image_size", "attention", "precision"), setting, strict=True)) | {
+            f"full = {peak:,.0f} MB at batch": f"{batch:.1f}",
+            f"attn there, MB (paper: {peak_attn:,.0f})": f"{attn:,.0f} ({100 * (1 - attn / peak):.1f} % less)",
+            f"full - attn = {peak - peak_attn:,.0f} MB at batch": f"{apart:.1f}",
+            "full counted there, MB": f"{fixed + apart * each:,.0f}",
+            "not counted, MB": f"{peak - fixed - apart * each:,.0f}",
+            "never less than": f"{100 * (1 - each_attn / each):.1f} %",
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
+def _memory_line(strategy: str, image_size: int, attention: str, precision: str) -> tuple[float, float]:
+    """A step's memory, all tokens computed, in MB: the fixed part and the part an image (exactly a line from 2 on)."""
+    some, more = (exact.memory(strategy, image_size, attention, precision, n, False).total / 2**20 for n in (32, 33))
+    return some - 32 * (more - some), more - some
+
+
+def step_multiply_adds() -> pd.DataFrame:
+    """Multiply-adds of a training step of ViT-B by kind of layer, forward and backward, full and attention-only."""
+    rows = []
+    for size in (224, 384):
+        full, attn = (pd.DataFrame(exact.step_macs(s, size), index=measure.Step._fields) for s in ("full", "attn"))
+        full["all"], attn["all"] = full.sum(axis=1), attn.sum(axis=1)
+        for kind in full:
+            before, after = full[kind].sum(), attn[kind].sum()
+            rows.append({
+                "image_size": size, "kind": kind, "forward, gmacs_matmul": full.loc["forward", kind] / 1e9,
+                "backward, full": full.loc["backward", kind] / 1e9, "backward, attn": attn.loc["backward", kind] / 1e9,
+                "step, full": before / 1e9, "step, attn": after / 1e9, "spared, % of the step": 100 * (before - after) / full["all"].sum(),
+            })  # fmt: skip
+    table = pd.DataFrame(rows).query("kind != 'other'")
+    return table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
 
 
 def step_costs(profile_name: str) -> pd.DataFrame:

@@ -138,4 +138,4 @@ def _counts(config: ViTConfig, name: str, mode: str, shape: tuple) -> tuple[int,
 
     if name == "par" and mode != "training":
         step()  # the wide matrices are made once
-    return count(step)
+    return count(step, on_meta=True)

@@ -68,30 +68,25 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     about = {"run": task["run"], f"ledger_{PART}": ledger_hashes()[PART]}
     return {
         name: Reading(
-            timing.seconds, *_counts(config, name, task["execution"], shape), _memory(config, name, shape) | about
+            timing.seconds, *_counts(config, name, task["execution"], shape), _memory(config, name, batch) | about
         )
         for name, timing in take_turns(arms, device).items()
     }
 
 
-def _on_meta(config: ViTConfig, strategy: str, execution: str = "seq") -> ViT:
-    with torch.device("meta"):
-        model = set_execution(ViT(config), execution).train()
-    freeze(model, strategy)
-    return model
-
-
 def _counts(config: ViTConfig, strategy: str, execution: str, shape: tuple) -> tuple[int, int]:
-    model, images = _on_meta(config, strategy, execution), torch.empty(shape, device="meta")
-    return count(lambda: model(images).square().sum().backward())
+    """Forward and backward, without the optimizer."""
+    with torch.device("meta"):
+        model, images = set_execution(ViT(config), execution).train(), torch.empty(shape)
+    freeze(model, strategy)
+    return count(lambda: model(images).square().sum().backward(), on_meta=True)
 
 
-def _memory(config: ViTConfig, strategy: str, shape: tuple) -> dict[str, float]:
+def _memory(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
     """MB of a step of this batch: saved activations; weights, gradients and optimizer state; all."""
-    model, images = _on_meta(config, strategy), torch.empty(shape, device="meta")
-    saved = counting.saved_bytes(model, images, lambda logits: logits.square().mean())
-    state = sum(counting.training_state(model).values())
-    return {"saved_mb": saved / 2**20, "state_mb": state / 2**20, "mem_mb": (saved + state) / 2**20}
+    held = counting.memory(config, strategy, batch=batch)
+    state = held.total - held.activations
+    return {"saved_mb": held.activations / 2**20, "state_mb": state / 2**20, "mem_mb": held.total / 2**20}
 
 
 # ---------------------------------------------------------------------------------------------------- F3

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from vitlib.data import DataSet, epoch_batches
 from vitlib.lab.bench.runner import Case, Reading
 from vitlib.lab.bench.stopwatch import Arm, count, take_turns
 from vitlib.lab.experiments import experiment
+from vitlib.lab.measure import AttentionAs
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train.loop import set_train_mode
 from vitlib.train.masked import MaskedLoss, MaskedViT
@@ -155,17 +157,6 @@ class _Gathers(nn.Module):
         return self.layer(x, draws, self.relative(), rows)
 
 
-class _WrittenOut(torch.overrides.TorchFunctionMode):
-    """softmax(q k^T / sqrt(d) + bias) v, operation by operation, in place of PyTorch's kernel."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        (q, k, v), bias = args, (kwargs or {}).get("attn_mask")
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return (logits if bias is None else logits + bias).softmax(-1) @ v
-
-
 def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dtype: torch.dtype) -> Arm:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (IMAGES, config.in_chans, config.image_size, config.image_size), generator=generator)
@@ -185,9 +176,7 @@ def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dty
 
     def loss(batch) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            if "attention" in gains:
-                return loss_function(model, batch)
-            with _WrittenOut():
+            with nullcontext() if "attention" in gains else AttentionAs("explicit"):
                 return loss_function(model, batch)
 
     def step(batch) -> None:

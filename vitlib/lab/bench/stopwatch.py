@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,14 +93,14 @@ class Counts(NamedTuple):
     bytes: int
 
 
-def count(step: Callable[[], object]) -> Counts:
+def count(step: Callable[[], object], on_meta: bool = False) -> Counts:
     """Run `step` once and count what reaches the device, forward and backward; on the meta device without computing.
 
     Bytes: each operation reads its inputs and writes its outputs, views are free. An upper bound of the traffic:
     caches keep some of it away from memory.
     """
     flops, traffic = FlopCounterMode(display=False, custom_mapping=_ATTENTION), _Traffic()
-    with measure._FusedOnMeta(), flops, traffic:
+    with measure.AttentionAs("fused") if on_meta else nullcontext(), flops, traffic:
         step()
     return Counts(flops.get_total_flops() // 2, traffic.bytes)
 
