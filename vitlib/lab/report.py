@@ -381,8 +381,8 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
     images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)
     model = runs.trained_tokenizer(spec)
     with torch.no_grad():
-        rows = {"image": images, "from its tokens": model(images)}
-    figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.9), layout="constrained")
+        rows = {"image": images, "decoded": model(images)}
+    figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.8), layout="constrained")
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         pixels = (pictures * data.std + data.mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         for cell, picture in zip(line, pixels, strict=True):
