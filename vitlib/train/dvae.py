@@ -33,12 +33,12 @@ class DVAEConfig:
     image_size: int
     patch_size: int  # one token a patch; DALL-E's are 8x8 pixels, in BEiT of an image at half the size
     in_chans: int
-    vocabulary: int = 128  # V; the paper's 8192 belong to 1.28 million images
+    vocabulary: int = 128  # V; BEiT's 8192 belong to millions of larger images
     width: int = 64  # D: channels of every hidden map, and length of a codebook vector
     temperature: tuple[float, float] = (1.0, 1 / 16)  # first and last, on a cosine: Ramesh et al. 2021
     # At 0.02, 96 to 98 % of 128 tokens are in use after 4 epochs of 18,000 Fashion-MNIST images at 16x16 (validation
-    # images, seeds 1000 to 1002); at 0 and a lower rate 7 %; at 0.03 as many, with 10 % more error. Ramesh et al. raise
-    # theirs to 6.6, for an error that is summed and not averaged.
+    # images, seeds 1000 to 1002); at 0 and a lower rate 7 %; at 0.03 as many, with 10 % more error. Ramesh et al. have another
+    # error and another weight.
     kl_weight: float = 0.02
 
     # What the loop and the plan ask of every model.
