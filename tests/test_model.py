@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from timm.models.vision_transformer import ParallelThingsBlock, VisionTransforme
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError
+from vitlib.lab import measure
 from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
 from vitlib.model.layers import EPS
 from vitlib.model.stems import HMLP_KERNELS
@@ -275,7 +277,7 @@ def test_pairs_and_tokens_are_what_the_name_says():
         ("B12/0", {}, ["patch_size", "0"]),
         ("B12", {"layerscale": 1e-4}, ["'layerscale'", "did you mean 'layer_scale'?"]),
         ("B12", {"img_size": 224}, ["'img_size'", "did you mean 'image_size'?"]),
-        ("B12", {"stem": "hmpl"}, ["'hmpl'", "linear, conv, hmlp", "did you mean 'hmlp'?"]),
+        ("B12", {"stem": "hmpl"}, ["'hmpl'", "linear, conv, hmlp, local", "did you mean 'hmlp'?"]),
         ("B12", {"stem_norm": "bm"}, ["stem_norm 'bm'", "none, bn, ln", "did you mean 'bn'?"]),
         ("B12", {"stem_act": "glu"}, ["stem_act 'glu'", "did you mean 'gelu'?"]),
         ("B12", {"pool": "avg_mean"}, ["pool 'avg_mean'", "did you mean 'mean'?"]),
@@ -288,6 +290,8 @@ def test_pairs_and_tokens_are_what_the_name_says():
         ("B12", {"drop_path": 1.0}, ["drop_path is 1.0"]),
         ("B12", {"drop_path": -0.1}, ["drop_path is -0.1"]),
         ("B12/14", {"stem": "conv"}, ["14", "2, 4, 8, 16, 32, 64"]),
+        ("B12/14", {"stem": "local"}, ["14", "multiples of 4"]),
+        ("B12", {"stem": "local", "stem_norm": "bn"}, ["of its own"]),
     ],
 )
 def test_a_wrong_name_field_or_value_is_one_sentence_that_says_what_is_allowed(name, fields, said):
@@ -343,7 +347,7 @@ def test_no_two_linear_layers_start_alike_and_no_two_seeds():
 
 
 def test_models_with_different_stems_start_from_identical_blocks():
-    arms = [{}, {"stem": "conv"}, {"stem": "hmlp"}, {"stem": "hmlp", "stem_norm": "ln"}]
+    arms = [{}, {"stem": "conv"}, {"stem": "hmlp"}, {"stem": "hmlp", "stem_norm": "ln"}, {"stem": "local"}]
     models = [initial(small(**arm)) for arm in arms]
     for (pairs_a, rest_a), (pairs_b, rest_b) in itertools.combinations(models, 2):
         assert all(same(a, b) for a, b in zip(pairs_a, pairs_b, strict=True))
@@ -363,7 +367,7 @@ def test_linear_layers_start_at_the_nominal_deviation(name):
 
 
 def test_stem_convolutions_start_as_pytorch_starts_them():
-    for stem in ("linear", "conv", "hmlp"):
+    for stem in ("linear", "conv", "hmlp", "local"):
         for module in ViT(vit_config("S1", stem=stem)).stem:
             if isinstance(module, nn.Conv2d):  # uniform between +- 1 / sqrt(fan in)
                 bound = 1 / math.sqrt(module.weight[0].numel())
@@ -379,8 +383,9 @@ STEM_ARMS = {
     "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
     "hmlp-bn": {"stem": "hmlp", "stem_norm": "bn"},
     "conv": {"stem": "conv"},
+    "local": {"stem": "local"},
 }
-TIGHT = [("linear", True), ("linear", False), ("hmlp-ln", True), ("hmlp-ln", False), ("hmlp-bn", False)]
+TIGHT = [(arm, train) for arm in ("linear", "hmlp-ln", "local") for train in (True, False)] + [("hmlp-bn", False)]
 LEAKY = [("hmlp-bn", True), ("conv", True), ("conv", False)]
 
 
@@ -451,6 +456,32 @@ def test_the_channel_norm_is_a_layer_norm_over_channels():
     x = noise(2, 16, 4, 4)
     by_hand = layer_norm(x.permute(0, 2, 3, 1), stem[1]).permute(0, 3, 1, 2)
     torch.testing.assert_close(stem[1](x), by_hand, rtol=0, atol=1e-12)
+
+
+def test_the_local_stem_is_four_layers_inside_of_each_patch_then_one_linear_map():
+    stem = filled(make_stem(small(stem="local")))
+    images = noise(1, 3, 16, 16)
+    patch = images[:, :, 4:8, 8:12]  # row 1, column 2: token 6
+    with torch.no_grad():
+        x = patch.flatten(2).transpose(1, 2) @ stem.patch.weight.flatten(1).T + stem.patch.bias + stem.positions
+        for layer in stem.layers:
+            for r, f, norm in ((mhsa, layer, layer.norm1), (ffn, layer, layer.norm2)):
+                x = x + r(x, SimpleNamespace(f=f, norm=norm, gamma=None))
+        token = layer_norm(x.flatten(1), stem.norm) @ stem.proj.weight.T + stem.proj.bias
+        torch.testing.assert_close(stem(images)[:, 6], token, rtol=0, atol=1e-12)
+
+
+def test_the_local_stem_costs_vit_b_what_table_7_prints_within_a_fifth_of_a_percent():
+    config = vit_config("B12", stem="local")
+    width, inner = 96, 196 * 16
+    own = inner * 48 * width + 4 * inner * (12 * width**2 + 2 * 16 * width) + 196 * 16 * width * 768
+    found, linear = measure.macs(config), measure.macs(vit_config("B12"))
+    assert found.matmul - linear.matmul == own - 196 * 768 * 768
+    assert found.paper == pytest.approx(19.12e9, rel=2e-3)
+    with torch.device("meta"):
+        roles = measure.params_by_role(ViT(config))
+    assert roles["stem"] == count(make_stem(config)) == 1_637_088
+    assert roles["mhsa"] == 12 * (4 * 768**2 + 4 * 768)  # the stem's attention is the stem's
 
 
 @pytest.mark.parametrize("patch", [4, 16])

@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vitlib.data import load_resized
 from vitlib.lab import experiments, report, runs
 from vitlib.lab.ledger import ledger, ledger_hashes
-from vitlib.lab.runs import Result
+from vitlib.lab.runs import Result, RunSpec
+from vitlib.train import recipes
+from vitlib.train.dvae import DVAEConfig
 
 ABOUT = dict.fromkeys(runs.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
 
@@ -99,6 +102,21 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
         folder = tmp_path / "outputs" / "cpu" / "figures"
         pictures.append([(folder / f"41_tab5_resolution.{kind}").read_bytes() for kind in ("png", "svg")])
     assert pictures[0] == pictures[1]
+
+
+def test_reconstructions_stand_below_their_originals_and_the_caption_says_how_much_of_the_codebook_is_used():
+    recipe = replace(recipes.TOKENIZER, epochs=1)
+    spec = RunSpec("tokenizer", DVAEConfig(16, 4, 1, vocabulary=32, width=8), "fashion-mnist", recipe, 1000, images=100)
+    runs.execute(spec)
+    figure, caption = report.reconstruction_figure(spec)
+    originals, decoded = np.array(figure.axes).reshape(2, 10)
+    data = load_resized("fashion-mnist", "validation", 16)
+    for label, (above, below) in enumerate(zip(originals, decoded, strict=True)):
+        first = data.images[int((data.labels == label).nonzero()[0]), 0].numpy() / 255
+        assert np.allclose(above.images[0].get_array(), first, atol=1e-6)
+        assert not np.allclose(below.images[0].get_array(), first, atol=0.05)
+    used = runs.find(spec).metrics["tokens_used"] * 32
+    assert f"{used:.0f} of 32 tokens" in caption and "validation images" in caption and "16 tokens an image" in caption
 
 
 def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):

@@ -20,11 +20,14 @@ from vitlib.lab.ledger import ledger_hashes
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import vit_config
 from vitlib.train import loop
+from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipes import Recipe
 
 torch.set_num_threads(1)
 MODEL = vit_config("W32-1x1/4", image_size=16, in_chans=1, num_classes=10)
 TINY = RunSpec("supervised", MODEL, "fashion-mnist", Recipe(epochs=1, batch_size=10, lr=1e-3), seed=1000, images=50)
+TOKENIZER = replace(TINY, protocol="tokenizer", model=DVAEConfig(16, 4, 1, vocabulary=16, width=8))
+MASKED = replace(TINY, protocol="masked", targets="dvae", tokenizer=TOKENIZER, masked=6)
 TUNED = replace(TINY, protocol="finetune", parent=TINY, strategy="attn", model=replace(MODEL, image_size=20))
 
 
@@ -56,13 +59,40 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "recipe": replace(TINY, recipe=replace(TINY.recipe, lr=2e-3)), "seed": replace(TINY, seed=1001),
         "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
         "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
-        "threads": replace(TINY, threads=2),
+        "threads": replace(TINY, threads=2), "tokenizer": MASKED,
     }  # fmt: skip
     assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
     assert {"data", "data_checksum", "precision", "execution", "device", "training_version"} < set(TINY.record())
     hashes = {spec.hash for spec in changed.values()} | {TINY.hash}
     assert len(hashes) == len(changed) + 1
     assert replace(TUNED, parent=replace(TINY, images=100)).hash != TUNED.hash
+    assert replace(MASKED, tokenizer=replace(TOKENIZER, images=100)).hash != MASKED.hash
+    assert replace(TINY, recipe=replace(TINY.recipe, layer_decay=0.8)).hash != TINY.hash
+
+
+def test_fields_that_came_later_leave_the_hashes_of_older_runs_as_they_were():
+    assert "tokenizer" not in TINY.record() and "layer_decay" not in TINY.record()["recipe"]
+    assert MASKED.record()["tokenizer"] == TOKENIZER.hash
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "said"),
+    [
+        (MASKED, {"tokenizer": None}, "targets 'dvae' need a tokenizer"),
+        (MASKED, {"targets": "pixels"}, "targets 'pixels' have no tokenizer"),
+        (
+            MASKED,
+            {"tokenizer": replace(TOKENIZER, model=replace(TOKENIZER.model, patch_size=8))},
+            "gives no token to each",
+        ),
+        (MASKED, {"tokenizer": TINY}, "gives no token to each"),
+        (TOKENIZER, {"model": MODEL}, "a tokenizer run trains no ViTConfig"),
+        (TINY, {"model": TOKENIZER.model}, "a supervised run trains no DVAEConfig"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_refused(spec, change, said):
+    with pytest.raises(UsageError, match=said):
+        replace(spec, **change)
 
 
 @pytest.mark.parametrize("field", ["precision", "execution", "device"])
@@ -85,6 +115,11 @@ def test_a_seed_changes_the_trunk_too():
     other = TUNED.with_seed(4)
     assert (other.seed, other.parent.seed) == (4, 4)
     assert [spec.protocol for spec in other.family()] == ["supervised", "finetune"]
+
+
+def test_a_seed_changes_the_tokenizer_too():
+    chain = replace(TINY, protocol="finetune", parent=MASKED).with_seed(4)
+    assert [(spec.protocol, spec.seed) for spec in chain.family()] == [("tokenizer", 4), ("masked", 4), ("finetune", 4)]
 
 
 def test_tuning_seeds_see_validation_images_only_and_others_the_test_set():
@@ -217,6 +252,45 @@ def test_workers_give_the_numbers_that_one_process_gives(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "alone"))
     for spec in specs:
         assert runs.execute(spec, need_weights=True).metrics == several[spec].metrics
+
+
+def test_a_tokenizer_is_trained_before_the_masked_run_that_it_makes_the_targets_of(store):
+    tuned = replace(TINY, protocol="finetune", parent=MASKED)
+    todo = runs.missing([tuned, MASKED, TINY])
+    assert todo == {TOKENIZER: True, MASKED: True, tuned: False, TINY: False} and list(todo)[:3] == [
+        TOKENIZER,
+        MASKED,
+        tuned,
+    ]
+    assert plan.cost([tuned], jobs=2).runs == 3 and plan.cpu_seconds(TOKENIZER) > 0
+    found = launch.launch([tuned, TOKENIZER, MASKED], jobs=2)
+    metrics = found[TOKENIZER].metrics
+    assert {"first_loss", "train_loss", "recon_mse", "tokens_used", "perplexity", "trained_params"} == set(metrics)
+    assert found[TOKENIZER].correct is None and 0 < metrics["tokens_used"] <= 1 <= metrics["perplexity"] <= 16
+    assert found[MASKED].metrics["first_loss"] < np.log(16) + 1  # 16 tokens to choose from, not 128
+    # Its weights are needed for the masked run only, and no longer once that is there.
+    shutil.rmtree(store / TOKENIZER.hash)
+    assert runs.missing([replace(tuned, strategy="attn")]) == {replace(tuned, strategy="attn"): False}
+    assert runs.missing([replace(MASKED, masked=3)]) == {TOKENIZER: True, replace(MASKED, masked=3): False}
+
+
+def test_a_tokenizer_that_fails_takes_the_runs_that_need_it_with_it():
+    bad = replace(TOKENIZER, recipe=replace(TINY.recipe, lr=1e30, clip=None, warmup=0.0, optimizer="sgd"))
+    masked = replace(MASKED, tokenizer=bad)
+    with pytest.raises(launch.RunsFailed, match=r"3 of 3 runs failed.*its tokenizer run failed.*its masked run failed"):
+        launch.launch([replace(TINY, protocol="finetune", parent=masked)], jobs=2)
+
+
+def test_dalles_tokens_are_in_the_hash_by_the_checksum_of_its_file(monkeypatch, tmp_path):
+    spec = replace(MASKED, targets="dalle", tokenizer=None)
+    with pytest.raises(UsageError, match="VITLIB_DALLE"):
+        _ = spec.hash
+    hashes = set()
+    for text in ("one", "another"):
+        (tmp_path / text).write_text(text)
+        monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / text))
+        hashes.add(replace(spec).hash)
+    assert len(hashes) == 2
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept():

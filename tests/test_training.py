@@ -5,18 +5,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vitlib.data import Batch, epoch_batches, load_resized, subset
+from vitlib.draws import uniform
 from vitlib.errors import UsageError
 from vitlib.lab.runs import TRAINING_VERSION
 from vitlib.model import ViT, vit_config
-from vitlib.train import loop
+from vitlib.train import dalle, loop
+from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
+from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.finetune import at_image_size, freeze, start_from, trainable
 from vitlib.train.losses import bce, cross_entropy
 from vitlib.train.masked import MaskedLoss, MaskedViT, block_masks
 from vitlib.train.recipes import Recipe
-from vitlib.train.tokenizers import NormalisedPixels, PatchTokens, kmeans, nearest, patchify, usage
+from vitlib.train.tokenizers import (
+    NormalisedPixels,
+    PatchTokens,
+    codebook_use,
+    kmeans,
+    make_targets,
+    nearest,
+    patchify,
+    usage,
+)
 
 torch.set_num_threads(1)
 RECIPE = Recipe(epochs=1, batch_size=10, lr=1e-3)
@@ -146,11 +159,56 @@ def test_binary_cross_entropy_counts_every_mixed_class_as_positive():
     assert bce(lambda images, draws: logits, mixed).item() < 1e-3
 
 
+# ---- layer decay
+
+
+def scales(model, factor=0.65) -> dict[str, float]:
+    """How much of the head's rate each parameter learns at."""
+    optimizer, _ = loop.make_optimizer(model, replace(RECIPE, layer_decay=factor), 10)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: scale[id(p)] for name, p in model.named_parameters()}
+
+
+def test_layer_decay_of_12_layers_is_beits_with_last_norm_and_head_at_1():
+    model = ViT(vit_config("W32-12x1/4", image_size=16, pos="relative", stem="hmlp", layer_scale=0.1))
+    for name, scale in scales(model).items():
+        place, *rest = name.split(".")
+        power = {"stem": 13, "cls_token": 13, "relative": 13, "norm": 0, "head": 0}.get(place)
+        power = 12 - int(rest[0]) if place == "layers" else power
+        assert scale == pytest.approx(0.65**power, rel=1e-12), name
+
+
+def test_layer_decay_gives_every_depth_the_same_rate_at_the_stem_and_equal_factors_above():
+    for name, depth in (("W32-6x2/4", 6), ("W32-13x1/4", 13), ("W32-1x3/4", 1)):
+        found = scales(ViT(vit_config(name, image_size=16, stem="local")))
+        assert {found[n] for n in found if n.startswith(("stem", "cls", "pos"))} == {found["cls_token"]}
+        assert found["cls_token"] == pytest.approx(0.65**13, rel=1e-9)
+        steps = [found["cls_token"], *(found[f"layers.{i}.mhsa.0.norm.weight"] for i in range(depth)), 1.0]
+        assert np.diff(np.log(steps)) == pytest.approx(np.full(depth + 1, -13 * np.log(0.65) / (depth + 1)))
+
+
+def test_layer_decay_scales_the_schedule_spares_the_same_parameters_and_is_for_classifiers(images):
+    recipe = replace(RECIPE, layer_decay=0.8)
+    model = ViT(small(layer_scale=0.1, stem="local"))
+    plain, _ = loop.make_optimizer(model, RECIPE, 10)
+    decayed, schedule = loop.make_optimizer(model, recipe, 10)
+    of = lambda optimizer: {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}  # noqa: E731
+    assert of(plain) == of(decayed)
+    schedule.step_update(4)
+    assert len({g["lr"] / g["lr_scale"] for g in decayed.param_groups}) <= 3  # one rate, up to rounding
+    _, history = train(small(), images, recipe)
+    assert [s.lr for s in history] == pytest.approx([s.lr for s in train(small(), images)[1]])  # the recipe's
+    with pytest.raises(UsageError, match="a MaskedViT has no layers"):
+        loop.make_optimizer(MaskedViT(small(), 4), recipe, 10)
+    with pytest.raises(UsageError, match=r"layer_decay is 1\.5"):
+        replace(RECIPE, layer_decay=1.5)
+
+
 # ---- fine-tuning
 
 
 def test_each_strategy_trains_exactly_its_roles_in_every_branch():
-    model = ViT(small(layer_scale=0.1, stem="hmlp"))
+    model = ViT(small(layer_scale=0.1, stem="local"))  # whose own attention is the stem's
     shared = {"pos_embed", "head.weight", "head.bias"}
 
     def of(kind, parts):
@@ -281,6 +339,8 @@ def test_masked_pixels_do_not_reach_the_prediction_but_through_a_convolutional_s
         ("linear", "none", False),
         ("hmlp", "ln", False),
         ("hmlp", "bn", False),
+        ("linear", "bn", False),
+        ("local", "none", False),
         ("conv", "bn", True),
     ):
         model = MaskedViT(small(stem=stem, stem_norm=norm), 16).eval()
@@ -323,6 +383,202 @@ def test_tokens_follow_the_image_when_it_is_mirrored(images):
         targets(batch), nearest(patchify(seen, 4).reshape(-1, 16) / 255, targets.prototypes).view(20, 16)
     )
     assert usage(targets.tokens, 32).sum() == pytest.approx(1) and (usage(targets.tokens, 32) > 0).sum() > 16
+
+
+TABLE_7 = [
+    {"stem": "linear", "stem_norm": norm, "stem_act": act} for norm in ("none", "bn") for act in ("none", "gelu")
+]
+TABLE_7 += [{"stem": stem, "stem_norm": norm} for stem in ("conv", "hmlp") for norm in ("bn", "ln")] + [
+    {"stem": "local"}
+]
+
+
+@pytest.mark.parametrize("fields", TABLE_7, ids=lambda fields: "-".join(fields.values()))
+def test_every_stem_of_table_7_trains_itself(images, fields):
+    model = ViT(vit_config("W64-2x1/4", image_size=16, in_chans=1, num_classes=10, **fields), 1000)
+    before = {name: p.clone() for name, p in model.stem.named_parameters()}
+    _, history = train(None, images, model=model, recipe=replace(RECIPE, epochs=4, lr=2e-3))
+    assert np.mean([s.loss for s in history[-20:]]) < np.mean([s.loss for s in history[:20]]) - 0.2
+    assert not any(torch.equal(p, before[name]) for name, p in model.stem.named_parameters())
+
+
+# ---- the discrete VAE
+
+
+def dvae(seed=0, **fields):
+    return DVAE(DVAEConfig(**{"image_size": 16, "patch_size": 4, "in_chans": 1, "vocabulary": 16, **fields}), seed)
+
+
+def test_ten_steps_of_a_discrete_vae_have_the_numbers_of_this_training_version(images):
+    """Raise TRAINING_VERSION when these move."""
+    model = dvae(seed=1000, width=32)
+    history = loop.train(model, replace(RECIPE, lr=1e-2), images, np.arange(100), 1000, DVAELoss(1000, 10))
+    assert [history[0].loss, history[9].loss] == pytest.approx(GOLDEN_DVAE, rel=1e-3)
+    assert int(model.step) == 10
+
+
+GOLDEN_DVAE = [1.9653898477554321, 0.7299562096595764]
+
+
+def test_its_loss_is_squared_error_of_a_relaxed_sample_and_divergence_from_uniform(images):
+    batch, model = batch_of(images), dvae(kl_weight=0.3, temperature=(0.7, 0.7))
+    with torch.no_grad():
+        logits = model.logits(batch.images)
+        u = torch.from_numpy(uniform(5, "gumbel", batch.epoch, batch.index, 16 * 16)).view(20, 16, 16)
+        weights = torch.exp((logits - torch.log(-torch.log(u))) / 0.7)
+        decoded = model.decode((weights / weights.sum(-1, keepdim=True)).float() @ model.codebook)
+        q = torch.distributions.Categorical(logits=logits)
+        even = torch.distributions.Categorical(logits=torch.zeros_like(logits))
+        kl = torch.distributions.kl_divergence(q, even).mean()
+        expected = (decoded - batch.images).square().mean() + 0.3 * kl
+        assert DVAELoss(5, steps=10)(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_gumbel_noise_belongs_to_the_image_and_has_gumbels_mean_and_variance():
+    noise = gumbel(3, 1, np.arange(500), 256)
+    assert torch.equal(noise[40:43], gumbel(3, 1, np.arange(40, 43), 256))
+    assert not any(torch.equal(noise, gumbel(*other, np.arange(500), 256)) for other in ((3, 2), (4, 1)))
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02) and noise.var().item() == pytest.approx(
+        np.pi**2 / 6, rel=0.02
+    )
+
+
+def test_the_temperature_falls_from_first_to_last_on_a_cosine(images):
+    model, loss, batch = dvae(temperature=(1.0, 1 / 16)), DVAELoss(0, steps=9), batch_of(images)
+    seen = []
+    for _ in range(9):
+        seen.append(loss.temperature(model))
+        loss(model, batch)
+    assert seen[0] == 1.0 and seen[4] == pytest.approx((1 + 1 / 16) / 2) and seen[8] == pytest.approx(1 / 16)
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_reconstruction_is_decoded_from_the_codebook_vectors_of_its_tokens_alone(images):
+    model, seen = dvae().eval(), batch_of(images).images
+    tokens = model.tokens(seen)
+    assert torch.equal(tokens, model.logits(seen).argmax(-1)) and tokens.shape == (20, 16)
+    assert torch.equal(model(seen), model.decode(model.codebook[tokens])) and model(seen).shape == seen.shape
+    assert dvae(image_size=32, patch_size=16, in_chans=3)(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
+@torch.no_grad()
+def test_tokens_and_pixels_are_in_row_major_order(images):
+    model = dvae().eval()
+    for module in model.modules():
+        if isinstance(module, Block):  # without its neighbours a patch has its own token and its own pixels only
+            module.proj.weight.zero_()
+    seen = batch_of(images).images
+    other = seen.clone()
+    other[:, :, 12:, 4:8] += 3  # the last row's second patch
+    moved = (model.logits(other) != model.logits(seen)).any(-1)
+    assert moved.any(0).nonzero().tolist() == [[13]]
+    codes = torch.zeros(1, 16, 64)
+    changed = codes.clone()
+    changed[:, 13] += 1
+    different = (model.decode(changed) != model.decode(codes))[0, 0]
+    assert (
+        different[12:, 4:8].any()
+        and not different[:12].any()
+        and not different[12:, :4].any()
+        and not different[12:, 8:].any()
+    )
+
+
+def test_a_discrete_vae_learns_to_reconstruct_and_uses_its_codebook(images):
+    data = images.take(subset(images, 2000, 1000))
+    model = dvae(seed=1000, vocabulary=32, width=32, kl_weight=0.03)
+    recipe, held_out = Recipe(epochs=8, batch_size=64, lr=1e-2), load_resized("fashion-mnist", "validation", 16)
+    before = evaluate_dvae(model.eval(), held_out)
+    history = loop.train(model, recipe, data, np.arange(2000), 1000, DVAELoss(1000, loop.count_steps(recipe, 2000)))
+    after = evaluate_dvae(model.eval(), held_out)
+    assert history[-1].loss < history[0].loss / 4 and after["recon_mse"] < before["recon_mse"] / 5
+    assert after["tokens_used"] > 0.6 and after["perplexity"] > 8
+    assert after["recon_mse"] < 0.2 * held_out.images.div(255).var().item()
+
+
+def test_use_of_a_codebook_counts_tokens_and_their_perplexity():
+    assert codebook_use(torch.tensor([3, 5, 3, 5]), 8) == pytest.approx({"tokens_used": 0.25, "perplexity": 2.0})
+    assert codebook_use(torch.arange(8), 8) == pytest.approx({"tokens_used": 1.0, "perplexity": 8.0})
+    assert codebook_use(torch.zeros(9, dtype=torch.int64), 8) == pytest.approx(
+        {"tokens_used": 1 / 8, "perplexity": 1.0}
+    )
+
+
+def test_learned_tokens_are_looked_up_in_both_orientations_and_need_a_tokenizer(images):
+    data, model = images.take(np.arange(700)), dvae(vocabulary=64).eval()
+    targets = make_targets("dvae", data, 4, 0, model)
+    batch = batch_of(data)
+    assert batch.flipped.any() and not batch.flipped.all() and targets.outputs == 64
+    assert torch.equal(targets(batch), model.tokens(batch.images))
+    assert targets.tokens.shape == (2, 700, 16) and not torch.equal(*targets.tokens)
+    with pytest.raises(UsageError, match="'dvae' need a tokenizer"):
+        make_targets("dvae", data, 4, 0)
+
+
+# ---- DALL-E's encoder
+
+
+@pytest.fixture
+def small_dalle(monkeypatch, tmp_path):
+    """A narrow encoder of the same form, in a file that VITLIB_DALLE names."""
+    monkeypatch.setattr(dalle, "WIDTH", 8)
+    monkeypatch.setattr(dalle, "VOCABULARY", 40)
+    own = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(shape, generator=own) / np.prod(shape[1:]) ** 0.5 for name, shape in dalle.shapes().items()
+    }
+    save_file(state, tmp_path / "encoder.safetensors")
+    monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / "encoder.safetensors"))
+    return state
+
+
+def test_the_published_encoder_has_these_tensors():
+    shapes = dalle.shapes()
+    assert len(shapes) == 74 and sum(int(np.prod(s)) for s in shapes.values()) == 53_786_240
+    assert shapes["blocks.input.w"] == (256, 3, 7, 7)
+    assert shapes["blocks.group_1.block_1.res_path.conv_1.w"] == (64, 256, 3, 3)
+    assert shapes["blocks.group_4.block_1.id_path.w"] == (2048, 1024, 1, 1)
+    assert shapes["blocks.output.conv.w"] == (8192, 2048, 1, 1)
+
+
+def test_dalles_encoder_is_its_blocks_written_out_and_gives_a_token_a_patch(small_dalle, images):
+    def conv(name, x):
+        w = small_dalle[f"{name}.w"]
+        return nn.functional.conv2d(x, w, small_dalle[f"{name}.b"], padding="same")
+
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = conv("blocks.input", 0.8 * pixels + 0.1)
+    for group in "1234":
+        for block in "12":
+            name = f"blocks.group_{group}.block_{block}"
+            y = conv(f"{name}.res_path.conv_1", x.relu())
+            y = conv(f"{name}.res_path.conv_2", y.relu())
+            y = conv(f"{name}.res_path.conv_3", y.relu())
+            y = conv(f"{name}.res_path.conv_4", y.relu())
+            x = (conv(f"{name}.id_path", x) if group > "1" and block == "1" else x) + y / 64
+        x = nn.functional.max_pool2d(x, 2) if group != "4" else x
+    encoder = dalle.load(grid=4)
+    torch.testing.assert_close(encoder.logits(pixels), conv("blocks.output.conv", x.relu()))
+    targets = make_targets("dalle", images.take(np.arange(5)), 4, 0, encoder)
+    assert targets.tokens.shape == (2, 5, 16) and targets.outputs == 8192
+
+
+def test_weights_that_are_missing_unsafe_or_others_are_refused_in_one_sentence(small_dalle, monkeypatch, tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "encoder.pkl")  # a pickled module, as the published file is
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    for file, said in (
+        ("none.pt", "there is no file"),
+        ("encoder.pkl", "neither a safe"),
+        ("other.pt", "75 tensors differ"),
+    ):
+        monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / file))
+        with pytest.raises(UsageError, match=said) as error:
+            dalle.load(4)
+        assert "\n" not in str(error.value)
+    torch.save(small_dalle, tmp_path / "state.pt")
+    monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / "state.pt"))
+    assert dalle.load(4).w.keys() == small_dalle.keys() and len(dalle.checksum()) == 16
 
 
 def test_normalised_pixels_have_mean_zero_and_unit_variance(images):

@@ -15,6 +15,7 @@ from vitlib.lab.launch import launch
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
+from vitlib.train.dvae import DVAEConfig
 from vitlib.train.finetune import at_image_size
 
 
@@ -120,6 +121,12 @@ def _supervised(p: Profile, model: ViTConfig) -> RunSpec:
     base = recipes.SUPERVISED if model.layer_scale is None else recipes.SUPERVISED_LAYER_SCALE
     recipe = replace(base, epochs=p.epochs)
     return RunSpec("supervised", model, p.data, recipe, images=p.images, execution=p.execution)
+
+
+def tokenizer(p: Profile) -> RunSpec:
+    """The paper's kind of tokenizer at this scale, for `RunSpec(..., targets="dvae", tokenizer=...)`."""
+    model = DVAEConfig(p.image_size, p.patch_size, card(p.data)["vitlib"]["channels"])
+    return RunSpec("tokenizer", model, p.data, recipes.TOKENIZER, images=p.images)
 
 
 def branches(p: Profile) -> dict[str, RunSpec]:

@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def _train(todo: dict[RunSpec, bool], jobs: int) -> None:
-    """A queue over a pool of processes; a run starts when its parent is done."""
+    """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["vitlib.lab.runs"])  # torch and timm are imported once, not once a worker
@@ -80,10 +80,10 @@ def _train(todo: dict[RunSpec, bool], jobs: int) -> None:
     try:
         while waiting or going:
             for spec in list(waiting):
-                if spec.parent in failed:
-                    failed[spec] = f"{runs.describe(spec)}: its parent failed"
+                if lost := [need for need in spec.needs if need in failed]:
+                    failed[spec] = f"{runs.describe(spec)}: its {lost[0].protocol} run failed"
                     waiting.remove(spec)
-                elif len(going) < jobs and (spec.parent not in waiting and spec.parent not in going.values()):
+                elif len(going) < jobs and not {*spec.needs} & {*waiting, *going.values()}:
                     going[pool.submit(_work, spec, todo[spec])] = spec
                     waiting.remove(spec)
             bar.set_description_str(f"{finished} of {len(todo)} runs, {len(going)} going", refresh=False)

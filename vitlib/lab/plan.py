@@ -21,6 +21,7 @@ from vitlib import paths
 from vitlib.lab import measure, runs
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig
+from vitlib.train.dvae import DVAE, DVAEConfig
 
 SECONDS_A_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the batch
 SECONDS_A_GMAC = 0.062  # B
@@ -42,11 +43,11 @@ class Cost:
 
 
 @functools.cache
-def _model_facts(config: ViTConfig) -> tuple[int, float]:
+def _model_facts(config: ViTConfig | DVAEConfig) -> tuple[int, float]:
     """Parameters and multiply-adds (G) of one image's forward pass."""
     with torch.device("meta"):
-        parameters = measure.params(ViT(config))
-    return parameters, measure.macs(config)[0] / 1e9
+        model = ViT(config) if isinstance(config, ViTConfig) else DVAE(config)
+    return measure.params(model), measure.macs(model)[0] / 1e9
 
 
 def formula_seconds(spec: RunSpec) -> float:
@@ -71,8 +72,9 @@ def _measured(store: str) -> dict[str, float]:
 
 
 def _kind(record: dict) -> str:
-    """A spec's record without its seed; of the parent only that there is one."""
-    return json.dumps(record | {"seed": None, "parent": bool(record["parent"])}, sort_keys=True)
+    """A spec's record without its seed; of its parent and its tokenizer only whether there is one."""
+    needs = {name: bool(record.get(name)) for name in ("parent", "tokenizer")}
+    return json.dumps(record | {"seed": None} | needs, sort_keys=True)
 
 
 def cpu_seconds(spec: RunSpec) -> float:

@@ -14,10 +14,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 
 from vitlib import paths
-from vitlib.data import load_resized
+from vitlib.data import load_resized, normalise
 from vitlib.data.registry import card
 from vitlib.lab import exact, measure, plan, runs
 from vitlib.lab.bench import finetune as finetune_bench
@@ -447,6 +448,34 @@ def masking_figure(profile_name: str, count: int = 4) -> Figure:
     for row, name in enumerate(("image", f"{spec.masked} of {grid**2} masked", "prototypes")):
         axes[row][0].set_ylabel(name)
     return figure
+
+
+def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
+    """A finished tokenizer: held-out images, one of each class, above what their tokens give back; and a caption.
+
+    Raises UsageError for a run that is not finished or has no weights here.
+    """
+    data = load_resized(spec.data, spec.split, spec.model.image_size)
+    images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)
+    model = runs.trained_tokenizer(spec)
+    with torch.no_grad():
+        rows = {"image": images, "decoded": model(images)}
+    figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.8), layout="constrained")
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        pixels = (pictures * data.std + data.mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for cell, picture in zip(line, pixels, strict=True):
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+            cell.grid(False)
+        line[0].set_ylabel(name)
+    use, V = runs.find(spec).metrics, spec.model.vocabulary
+    caption = (
+        f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
+        f"what a discrete VAE gives back from {spec.model.grid**2} tokens an image. In use on all {len(data):,} images: "
+        f"{use['tokens_used'] * V:.0f} of {V} tokens, perplexity {use['perplexity']:.1f}; "
+        f"root mean squared error {255 * use['recon_mse'] ** 0.5:.1f} of 255 grey levels."
+    )
+    return figure, caption
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts

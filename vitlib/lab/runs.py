@@ -37,7 +37,9 @@ from vitlib.data.registry import card, data_checksum
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
 from vitlib.model import ViT, ViTConfig, set_execution
-from vitlib.train import finetune, loop, masked, tokenizers
+from vitlib.train import dalle, finetune, loop, masked, tokenizers
+from vitlib.train.dvae import DVAE, DVAEConfig, DVAELoss
+from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.losses import LOSSES
 from vitlib.train.recipes import Recipe
 
@@ -48,7 +50,7 @@ ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "com
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
 ALLOWED = {
-    "protocol": ("supervised", "finetune", "masked"),
+    "protocol": ("supervised", "finetune", "masked", "tokenizer"),
     "strategy": finetune.STRATEGIES,
     "targets": ("none", *tokenizers.TARGETS),
     "precision": ("float32",),
@@ -61,15 +63,16 @@ ALLOWED = {
 class RunSpec:
     """One training run. Its hash names it; equal specs are one run, whoever asks."""
 
-    protocol: str  # "supervised" (also from scratch on few labels), "finetune" (from parent), "masked"
-    model: ViTConfig
+    protocol: str  # "supervised" (also from scratch on few labels), "finetune" (from parent), "masked", "tokenizer"
+    model: ViTConfig | DVAEConfig  # the second for "tokenizer"
     data: str
     recipe: Recipe
     seed: int = 0
     images: int | None = None  # class-balanced subset of the training images; None = all
     parent: RunSpec | None = None
     strategy: str = "full"
-    targets: str = "none"  # of masked pre-training: "tokens" or "pixels"
+    targets: str = "none"  # of masked pre-training: see train/tokenizers.py
+    tokenizer: RunSpec | None = None  # that makes the targets "dvae"
     masked: int = 0  # patches masked in each image
     # Fixed by the profile, the same on every machine.
     precision: str = "float32"
@@ -83,6 +86,14 @@ class RunSpec:
                 raise unknown(field, getattr(self, field), allowed)
         if (self.protocol == "finetune") != (self.parent is not None):
             raise UsageError(f"a {self.protocol} run {'needs a' if self.protocol == 'finetune' else 'has no'} parent")
+        if (self.protocol == "tokenizer") != isinstance(self.model, DVAEConfig):
+            raise UsageError(f"a {self.protocol} run trains no {type(self.model).__name__}")
+        if (self.targets == "dvae") != (self.tokenizer is not None):
+            raise UsageError(f"targets {self.targets!r} {'need a' if self.targets == 'dvae' else 'have no'} tokenizer")
+        if self.tokenizer:
+            own, theirs = ((m.image_size, m.patch_size, m.in_chans) for m in (self.model, self.tokenizer.model))
+            if self.tokenizer.protocol != "tokenizer" or own != theirs:
+                raise UsageError(f"{self.tokenizer.model.name} gives no token to each patch of {self.model.name}")
 
     @functools.cached_property
     def hash(self) -> str:
@@ -93,17 +104,29 @@ class RunSpec:
         """What is hashed, and what spec.json holds."""
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record |= {"model": asdict(self.model), "recipe": asdict(self.recipe)}
-        record |= {"parent": self.parent.hash if self.parent else None}
+        record |= {name: spec and spec.hash for name, spec in (("parent", self.parent), ("tokenizer", self.tokenizer))}
+        if self.targets == "dalle":
+            record["dalle_checksum"] = dalle.checksum()
+        # Fields that came later are written only where they are set, so that older runs keep their hashes.
+        for part, name in ((record, "tokenizer"), (record["recipe"], "layer_decay")):
+            if part[name] is None:
+                del part[name]
         return record | {"data_checksum": data_checksum(self.data), "training_version": TRAINING_VERSION}
 
     def with_seed(self, seed: int) -> RunSpec:
-        """The same run, and the same trunk, at another seed."""
-        return replace(self, seed=seed, parent=self.parent.with_seed(seed) if self.parent else None)
+        """The same run, and the same trunk and tokenizer, at another seed."""
+        parent, tokenizer = (spec and spec.with_seed(seed) for spec in (self.parent, self.tokenizer))
+        return replace(self, seed=seed, parent=parent, tokenizer=tokenizer)
+
+    @property
+    def needs(self) -> tuple[RunSpec, ...]:
+        """The runs whose weights this one starts with: its tokenizer, its parent."""
+        return tuple(spec for spec in (self.tokenizer, self.parent) if spec is not None)
 
     def family(self) -> Iterator[RunSpec]:
-        """Parents first, then this run."""
-        if self.parent:
-            yield from self.parent.family()
+        """What it needs first, then this run."""
+        for spec in self.needs:
+            yield from spec.family()
         yield self
 
     @property
@@ -304,14 +327,16 @@ def import_runs(path: Path) -> tuple[int, int]:
 def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
     """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
     todo: dict[RunSpec, bool] = {}
+
+    def train(spec: RunSpec, need_weights: bool) -> None:
+        for other in spec.needs:
+            if not weights_path(other).is_file():
+                train(other, True)
+        todo[spec] = todo.get(spec, False) or need_weights
+
     for spec in specs:
-        if find(spec) is not None:
-            continue
-        for member in spec.family():
-            is_parent = member is not spec
-            if is_parent and weights_path(member).is_file():
-                continue
-            todo[member] = todo.get(member, False) or is_parent
+        if find(spec) is None:
+            train(spec, False)
     return todo
 
 
@@ -321,7 +346,7 @@ def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
 def execute(
     spec: RunSpec, need_weights: bool = False, on_step: Callable[[int, int], None] = lambda step, steps: None
 ) -> Result:
-    """Train a run, or read it where it is finished. Its parent must be finished, with weights.
+    """Train a run, or read it where it is finished. What it needs must be finished, with weights.
 
     `need_weights` trains a run again of which only the metrics were imported. Raises NonFiniteLoss with the run's name;
     nothing is kept then.
@@ -344,7 +369,9 @@ def execute(
             raise loop.NonFiniteLoss(f"run {spec.hash} ({describe(spec)}): {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
         correct = None
-        if spec.protocol != "masked":
+        if spec.protocol == "tokenizer":
+            metrics |= evaluate_dvae(model, held_out)
+        elif spec.protocol != "masked":
             correct, loss = loop.evaluate(model, held_out)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
@@ -364,8 +391,12 @@ def execute(
 
 def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
     """The model at its start and the loss function of its protocol."""
+    if spec.protocol == "tokenizer":
+        return DVAE(spec.model, spec.seed), DVAELoss(spec.seed, spec.steps)
     if spec.protocol == "masked":
-        targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed)
+        tokenizer = dalle.load(spec.model.grid) if spec.targets == "dalle" else None
+        tokenizer = trained_tokenizer(spec.tokenizer) if spec.tokenizer else tokenizer
+        targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed, tokenizer)
         model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
         set_execution(model.vit, spec.execution)
         return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
@@ -379,9 +410,17 @@ def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
     return model, LOSSES[spec.recipe.loss]
 
 
+def trained_tokenizer(spec: RunSpec) -> DVAE:
+    """The discrete VAE of a finished run, in eval mode."""
+    model = DVAE(spec.model, spec.seed)
+    model.load_state_dict(weights(spec))
+    return model.eval()
+
+
 def describe(spec: RunSpec) -> str:
     """A run in a few words, for progress lines and errors."""
-    parts = [spec.protocol, spec.model.name, f"{spec.model.image_size} px", f"stem {spec.model.stem}"]
+    parts = [spec.protocol, spec.model.name, f"{spec.model.image_size} px"]
+    parts += [f"stem {spec.model.stem}"] if spec.protocol != "tokenizer" else []
     parts += [f"{spec.images} images"] if spec.images else []
     parts += [spec.strategy] if spec.protocol == "finetune" else []
     return ", ".join([*parts, f"seed {spec.seed}"])

@@ -18,14 +18,14 @@ from vitlib.errors import UsageError, unknown
 WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
 _NAME = re.compile(r"(Ti|S|B|L|W(\d+)-)(\d+)(?:x(\d+))?(?:/(\d+))?")
 _CHOICES = {
-    "stem": ("linear", "conv", "hmlp"),
+    "stem": ("linear", "conv", "hmlp", "local"),
     "stem_norm": ("none", "bn", "ln"),
     "stem_act": ("none", "gelu"),
     "pool": ("cls", "mean"),
     "pos": ("patches", "all", "relative"),
 }
 # (norm, activation) that each stem of Table 7 has unless told otherwise
-STEM_DEFAULTS = {"linear": ("none", "none"), "conv": ("bn", "gelu"), "hmlp": ("bn", "gelu")}
+STEM_DEFAULTS = {"linear": ("none", "none"), "conv": ("bn", "gelu"), "hmlp": ("bn", "gelu"), "local": ("none", "none")}
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,16 @@ def check(config: ViTConfig) -> ViTConfig:
         raise UsageError(f"drop_path is {config.drop_path!r}: allowed is a rate from 0 up to, not including, 1")
     if config.stem == "conv" and config.patch_size not in (2, 4, 8, 16, 32, 64):
         raise UsageError(f"the convolutional stem has patch_size {config.patch_size}: allowed are 2, 4, 8, 16, 32, 64")
+    if config.stem == "local":
+        if config.patch_size % 4 or config.width % 32:
+            raise UsageError(
+                f"the local-transformer stem has patch_size {config.patch_size} and width {config.width}: "
+                "allowed are multiples of 4 and of 32"
+            )
+        if (config.stem_norm, config.stem_act) != STEM_DEFAULTS["local"]:
+            raise UsageError(
+                "the local-transformer stem has norms and GELUs of its own: stem_norm and stem_act are none"
+            )
     if config.stem == "hmlp" and config.width % 4:
         raise UsageError(f"the hMLP stem has hidden width width / 4, and width {config.width} is no multiple of 4")
     return config

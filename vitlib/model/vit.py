@@ -82,7 +82,14 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of two or more dimensions that timm's optimizer factory must not decay."""
-        return {"cls_token", "pos_embed", "relative.table"}
+        return {"cls_token", "pos_embed", "relative.table", "stem.positions"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Depth groups for timm's layer decay: what stands before the layers, each layer, and the rest at scale 1.0.
+
+        The last norm belongs to the rest, the head's group, as in BEiT. (timm's own models give it a group below.)
+        """
+        return {"stem": r"stem|cls_token|pos_embed|relative", "layers": r"layers\.(\d+)"}
 
 
 class RelativeBias(nn.Module):
@@ -136,7 +143,11 @@ def initialise(model: ViT, seed: int) -> None:
     normal(model.cls_token, "cls_token")
     if model.pos_embed is not None:
         normal(model.pos_embed, "pos_embed")
-    for name, module in model.stem.named_children():
+    if config.stem == "local":
+        normal(model.stem.positions, "stem.positions")
+    for name, module in model.stem.named_modules():
+        if isinstance(module, nn.Linear):
+            linear(module, f"stem.{name}")
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             own = generator(f"stem.{name}", 0)
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=own)

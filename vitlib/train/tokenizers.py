@@ -1,7 +1,9 @@
 """What masked pre-training predicts, behind one interface: fit on training images, targets by image index.
 
+dvae     a patch's token in a discrete VAE trained on the training images, a run of its own (`dvae.py`): the paper's way
+dalle    the same in DALL-E's encoder (BEiT's way), where the weights are on disk (`dalle.py`)
 tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
-         light stand-in for the paper's tokenizer, a discrete VAE trained on ImageNet-1k
+         light stand-in for both
 pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from vitlib import draws
 from vitlib.data import Batch, DataSet
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 
 VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
 SAMPLED_PATCHES = 60_000
@@ -35,28 +37,44 @@ class Targets(Protocol):
         """Mean over masked patches: (M, outputs) and the targets of the same patches."""
 
 
+class Tokenizer(Protocol):
+    """A trained model that gives every patch a token."""
+
+    outputs: int  # V, the size of its vocabulary
+
+    def look_up(self, images: Tensor, data: DataSet) -> Tensor:
+        """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, W) -> (B, patches, C * P * P), patches in row-major order."""
     return F.unfold(images.float(), patch_size, stride=patch_size).transpose(1, 2)
 
 
-class PatchTokens:
-    """k-means tokens, looked up once for every image in both orientations: int64 (2, N, patches)."""
+class Tokens:
+    """Token numbers, looked up once for every image in both orientations: int64 (2, N, patches)."""
 
-    def __init__(self, data: DataSet, patch_size: int, seed: int, vocabulary: int = VOCABULARY):
-        patches = patchify(data.images, patch_size) / 255
-        flat = patches.reshape(-1, patches.shape[-1])
-        sample = draws.order(seed, "k-means sample", 0, len(flat))[:SAMPLED_PATCHES]
-        self.prototypes = kmeans(flat[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
-        self.outputs = len(self.prototypes)
-        both = (patches, patchify(data.images.flip(-1), patch_size) / 255)
-        self.tokens = torch.stack([nearest(p.reshape(-1, p.shape[-1]), self.prototypes).view(len(p), -1) for p in both])
+    def __init__(self, tokens: Tensor, vocabulary: int):
+        self.tokens, self.outputs = tokens, vocabulary
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.tokens[batch.flipped.long(), torch.from_numpy(batch.index)]
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(predicted, target)
+
+
+class PatchTokens(Tokens):
+    """k-means tokens."""
+
+    def __init__(self, data: DataSet, patch_size: int, seed: int, vocabulary: int = VOCABULARY):
+        patches = patchify(data.images, patch_size) / 255
+        flat = patches.reshape(-1, patches.shape[-1])
+        sample = draws.order(seed, "k-means sample", 0, len(flat))[:SAMPLED_PATCHES]
+        self.prototypes = kmeans(flat[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
+        both = (patches, patchify(data.images.flip(-1), patch_size) / 255)
+        tokens = [nearest(p.reshape(-1, p.shape[-1]), self.prototypes).view(len(p), -1) for p in both]
+        super().__init__(torch.stack(tokens), len(self.prototypes))
 
 
 class NormalisedPixels:
@@ -77,13 +95,21 @@ class NormalisedPixels:
         return F.mse_loss(predicted, target)
 
 
-TARGETS = ("tokens", "pixels")
+TARGETS = ("tokens", "pixels", "dvae", "dalle")
+LEARNED = ("dvae", "dalle")  # these need a Tokenizer
+LOOKED_UP = 500  # images at a time
 
 
-def make_targets(kind: str, data: DataSet, patch_size: int, seed: int) -> Targets:
-    """Raises UsageError for an unknown kind."""
+def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Targets:
+    """Raises UsageError for an unknown kind, and for a learned one without its tokenizer."""
     if kind not in TARGETS:
         raise unknown("targets", kind, TARGETS)
+    if kind in LEARNED:
+        if tokenizer is None:
+            raise UsageError(f"targets {kind!r} need a tokenizer")
+        both = (data.images, data.images.flip(-1))
+        tokens = [torch.cat([tokenizer.look_up(part, data) for part in images.split(LOOKED_UP)]) for images in both]
+        return Tokens(torch.stack(tokens), tokenizer.outputs)
     return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
 
 
@@ -119,3 +145,12 @@ def usage(tokens: np.ndarray | Tensor, vocabulary: int) -> Tensor:
     """Share of each token, float (V,): how much of the vocabulary is in use."""
     counts = torch.bincount(torch.as_tensor(tokens).flatten(), minlength=vocabulary)
     return counts / counts.sum()
+
+
+def codebook_use(tokens: np.ndarray | Tensor, vocabulary: int) -> dict[str, float]:
+    """The share of the vocabulary that is in use at all, and its perplexity: so many tokens used equally often would
+    have the same entropy.
+    """
+    share = usage(tokens, vocabulary).double()
+    entropy = -torch.special.xlogy(share, share).sum()
+    return {"tokens_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
