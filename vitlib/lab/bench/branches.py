@@ -34,9 +34,9 @@ def cases(profile: str, device: str) -> list[Case]:
             chosen += [_case(name, b, "training", device, 3) for b in (8, 64)]
         return chosen
     chosen += [_case("S18x2/16", b, "eager", device, 5 if b <= 4 else 2) for b in (1, 4, 32)]
-    chosen += [_case("S18x2/16", 1, mode, device) for mode in ("graph", "compiled")]
-    chosen += [_case("S18x2/16", b, "training", device, 2) for b in (1, 32)]
-    return [*chosen, _case("B18x2/16", 1, "eager", device)]
+    chosen += [_case("B18x2/16", 1, "eager", device, 2)]
+    chosen += [_case("S18x2/16", b, "training", device, 3 if b == 1 else 1) for b in (1, 32)]
+    return [*chosen, *(_case("S18x2/16", 1, mode, device, 1) for mode in ("compiled", "graph"))]
 
 
 def _case(name: str, batch: int, mode: str, device: str, restarts: int | None = None) -> Case:

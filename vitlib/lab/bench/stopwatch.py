@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from vitlib.lab import measure
 
-SECONDS_AN_ARM = 6.0  # timed steps of one arm in one process, about
+SECONDS_AN_ARM = 4.0  # timed steps of one arm in one process, about
 REPEATS = (3, 30)  # at least, at most
 WARM_UP = 2
 

@@ -44,7 +44,7 @@ def cases(profile: str, device: str) -> list[Case]:
     size = f"{spec.model.image_size} px, width {spec.model.width}, {spec.model.pairs} pairs, batch {spec.recipe.batch_size}"
     task = {"profile": profile}
     return [
-        Case(f"branches, {size}", task | {"what": "branches"}, "12x1 seq", 5, threads=1),
+        Case(f"branches, {size}", task | {"what": "branches"}, "12x1 seq", 3, threads=1),
         *(Case(f"throughput of {name}, {size}", task | {"what": "throughput", "model": name}, "timm plain loop", 3)
           for name in ("12x1", "6x2")),
         Case(f"growth, {size}", task | {"what": "growth"}, "1 epoch", 3, threads=1),
@@ -122,7 +122,7 @@ def _throughput(spec: RunSpec, task: dict) -> dict[str, Reading]:
         arms = {"ours": _window(ours)}
         for processes, name in ((0, "timm plain loop"), (workers, f"timm plain loop, {workers} loader processes")):
             arms[name] = _window(start(1, plain, loop="plain", steps=WINDOW, loaders=processes))
-        timings = take_turns(arms, seconds=12.0)
+        timings = take_turns(arms, seconds=10.0)
     images = WINDOW * spec.recipe.batch_size
     return {
         name: Reading(t.seconds, 0, 0, {"images_per_s": round(images / t.median, 1)}) for name, t in timings.items()
