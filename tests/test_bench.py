@@ -9,8 +9,9 @@ from torch import nn
 
 from vitlib.__main__ import main
 from vitlib.errors import UsageError
+from vitlib.lab import report
 from vitlib.lab.bench import branches, data, finetune, masked, runner, stopwatch, train
-from vitlib.lab.ledger import ledger_hashes
+from vitlib.lab.ledger import ledger, ledger_hashes
 from vitlib.model import ViT, vit_config
 from vitlib.train.masked import block_masks
 
@@ -154,7 +155,8 @@ def test_the_plain_loop_and_ours_do_the_same_number_of_steps_a_window():
 
 
 def rows(case="c", ratio=(1.0, 2.0), **more):
-    base = {"time_s": 1.0, "gmacs": 1.0, "gbytes": 1.0, "of_matmul": 0.5, "of_copy": 0.5, "device": "d", "threads": 1}
+    base = {"time_s": 1.0, "gmacs": 1.0, "gbytes": 1.0, "of_matmul": 0.5, "of_copy": 0.5, "device": "d", "threads": 1.0}
+    base |= {"ledger": "5e12000000000000"}  # a text that looks like a number
     return [
         {"case": case, "arm": arm, "ratio": r, "restart": 0, "precision": "float32", **base, **more}
         for arm, r in zip("ab", ratio, strict=True)
@@ -210,19 +212,49 @@ def test_every_case_has_a_name_of_its_own_and_its_reference_among_the_arms():
     assert {c.not_run for c in branches.cases("cpu", "cpu") if "graph" in c.name} == {"CUDA graphs need a GPU"}
 
 
+def timed(case, arms, restarts=5, seconds=None, **columns):
+    """Stored rows as a benchmark writes them."""
+    seconds = seconds or {}
+    return [
+        {"case": case, "arm": arm, "restart": r, "time_s": seconds.get(arm, 1.0) * (1 + r / 1000), "device": "a device",
+         "kind": "cpu", **columns}
+        for r in range(restarts) for arm in arms
+    ]  # fmt: skip
+
+
 def test_f3_is_judged_only_on_times_of_its_own_run_and_ledger_entry(outputs):
     case = finetune.cases("cpu", "cpu")[0]
-    good = {"run": case.task["run"], f"ledger_{finetune.PART}": ledger_hashes()[finetune.PART]}
-    path = outputs / "cpu" / "bench" / "finetune.csv"
+    good = {"run": case.task["run"], "part": finetune.PART, "ledger": ledger_hashes()[finetune.PART]}
 
-    def store(**other):
-        every = [{"case": case.name, "arm": a, "restart": r, "time_s": 1.0, **good, **other}
-                 for r in range(5) for a in finetune.STRATEGIES]  # fmt: skip
-        runner.write(path, every)
+    def stored(restarts=5, **other):
+        runner.write(runner.path_of("finetune", "cpu"), timed(case.name, finetune.STRATEGIES, restarts, **good | other))
         return finetune.stored("cpu")
 
-    assert len(store()) == 5 * len(finetune.STRATEGIES)
-    assert store(run="another") == store(**{f"ledger_{finetune.PART}": "older"}) == store(case="larger") == []
+    assert len(stored()) == 5 * len(finetune.STRATEGIES)
+    assert stored(run="another") == stored(ledger="older") == stored(part="") == stored(restarts=4) == []
+
+
+def test_p7_is_judged_on_a_gpus_rows_alone(outputs):
+    case = next(case for case in branches.cases("cpu", "cuda") if case.part == "P7-S2")
+
+    def word(kind, par):
+        columns = {"part": case.part, "ledger": ledger_hashes()[case.part], "kind": kind}
+        runner.write(
+            runner.path_of("branches", "cpu"), timed(case.name, ("seq", "par"), seconds={"par": par}, **columns)
+        )
+        return next(v for v in report.verdicts("cpu", "36") if v.part.id == case.part).word
+
+    assert case.restarts == 5 and (case.reference, case.part) == ("seq", "P7-S2")
+    assert word("cuda", par=0.7) == "same direction" and word("cuda", par=1.4) == "opposite direction"
+    assert word("cpu", par=0.7) == "not run"
+
+
+def test_every_part_that_is_timed_has_a_case_with_its_arms_and_restarts():
+    parts = {part.id: part for part in ledger().values() if part.kind == "ratio"}
+    every = [*finetune.cases("cpu", "cpu"), *branches.cases("cpu", "cuda")]
+    cases = {case.part: case for case in every if case.part}
+    assert cases.keys() == parts.keys()
+    assert all(cases[name].restarts == part.n == 5 for name, part in parts.items())
 
 
 @pytest.mark.parametrize(
@@ -251,3 +283,11 @@ def test_a_restart_that_fails_says_which_case():
     broken = runner.Case("broken", {"profile": "smoke", "kind": "none"}, "batch", 1, threads=1)
     with pytest.raises(UsageError, match="the process for broken failed: KeyError"):
         runner._restart("data", broken, "cpu")
+
+
+def test_on_a_gpu_each_strategys_peak_memory_has_a_process_of_its_own():
+    alone = [case for case in finetune.cases("smoke", "cuda") if "only" in case.task]
+    assert [case.task["only"] for case in alone] == [case.reference for case in alone] == list(finetune.STRATEGIES)
+    small = finetune.cases("smoke", "cpu")[0]
+    readings = finetune.measure(small.task | {"only": "attn", "batch": 2}, "cpu", torch.float32)
+    assert list(readings) == ["attn"] and readings["attn"].more["peak_mb"] == 0  # a CPU tells no peak

@@ -185,6 +185,7 @@ def stems(p: Profile) -> dict[str, RunSpec]:
 NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]] = {
     "00": ("00_claims", None),
     "31": ("31_fig1_branches", branches),
+    "36": ("36_tab4_throughput", None),
     "41": ("41_tab5_resolution", resolution),
     "51": ("51_fig5_stem_and_masking", None),
     "52": ("52_tab7_masked_pretraining", stems),

@@ -21,7 +21,7 @@ from vitlib.errors import UsageError, unknown
 
 KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "ratio")
 POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
-SCOPES = ("any", "trained", "imagenet")
+SCOPES = ("any", "trained", "imagenet", "gpu")
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
 EXPECTED = ("printed digits", "0", "not 0", "more than 1")
 
@@ -35,6 +35,7 @@ CHECKS = {
 # notebook -> the arms that its experiments run, the same strings as there
 ARMS = {
     "31": tuple(f"{pairs // k}x{k}{scale}" for pairs in (12, 36) for scale in ("", "+LS") for k in (1, 2, 3, 4)),
+    "36": ("seq", "par", "streams", "fused", "timm"),
     "41": ("full", "attn", "ffn", "head", "trunk"),
     "51": (),
     "52": tuple(

@@ -27,8 +27,10 @@ from vitlib import paths
 from vitlib.errors import UsageError, unknown
 from vitlib.lab import report, runs
 from vitlib.lab.bench import finetune as finetune_bench
+from vitlib.lab.bench import runner
 from vitlib.lab.compare import moved
 from vitlib.lab.experiments import NOTEBOOKS, all_specs
+from vitlib.lab.experiments import profile as scale
 from vitlib.lab.launch import launch
 from vitlib.lab.runs import RunSpec
 
@@ -53,6 +55,8 @@ def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: in
     parameters = {n: _parameters(source(n), {"profile": profile, "jobs": jobs}, settings) for n in notebooks}
     print(report.plan_table(specs, jobs))
     launch(specs, jobs)
+    if "41" in notebooks and scale(profile).judged:
+        finetune_bench.at_profile(profile)  # alone on the machine, before kernels start
     folder = paths.outputs() / profile / "notebooks"
     failed = []
     # 00 collects what the others say, so it comes last.
@@ -100,7 +104,7 @@ def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
     specs = all_specs(profile, list(NOTEBOOKS)) if number == "00" else specs
     found = {spec.hash: runs.find(spec) for spec in specs}
     results = sorted([name, result.record()] for name, result in found.items() if result)
-    return [results, finetune_bench.stored(profile)]
+    return [results, [runner.read(runner.path_of(name, profile)) for name in runner.BENCHES]]
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,13 +23,14 @@ from vitlib.data import load_resized, normalise
 from vitlib.data.registry import card
 from vitlib.lab import exact, measure, plan, runs
 from vitlib.lab.bench import finetune as finetune_bench
+from vitlib.lab.bench import runner
 from vitlib.lab.claims import Estimate, Verdict, arms_of, claim_stance, difference, interval, judge, verdict_table
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
 from vitlib.lab.launch import cores
 from vitlib.lab.ledger import Part, ledger
 from vitlib.lab.paper import as_printed, paper_table
 from vitlib.lab.runs import RunSpec
-from vitlib.model import ViTConfig, vit_config
+from vitlib.model import ViT, ViTConfig, fuse, vit_config
 from vitlib.train import masked, tokenizers
 
 NOT_RUN = "not run"
@@ -323,6 +325,74 @@ def step_costs(profile_name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# ---------------------------------------------------------------------------------------------------- benchmarks
+
+
+def fused_sizes() -> pd.DataFrame:
+    """What `fuse` makes of the models of Table 4: the same multiply-adds in half the layers."""
+    rows = []
+    for name in ("S18x2", "B18x2"):
+        config = vit_config(name, layer_scale=1e-4)
+        with torch.device("meta"):
+            model = ViT(config).eval()
+            models = {config.name: model, fuse(model).config.name: fuse(model)}
+        for label, one in models.items():
+            rows.append({
+                "model": label, "layers": one.config.depth, "branches": one.config.branches, "heads": one.config.heads,
+                "FFN width": one.config.ffn_width or 4 * one.config.width, "params": f"{measure.params(one):,}",
+                "gmacs_matmul": f"{measure.macs(one).matmul / 1e9:.3f}",
+            })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
+def paper_throughput() -> pd.DataFrame:
+    """Table 4: images a second on one V100, and the same as a ratio."""
+    table = paper_table("table4")
+    ratio = table["par_images_per_s"].astype(float) / table["seq_images_per_s"].astype(float)
+    columns = ["model", "batch", "seq_images_per_s", "par_images_per_s"]
+    return table[columns].assign(**{"par over seq": ratio.map("{:.2f}".format)})
+
+
+def benchmark(name: str, profile_name: str) -> pd.DataFrame:
+    """A benchmark's table: this machine's where it was run here, else the committed one; which of them is a column."""
+    for source, path in _bench_paths(name, profile_name):
+        if lines := runner.summary(runner.read(path)):
+            return pd.DataFrame([{"measured": source} | line for line in lines])
+    return pd.DataFrame([{"benchmark": name, "measured": f"{NOT_RUN}: python -m vitlib bench {name}"}])
+
+
+def _bench_paths(name: str, profile_name: str) -> list[tuple[str, Path]]:
+    return [
+        (f"here ({profile_name})", runner.path_of(name, profile_name)),
+        ("committed reference", paths.REFERENCE / "cpu" / "bench" / f"{name}.csv"),
+    ]
+
+
+def throughput_figure(profile_name: str) -> Figure:
+    """How many times as fast at once as one after the other, over the batch: the paper's V100 and what was measured."""
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    table = paper_throughput()
+    for i, (model, group) in enumerate(table.groupby("model", sort=False)):
+        x, y = group["batch"].astype(int), group["par over seq"].astype(float)
+        axes.plot(x, y, color=sns.color_palette()[i], marker="o", label=f"{model}, paper, V100")
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for source, path in _bench_paths("branches", profile_name):
+        for row in runner.read(path):
+            if row["arm"] == "par" and row["case"].endswith("eager"):
+                batch = int(row["case"].split("batch ")[1].split(",")[0])
+                measured.setdefault(f"{row['case'].split('/')[0]}, {source}, {row['device']}", []).append(
+                    (batch, row["ratio"])
+                )
+    for i, (label, found) in enumerate(measured.items()):
+        middle = pd.DataFrame(found, columns=["batch", "ratio"]).groupby("batch")["ratio"].median()
+        axes.plot(middle.index, middle, color=sns.color_palette()[2 + i], marker="D", linestyle="--", label=label)
+    axes.axhline(1, color="0.2", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="batch", ylabel="par over seq, images a second")
+    axes.legend(fontsize="small")
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------- figures
 
 
@@ -493,11 +563,11 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     if part.kind == "exact":
         return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
-        rows = finetune_bench.stored(p.name)  # of the present ledger entry
+        rows = _timed(part, p.name)
         if not rows:
             return judge(part, {}, p.name, p.pairs, classes)
         arms = {arm: np.array([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
-        hashes = [{part.id: rows[0][f"ledger_{part.id}"]}]
+        hashes = [{part.id: rows[0]["ledger"]}]
         device = f"{rows[0]['device']}, {rows[0]['case']}"
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     setting = experiment(part.notebook, p.name)
@@ -510,6 +580,13 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in found):
         hashes = []  # not the number of images that the entry fixes
     return judge(part, correct(Runs(setting, found)), p.name, pairs, classes, hashes=hashes)
+
+
+def _timed(part: Part, profile_name: str) -> list[dict]:
+    """The benchmark rows that a ratio is judged on."""
+    if part.notebook == "41":
+        return finetune_bench.stored(profile_name)
+    return runner.evidence("branches", profile_name, part)
 
 
 def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:

@@ -33,8 +33,8 @@ def cases(profile: str, device: str) -> list[Case]:
             chosen += [_case(name, b, mode, device) for b in GPU_BATCHES for mode in MODES]
             chosen += [_case(name, b, "training", device, 3) for b in (8, 64)]
         return chosen
-    chosen += [_case("S18x2/16", b, "eager", device, 5 if b <= 4 else 2) for b in (1, 4, 32)]
-    chosen += [_case("B18x2/16", 1, "eager", device, 2)]
+    chosen += [_case("S18x2/16", b, "eager", device, 5 if b <= 4 else 2) for b in (1, 2, 4, 32)]
+    chosen += [_case("B18x2/16", b, "eager", device, 2) for b in (1, 4)]
     chosen += [_case("S18x2/16", b, "training", device, 3 if b == 1 else 1) for b in (1, 32)]
     return [*chosen, *(_case("S18x2/16", 1, mode, device, 1) for mode in ("compiled", "graph"))]
 
@@ -48,7 +48,10 @@ def _case(name: str, batch: int, mode: str, device: str, restarts: int | None = 
         why = "CUDA graphs need a GPU"
     if mode == "compiled" and device != "cuda" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         why = "torch.compile needs a C++ compiler here"
-    return Case(f"{config.name} at {config.image_size} px, batch {batch}, {mode}", task, "seq", restarts, why)
+    part = f"P7-{name[0]}{batch}" if mode == "eager" and batch <= 4 else ""
+    return Case(
+        f"{config.name} at {config.image_size} px, batch {batch}, {mode}", task, "seq", restarts, why, part=part
+    )
 
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:

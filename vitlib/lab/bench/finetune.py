@@ -7,19 +7,18 @@ AdamW's state, and the activations that autograd keeps.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib import paths
 from vitlib.lab import measure as counting
 from vitlib.lab.bench import runner
 from vitlib.lab.bench.runner import Case, Reading
 from vitlib.lab.bench.stopwatch import Arm, count, take_turns
 from vitlib.lab.experiments import experiment
-from vitlib.lab.ledger import ledger_hashes
+from vitlib.lab.ledger import ledger
 from vitlib.model import ViT, ViTConfig, set_execution, vit_config
 from vitlib.train.finetune import STRATEGIES, freeze
 from vitlib.train.loop import make_optimizer, set_train_mode
@@ -30,19 +29,26 @@ PART = "F3-time"
 
 
 def cases(profile: str, device: str) -> list[Case]:
-    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution."""
+    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution; on a GPU its peak memory too."""
     spec = experiment("41", profile).arms["full"]
     large = vit_config("B12", image_size=384, layer_scale=1e-4)
-    return [
-        _case(spec.model, spec.recipe.batch_size, spec.execution, spec.threads, spec.hash),
-        _case(large, 64 if device == "cuda" else 2, "seq", 0, ""),
+    every = [
+        _case(spec.model, spec.recipe.batch_size, spec.execution, spec.threads, spec.hash, PART),
+        _case(large, 64 if device == "cuda" else 2, "seq", 0, "", ""),
     ]
+    if device == "cuda":  # a process for each, so that no other strategy's tensors count
+        own = every[-1]
+        every += [
+            replace(own, name=f"{own.name}, {s} alone", task=own.task | {"only": s}, reference=s, restarts=1)
+            for s in STRATEGIES
+        ]
+    return every
 
 
-def _case(config: ViTConfig, batch: int, execution: str, threads: int, run: str) -> Case:
+def _case(config: ViTConfig, batch: int, execution: str, threads: int, run: str, part: str) -> Case:
     task = {"model": asdict(config), "batch": batch, "execution": execution, "run": run}
     name = f"{config.name} at {config.image_size} px, batch {batch}"
-    return Case(name, task, "full", RESTARTS, threads=threads)
+    return Case(name, task, "full", RESTARTS, threads=threads, part=part)
 
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
@@ -51,7 +57,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     shape = (batch, config.in_chans, config.image_size, config.image_size)
     labels = torch.arange(batch, device=device) % config.num_classes
     arms = {}
-    for strategy in STRATEGIES:
+    for strategy in [task["only"]] if "only" in task else STRATEGIES:
         model = set_execution(ViT(config).to(device), task["execution"])
         freeze(model, strategy)
         set_train_mode(model)
@@ -65,12 +71,15 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
             optimizer.step()
 
         arms[strategy] = Arm(functools.partial(torch.randn, shape, device=device), step)
-    about = {"run": task["run"], f"ledger_{PART}": ledger_hashes()[PART]}
+    timings, about = take_turns(arms, device), {"run": task["run"]}
+    if "only" in task:
+        arm = arms[task["only"]]
+        about["peak_mb"] = (counting.peak_bytes(lambda: arm.step(arm.fresh()), device) or 0) / 2**20
     return {
         name: Reading(
             timing.seconds, *_counts(config, name, task["execution"], shape), _memory(config, name, batch) | about
         )
-        for name, timing in take_turns(arms, device).items()
+        for name, timing in timings.items()
     }
 
 
@@ -93,13 +102,9 @@ def _memory(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
 
 
 def stored(profile: str) -> list[dict]:
-    """The rows of the profile's own case under the present ledger and run; empty where there are none."""
-    own, entry = cases(profile, "cpu")[0], ledger_hashes()[PART]
-    rows = runner.read(paths.outputs() / profile / "bench" / "finetune.csv")
-    rows = [
-        row for row in rows if (row["case"], row["run"], row[f"ledger_{PART}"]) == (own.name, own.task["run"], entry)
-    ]
-    return rows if len(rows) == RESTARTS * len(STRATEGIES) else []
+    """The rows that F3 is judged on: of the profile's own run and the present ledger entry; empty where there are none."""
+    run = cases(profile, "cpu")[0].task["run"]
+    return [row for row in runner.evidence("finetune", profile, ledger()[PART]) if row["run"] == run]
 
 
 def at_profile(profile: str) -> list[dict]:

@@ -21,11 +21,14 @@ from vitlib import paths
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.bench import stopwatch
 from vitlib.lab.launch import MEMORY
+from vitlib.lab.ledger import Part, ledger_hashes, part_hash
 from vitlib.lab.runs import device_name
 
 BENCHES = ("branches", "finetune", "masked", "train", "data")
 DEVICES = ("cpu", "cuda")
-MORE = ("saved_mb", "state_mb", "mem_mb", "images_per_s")  # columns that only some benchmarks have
+# columns that are texts, also where one looks like a number (a hash such as 5e12...)
+TEXTS = ("case", "arm", "precision", "kind", "device", "torch", "date", "run", "part", "ledger")
+MORE = ("saved_mb", "state_mb", "mem_mb", "peak_mb", "images_per_s")  # columns that only some benchmarks have
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Case:
     restarts: int
     not_run: str = ""  # why it cannot run on this machine
     threads: int = 0  # 0: all cores
+    part: str = ""  # the part of a claim that is judged on these rows
 
 
 class Reading(NamedTuple):
@@ -67,7 +71,7 @@ def run(name: str, profile: str, device: str = "", restarts: int = 0, only: str 
     chosen = [case for case in every if only in case.name and not case.not_run]
     if not chosen:
         raise UsageError(f"no case of {name} contains {only!r}: there are {'; '.join(c.name for c in every)}")
-    path = paths.outputs() / profile / "bench" / f"{name}.csv"
+    path = path_of(name, profile)
     for case in chosen:
         rows = []
         for restart in range(restarts or case.restarts):
@@ -85,6 +89,7 @@ def run(name: str, profile: str, device: str = "", restarts: int = 0, only: str 
 def _restart(name: str, case: Case, device: str) -> list[dict]:
     """One fresh process; its rows."""
     about = {"bench": name, "device": device, "threads": case.threads, "reference": case.reference}
+    about |= {"part": case.part}
     done = subprocess.run(
         [sys.executable, "-m", "vitlib.lab.bench"], input=json.dumps(about | {"task": case.task}), capture_output=True, text=True,
         env=MEMORY | os.environ,
@@ -103,6 +108,8 @@ def measure_here(task: dict) -> list[dict]:
     before = stopwatch.ceilings(device, dtype)
     found = importlib.import_module(f"vitlib.lab.bench.{task['bench']}").measure(task["task"], device, dtype)
     top = stopwatch.Ceilings(*map(max, before, stopwatch.ceilings(device, dtype)))
+    part = task["part"]
+    ledger = {"part": part, "ledger": ledger_hashes()[part]} if part else {}
     rows, peers = [], {"ratio": task["reference"], "over_timm": "timm"}
     for arm, reading in found.items():
         seconds = statistics.median(reading.seconds)
@@ -111,10 +118,31 @@ def measure_here(task: dict) -> list[dict]:
             "arm": arm, "time_s": seconds, **ratios, "repetitions": len(reading.seconds), "gmacs": reading.macs / 1e9,
             "gbytes": reading.bytes / 1e9, "of_matmul": reading.macs / seconds / top.macs,
             "of_copy": reading.bytes / seconds / top.bytes, "precision": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(), "device": device_name(device), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "kind": device, "device": device_name(device), "torch": torch.__version__,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        } | reading.more)  # fmt: skip
+        } | reading.more | ledger)  # fmt: skip
     return rows
+
+
+def evidence(name: str, profile: str, part: Part) -> list[dict]:
+    """The rows that a part is judged on: measured under its present ledger entry, all of its restarts; else none.
+
+    A part of scope "gpu" is judged on a GPU's rows alone.
+    """
+    rows = [
+        row
+        for row in read(path_of(name, profile))
+        if (row.get("part"), row.get("ledger")) == (part.id, part_hash(part))
+    ]
+    if part.scope == "gpu":
+        rows = [row for row in rows if row["kind"] == "cuda"]
+    whole = all(sum(row["arm"] == arm for row in rows) == part.n for arm in part.contrast)
+    return rows if whole else []
+
+
+def path_of(name: str, profile: str) -> Path:
+    """Where a benchmark's rows lie."""
+    return paths.outputs() / profile / "bench" / f"{name}.csv"
 
 
 def _ratio(reference: Reading, other: Reading) -> float:
@@ -130,14 +158,10 @@ def read(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+        return [
+            {key: value if key in TEXTS or value == "" else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def write(path: Path, rows: list[dict]) -> None:
