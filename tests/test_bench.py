@@ -1,12 +1,15 @@
 """Benchmarks compare the same functions, count what they say, and take turns. No time is asserted."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from vitlib import paths
 from vitlib.__main__ import main
 from vitlib.errors import UsageError
 from vitlib.lab import report
@@ -291,3 +294,21 @@ def test_on_a_gpu_each_strategys_peak_memory_has_a_process_of_its_own():
     small = finetune.cases("smoke", "cpu")[0]
     readings = finetune.measure(small.task | {"only": "attn", "batch": 2}, "cpu", torch.float32)
     assert list(readings) == ["attn"] and readings["attn"].more["peak_mb"] == 0  # a CPU tells no peak
+
+
+def test_benchmarks_import_where_only_torch_and_timm_are():
+    blocked = (
+        "pandas",
+        "scipy",
+        "seaborn",
+        "matplotlib",
+        "papermill",
+        "datasets",
+        "statsmodels",
+        "IPython",
+        "nbformat",
+    )
+    modules = ", ".join(f"vitlib.lab.bench.{name}" for name in ("runner", *runner.BENCHES))
+    code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport {modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
