@@ -510,11 +510,13 @@ def stem_figure(arm_runs: Runs) -> Figure:
             if f"{stem} {training}" in seen:
                 (x, left, right), (y, down, up) = (_gap(arm_runs, stem, c) for c in (training, "pretrained"))
                 cell.errorbar(x, y, xerr=[[left], [right]], yerr=[[down], [up]], elinewidth=0.8, **look)
+    titles = {"supervised": "all labels", "scratch": "the same few labels"}
     for cell, name in zip(axes, ("supervised", *across), strict=True):
         cell.axhline(0, color="0.2", linewidth=0.8)
         cell.axvline(0, color="0.2", linewidth=0.8)
         cell.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
-        cell.set(title="paper, ImageNet" if cell is axes[0] else arm_runs.experiment.profile.name)
+        ours = f"{arm_runs.experiment.profile.name}, {titles[name]}"
+        cell.set(title="paper, ImageNet" if cell is axes[0] else ours)
         cell.set(xlabel=f"{name}, minus linear, points", ylabel="pretrained, minus linear, points")
     figure.legend(loc="outside right center", title="stem", fontsize="small")
     return figure
