@@ -8,6 +8,7 @@ tokens     the tokenizer runs on every batch             ours: looked up once fo
 masks      drawn in Python, image by image               ours: for the whole batch at once
 unread     every token goes through the last layer       ours: only the masked ones, which alone are predicted
 attention  softmax written out, the N x N maps kept      ours: PyTorch's fused kernel
+optimizer  PyTorch's AdamW as it comes                   ours: its fused kernel
 relative   the bias is gathered anew in every layer      ours: once a step (models with relative positions)
 """
 
@@ -33,7 +34,7 @@ from vitlib.train.loop import set_train_mode
 from vitlib.train.masked import MaskedLoss, MaskedViT
 from vitlib.train.tokenizers import VOCABULARY, nearest, patchify
 
-GAINS = ("tokens", "masks", "unread", "attention", "relative")
+GAINS = ("tokens", "masks", "unread", "attention", "optimizer", "relative")
 IMAGES = 512  # distinct ones; their content does not change the time
 
 
@@ -167,7 +168,8 @@ def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dty
     model = _Model(config, targets.outputs, 0).to(device)
     model.gains = gains
     set_train_mode(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    fused = True if "optimizer" in gains else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     rows, epoch = np.arange(task["batch"]) % IMAGES, iter(range(10**9))
 
     def fresh():
