@@ -24,14 +24,25 @@ from vitlib.data.registry import card
 from vitlib.lab import exact, measure, plan, runs
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
-from vitlib.lab.claims import Estimate, Verdict, arms_of, claim_stance, difference, interval, judge, verdict_table
+from vitlib.lab.claims import (
+    Estimate,
+    Verdict,
+    arms_of,
+    claim_stance,
+    difference,
+    interval,
+    judge,
+    over_seeds,
+    verdict_table,
+)
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
 from vitlib.lab.launch import cores
-from vitlib.lab.ledger import Part, ledger
+from vitlib.lab.ledger import Part, arm_at, ledger
 from vitlib.lab.paper import as_printed, paper_table
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig, fuse, vit_config
 from vitlib.train import masked, tokenizers
+from vitlib.train.finetune import STRATEGIES
 
 NOT_RUN = "not run"
 
@@ -154,10 +165,13 @@ def blocked_model(arm_runs: Runs) -> str:
 def provenance(arm_runs: Runs) -> str:
     """Data, split, seeds, device and CPU time of these runs, in one sentence."""
     p = arm_runs.experiment.profile
+    if not arm_runs.results:
+        return f"No runs of its own at profile {p.name}."
     family = {member for spec in arm_runs.experiment.specs() for member in spec.family()}
     results = [result for spec in family if (result := runs.find(spec)) is not None]
-    names = card(p.data)
-    about = f"{names['pretty_name']}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
+    data = dict.fromkeys(spec.data for spec in arm_runs.experiment.arms.values())
+    names = "; ".join(card(name)["pretty_name"] for name in data)
+    about = f"{names}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
     if not p.judged:
         return f"{about}. Too small to say anything about accuracy: it shows that the code runs."
     devices = ", ".join(sorted({r.about["device"] for r in results}))
@@ -205,6 +219,106 @@ def paper_stems() -> dict[str, str]:
     ours |= {"conv": ("conv", "bn", "gelu")}
     columns = {"supervised": "supervised_top1", "pretrained": "pretrained_top1"}
     return {f"{arm} {c}": rows.loc[key, column] for arm, key in ours.items() for c, column in columns.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- transfer
+
+
+def splits() -> pd.DataFrame:
+    """Table 9, the paper's data sets, and below them the embedded ones, as their cards say."""
+    rows = [
+        {"data set": row.dataset, "in": "the paper", "train": int(row.train_images), "test": int(row.test_images),
+         "classes": row.classes}
+        for row in paper_table("table9").itertuples()
+    ]  # fmt: skip
+    for name in dict.fromkeys(m.data for s in experiment("42", "study").arms.values() for m in s.family()):
+        about = card(name)
+        sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
+        rows.append({"data set": name, "in": "this notebook", **sizes, "classes": about["vitlib"]["num_classes"]})
+    table = pd.DataFrame(rows)[["data set", "in", "train", "validation", "test", "classes"]]
+    return table.map(lambda n: "–" if pd.isna(n) else f"{n:,.0f}" if isinstance(n, int | float) else n)
+
+
+def paper_transfer() -> pd.DataFrame:
+    """Table 6, a row for each data set and model, data sets by their training images (Table 9)."""
+    images = paper_table("table9").set_index("dataset")["train_images"].astype(int)
+    rows = [
+        {"data set": row.dataset, "images": images[row.dataset], "model": row.model, "full": row.full, "attn": row.attn,
+         "ffn": row.ffn, "attn - full": f"{float(row.attn) - float(row.full):+.1f}"}
+        for row in paper_table("table6").itertuples()
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).sort_values("images", kind="stable")
+    return table.assign(images=table["images"].map("{:,}".format))
+
+
+def transfer_table(arm_runs: Runs) -> pd.DataFrame:
+    """Our rows in the form of `paper_transfer`: top-1 of each strategy by data set, images and model.
+
+    The committed reference comes first, then this run; what is missing says so. All strategies of a row start from the
+    same tensors and images, so that they share their first loss.
+    """
+    own = f"this run ({arm_runs.experiment.profile.name})"
+    rows = []
+    for setting in dict.fromkeys(arm.rpartition(" ")[0] for arm in arm_runs.results):
+        width, data, images = setting.split()
+        found = {s: arm_runs.results.get(f"{setting} {s}") for s in (*STRATEGIES, "scratch")}
+        row = {"measured": own, "data set": data, "images": f"{int(images):,}", "model": f"{width}-12x1"}
+        row |= {f"top1, {s}": top1(results) if results else "–" for s, results in found.items()}
+        row |= {"attn - full, points": _gap(arm_runs, setting)}
+        rows.append(row | {"first_loss": f"{found['full'][0].metrics['first_loss']:.5f}"})
+    committed = _committed_rows("42") or [{"measured": f"committed reference: {NOT_RUN}"}]
+    return pd.DataFrame(committed + (rows or [{"measured": f"{own}: {NOT_RUN}"}])).fillna("–")
+
+
+def _gap(arm_runs: Runs, setting: str) -> str:
+    """attn - full in points, with its interval where there are two seeds."""
+    attn, full = f"{setting} attn", f"{setting} full"
+    if estimate := contrast(arm_runs, attn, full):
+        return points(estimate)
+    attn, full = (arm_runs.results[arm][0].metrics["top1"] for arm in (attn, full))
+    return f"{attn - full:+.2f}"
+
+
+def _committed_rows(notebook: str) -> list[dict]:
+    """The rows of the committed reference's own run, so labelled; none until there is one."""
+    path = paths.REFERENCE / "study" / "tables" / f"{NOTEBOOKS[notebook][0]}.csv"
+    table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame({"measured": []})
+    table = table[table["measured"] == "this run (study)"]
+    return table.assign(measured="committed reference").to_dict("records")
+
+
+def transfer_figure(table: pd.DataFrame) -> Figure:
+    """attn - full over the number of images: the paper's in one panel, then one for each data set of `transfer_table`.
+
+    A line a width; bars are 95 % intervals. Solid: this run; dashed: the committed reference.
+    """
+    table = table.reindex(columns=["measured", "data set", "images", "model", "attn - full, points"])
+    table = table[table["attn - full, points"].fillna("–") != "–"]
+    data = list(dict.fromkeys(table["data set"]))
+    figure, panels = plt.subplots(
+        1, 1 + len(data), figsize=(3.4 + 2.7 * len(data), 3.2), layout="constrained", squeeze=False
+    )
+    for i, (model, rows) in enumerate(paper_transfer().groupby("model")):
+        x, y = (rows[name].str.replace(",", "").astype(float) for name in ("images", "attn - full"))
+        panels[0][0].plot(x, y, "Dos"[i], color=sns.color_palette()[7 + i], label=model)
+    for panel, name in zip(panels[0][1:], data, strict=True):
+        for i, (model, found) in enumerate(table[table["data set"] == name].groupby("model")):
+            for measured, rows in found.groupby("measured"):
+                x = rows["images"].str.replace(",", "").astype(float)
+                y = rows["attn - full, points"].str.extract(r"^(\S+)(?: \[(\S+), (\S+)\])?$").astype(float)
+                error = None if y[1].isna().any() else [y[0] - y[1], y[2] - y[0]]
+                style = "--" if measured.startswith("committed") else "-"
+                label = f"{model.split('-')[0]}, {measured}"
+                panel.errorbar(
+                    x, y[0], error, fmt="os"[i % 2] + style, capsize=4, color=sns.color_palette()[i], label=label
+                )
+    for panel, name in zip(panels[0], ["the paper's six data sets", *data], strict=True):
+        panel.axhline(0, color="0.2", linewidth=1)
+        panel.set_xscale("log")
+        panel.set(title=name, xlabel="training images")
+        panel.legend(fontsize="small")
+    panels[0][0].set_ylabel("top-1 of attn minus full, points")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -559,7 +673,7 @@ def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
 
 def _verdict(part: Part, profile_name: str) -> Verdict:
     p = profile(profile_name)
-    classes = card(p.data)["vitlib"]["num_classes"]
+    classes = _classes(part, p.name)
     if part.kind == "exact":
         return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
@@ -579,7 +693,23 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     images = None if part.images == "all" else part.images
     if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in found):
         hashes = []  # not the number of images that the entry fixes
-    return judge(part, correct(Runs(setting, found)), p.name, pairs, classes, hashes=hashes)
+    seen = correct(Runs(setting, found))
+    return judge(part, seen, p.name, pairs, classes, hashes=hashes, estimate=_slope_evidence(part, seen))
+
+
+def _classes(part: Part, profile_name: str) -> int:
+    """The number of classes of the data that a part's control was trained on; of the profile's where it has no run."""
+    p = profile(profile_name)
+    arms = experiment(part.notebook, p.name).arms if part.control else {}
+    control = arms.get(arm_at(part.control, p.pairs)) if arms else None
+    return card(control.data if control else p.data)["vitlib"]["num_classes"]
+
+
+def _slope_evidence(part: Part, seen: Mapping[str, np.ndarray]) -> Estimate | None:
+    """A slope over two sizes is the change from the smaller to the larger: the contrast, in points, a value a seed."""
+    if part.kind != "slope" or len(part.contrast) != 4 or not all(arm in seen for arm in part.contrast):
+        return None
+    return over_seeds(100 * difference(seen, part.contrast).mean(axis=1))
 
 
 def _timed(part: Part, profile_name: str) -> list[dict]:
