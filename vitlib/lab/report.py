@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -228,7 +228,7 @@ def splits() -> pd.DataFrame:
     """Table 9, the paper's data sets, and below them the embedded ones, as their cards say."""
     rows = [
         {"data set": row.dataset, "in": "the paper", "train": int(row.train_images), "test": int(row.test_images),
-         "classes": row.classes}
+         "classes": int(row.classes)}
         for row in paper_table("table9").itertuples()
     ]  # fmt: skip
     for name in dict.fromkeys(m.data for s in experiment("42", "study").arms.values() for m in s.family()):
@@ -247,7 +247,7 @@ def paper_transfer() -> pd.DataFrame:
          "ffn": row.ffn, "attn - full": f"{float(row.attn) - float(row.full):+.1f}"}
         for row in paper_table("table6").itertuples()
     ]  # fmt: skip
-    table = pd.DataFrame(rows).sort_values("images", kind="stable")
+    table = pd.DataFrame(rows).sort_values(["images", "data set"], kind="stable")
     return table.assign(images=table["images"].map("{:,}".format))
 
 
@@ -298,7 +298,7 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(
         1, 1 + len(data), figsize=(3.4 + 2.7 * len(data), 3.2), layout="constrained", squeeze=False
     )
-    for i, (model, rows) in enumerate(paper_transfer().groupby("model")):
+    for i, (model, rows) in enumerate(paper_transfer().groupby("model", sort=False)):
         x, y = (rows[name].str.replace(",", "").astype(float) for name in ("images", "attn - full"))
         panels[0][0].plot(x, y, "Dos"[i], color=sns.color_palette()[7 + i], label=model)
     for panel, name in zip(panels[0][1:], data, strict=True):
@@ -316,8 +316,14 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
         panel.axhline(0, color="0.2", linewidth=1)
         panel.set_xscale("log")
         panel.set(title=name, xlabel="training images")
-        panel.legend(fontsize="small")
+        if name in data:
+            ticks = sorted({int(n.replace(",", "")) for n in table[table["data set"] == name]["images"]})
+            panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            panel.minorticks_off()
     panels[0][0].set_ylabel("top-1 of attn minus full, points")
+    panels[0][0].legend(fontsize="small")
+    if data:
+        figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
@@ -685,7 +691,8 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
         device = f"{rows[0]['device']}, {rows[0]['case']}"
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     setting = experiment(part.notebook, p.name)
-    found = _finished(setting)
+    sizes = (p.pairs, part.min_pairs or p.pairs)
+    found = _finished(setting, {arm for pairs in sizes for arm in (*arms_of(part, pairs), part.parent)})
     pairs = _pairs(part, p.pairs, found)
     arms = [arm for arm in arms_of(part, pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
@@ -725,10 +732,12 @@ def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:
     return wanted if all(arm in found for arm in part.contrast_at(wanted)) else own
 
 
-def _finished(setting: Experiment) -> dict[str, list[runs.Result]]:
-    """Arm -> results at exactly the profile's seeds; an arm with a seed missing is left out."""
+def _finished(setting: Experiment, chosen: Collection[str] | None = None) -> dict[str, list[runs.Result]]:
+    """Arm -> results at exactly the profile's seeds, of all arms or the chosen ones; one with a seed missing is left out."""
     found = {}
     for arm, spec in setting.arms.items():
+        if chosen is not None and arm not in chosen:
+            continue
         results = [runs.find(spec.with_seed(seed)) for seed in setting.profile.seeds]
         if all(results):
             found[arm] = results
