@@ -14,12 +14,12 @@ from vitlib import paths
 from vitlib.errors import UsageError
 from vitlib.lab import claims
 from vitlib.lab.claims import Estimate, interval, judge
-from vitlib.lab.ledger import ARMS, CHECKS, ledger, ledger_hashes, part_hash
+from vitlib.lab.ledger import ARMS, CHECKS, TRANSFER_IMAGES, ledger, ledger_hashes, part_hash
 
 LEDGER = ledger()
 HASHES = [ledger_hashes()]
 PARTS = {
-    "P1": 1, "P2": 3, "A1": 1, "P5": 1, "F1": 1, "F2": 2, "F3": 2, "F4": 1,
+    "P1": 1, "P2": 3, "A1": 1, "P5": 1, "P7": 6, "F1": 1, "F2": 2, "F3": 2, "F4": 1, "F5": 3, "F6": 6,
     "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H5": 2, "H6": 2, "H7": 1,
 }  # fmt: skip
 TRAINED = [part for part in LEDGER.values() if part.kind != "exact"]
@@ -342,7 +342,7 @@ def test_a_missing_arm_reads_not_run(part):
     arms = every_arm(part, {**TUNED, **HELPED})
     contrast = part.contrast_at(36)
     assert judge(part, {}, "study", 36, 10, hashes=HASHES).word == "not run"
-    needed = [*contrast, *(arm for check in part.checks for arm in CHECKS[check])]
+    needed = [*contrast, *(arm for check in part.checks for arm in part.check_arms(check))]
     for arm in needed:
         rest = {name: value for name, value in arms.items() if name != arm}
         verdict = judge(part, rest, "study", 36, 10, hashes=HASHES, device="cpu")
@@ -518,10 +518,10 @@ def test_arms_of_different_images_are_refused():
 def test_the_ledger_has_every_part_of_the_four_notebooks():
     counts = {claim: sum(part.claim == claim for part in LEDGER.values()) for claim in PARTS}
     assert counts == PARTS and len(LEDGER) == sum(PARTS.values())
-    room = {"P": "31", "A": "31", "F": "41"}
+    room = {"P": "31", "A": "31", "F": "41", "F5": "42", "F6": "42", "P7": "36"}
     for part in LEDGER.values():
         stems = "51" if part.claim in ("H1", "H2") else "52"
-        assert part.notebook == room.get(part.claim[0], stems), part.id
+        assert part.notebook == room.get(part.claim, room.get(part.claim[0], stems)), part.id
 
 
 @pytest.mark.parametrize("part", LEDGER.values(), ids=lambda part: part.id)
@@ -537,7 +537,7 @@ def test_every_arm_is_from_the_fixed_list_and_every_check_is_known(part):
 def test_the_checks_are_those_that_were_fixed():
     with_check = {check: {p.claim for p in TRAINED if check in p.checks} for check in CHECKS}
     assert with_check["pre-training helps"] == {"H4", "H4i", "H7"}
-    assert with_check["full beats head"] == {"F1", "F2"}
+    assert with_check["full beats head"] == {"F1", "F2", "F5"}
     assert with_check["control learned"] == {part.claim for part in OF_POINTS}
 
 
@@ -555,6 +555,31 @@ def test_the_hash_changes_with_every_field_and_with_nothing_else():
     turned = dict(reversed(part.contrast.items()))
     assert part_hash(replace(part, contrast=turned)) == part_hash(part)
     assert ledger_hashes() == {id: part_hash(part) for id, part in LEDGER.items()}
+
+
+@pytest.mark.parametrize("data, counts", TRANSFER_IMAGES.items())
+def test_the_parts_on_transfer_are_at_the_sizes_that_claims_md_fixes(data, counts):
+    """F5: attn - full at the fewest images; F6: full - attn at the most, smallest width, and its slope over width."""
+    few, most = (f"{data} {counts[i]}" for i in (0, -1))
+    f5, f6, slope = (LEDGER[id] for id in (f"F5-{data}", f"F6-{data}", f"F6-{data}-slope"))
+    assert (f5.kind, f6.kind, slope.kind) == ("non-inferiority", "superiority", "slope")
+    assert f5.contrast == {f"W64 {few} attn": 1, f"W64 {few} full": -1} and f5.images == counts[0]
+    assert f6.contrast == {f"W32 {most} full": 1, f"W32 {most} attn": -1}
+    gap = {f"{most} attn": 1, f"{most} full": -1}
+    assert slope.contrast == {f"{w} {arm}": sign * c for w, sign in (("W64", 1), ("W32", -1)) for arm, c in gap.items()}
+    assert f6.images == slope.images == counts[-1]
+    assert f5.check_arms("full beats head") == (f"W64 {few} full", f"W64 {few} head")
+
+
+def test_a_check_takes_the_arms_of_the_notebook_or_of_the_controls_own_setting():
+    assert LEDGER["F1"].check_arms("full beats head") == ("full", "head")
+    assert LEDGER["H7"].check_arms("pre-training helps") == ("linear pretrained", "linear scratch")
+    part = LEDGER["F5-digits"]
+    right = {"W64 digits 100 full": 0.75, "W64 digits 100 attn": 0.75}
+    passed = judge(part, every_arm(part, {**right, "W64 digits 100 head": 0.6}, 0.75), "study", 12, 10, hashes=HASHES)
+    failed = judge(part, every_arm(part, {**right, "W32 digits 100 head": 0.6}, 0.75), "study", 12, 10, hashes=HASHES)
+    assert passed.word == "not inferior by m"
+    assert failed.word == "inconclusive (check failed: full beats head)"
 
 
 GOOD = (paths.PAPER / "claims.toml").read_text()
@@ -626,17 +651,25 @@ def test_the_ledgers_differences_are_those_of_the_papers_tables():
     }
     t5 = paper_csv("table5").set_index(["model", "dataset", "optimizer"]).loc[("ViT-B", "val", "AdamW")]
     f4 = paper_csv("figure4").set_index("panel")
+    t6 = paper_csv("table6").set_index(["dataset", "model"])
+    sizes = {"W32": "ViT-S", "W64": "ViT-B"}
     for part in LEDGER.values():
         if part.paper is None:
             continue
         if part.notebook == "52":
             cells = {a: t7.loc[stem[a.split()[0]], f"{a.split()[1]}_top1"] for a in part.contrast}
-        elif part.kind == "ratio":
+        elif part.kind == "ratio" and part.notebook == "41":
             row = f4.loc[{"time_s": "latency", "mem_mb": "peak memory"}[part.metric]]
             assert part.paper == pytest.approx(row["full"] / row["attn"], abs=5e-4)
             continue
         elif part.notebook == "41":
             cells = t5
+        elif part.notebook == "42":
+            data = next(d for w, d in {"Cars": "stanford-cars", "Flowers": "flowers-102", "Nat": "inaturalist-2019"}.items()
+                        if w in part.paper_source)  # fmt: skip
+            # F5 stands at our one width beside the paper's smallest model
+            model = {"W64": "ViT-S"} if part.claim == "F5" else sizes
+            cells = {arm: t6.loc[(data, model[arm[:3]]), arm.split()[-1]] for arm in part.contrast}
         else:
             continue
         assert part.paper == pytest.approx(sum(c * cells[arm] for arm, c in part.contrast.items()), abs=1e-9), part.id

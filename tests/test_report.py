@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vitlib import paths
 from vitlib.data import load_resized
-from vitlib.lab import experiments, report, runs
-from vitlib.lab.ledger import ledger, ledger_hashes
+from vitlib.lab import claims, experiments, report, runs
+from vitlib.lab.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.train import recipes
 from vitlib.train.dvae import DVAEConfig
@@ -21,22 +22,22 @@ def store(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
 
 
-def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, seeds=None) -> None:
-    """Results for the arms of a notebook at profile cpu: each image right with its arm's probability."""
-    setting = experiments.experiment(notebook, "cpu")
-    made = {}
+def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, seeds=None, profile="cpu") -> None:
+    """Results for the arms of a notebook at a profile: each image right with its arm's probability."""
+    setting = experiments.experiment(notebook, profile)
+    made, hashes = {}, hashes or ledger_hashes()
     for seed in seeds or setting.profile.seeds:
         u = np.random.default_rng(seed).random(5000)  # common to all arms: paired
         for arm, rate in rates.items():
             spec = setting.arms[arm].with_seed(seed)
             right = u < rate
             metrics = {"top1": 100 * right.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 10}
-            made[spec.hash] = Result(spec.hash, metrics, right, hashes or ledger_hashes(), ABOUT)
+            made[spec.hash] = Result(spec.hash, metrics, right, hashes, ABOUT)
     monkeypatch.setattr(runs, "find", lambda spec: made.get(spec.hash))
 
 
-def words(notebook: str) -> dict[str, str]:
-    return {v.part.id: v.text for v in report.verdicts("cpu", notebook)}
+def words(notebook: str, profile: str = "cpu") -> dict[str, str]:
+    return {v.part.id: v.text for v in report.verdicts(profile, notebook)}
 
 
 def test_equal_arms_are_equivalent_and_swapped_ones_are_too(monkeypatch):
@@ -60,6 +61,95 @@ def test_a_direction_turns_when_arms_are_swapped(monkeypatch):
 def test_a_failed_check_makes_a_part_inconclusive(monkeypatch):
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.81, "ffn": 0.76, "head": 0.80})
     assert words("41")["F1"] == "inconclusive (check failed: full beats head)"
+
+
+def transfer_rates(data: str, **of: float) -> dict[str, float]:
+    """Rates of the ledger's arms of one data set: 0.75, those of `head` 0.6, and w32_full=... at the most images."""
+    fewest, most = (f"{data} {TRANSFER_IMAGES[data][i]}" for i in (0, -1))
+    rates = {arm: 0.6 if arm.endswith("head") else 0.75 for arm in ARMS["42"] if f" {data} " in arm}
+    for key, rate in of.items():
+        width, strategy = key.upper().split("_")[0], key.split("_")[1]
+        rates[f"{width} {fewest if key.endswith('few') else most} {strategy}"] = rate
+    return rates
+
+
+@pytest.mark.parametrize("data", TRANSFER_IMAGES)
+def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(monkeypatch, data):
+    def said(**rates):
+        make_up(monkeypatch, "42", transfer_rates(data, **rates), profile="study")
+        every = words("42", "study")
+        assert {word for id, word in every.items() if data not in id} == {"not run"}
+        return [every[id] for id in (f"F5-{data}", f"F6-{data}", f"F6-{data}-slope")]
+
+    assert said(w32_full=0.8) == ["not inferior by m", "same direction", "same direction"]
+    assert said(w32_attn=0.8) == ["not inferior by m", "opposite direction", "opposite direction"]
+    assert said(w32_full=0.8, w64_full=0.8)[1:] == ["same direction", "equivalent within m"]
+    assert said()[1:] == ["equivalent within m"] * 2
+    assert said(w64_attn_few=0.7)[0] == "inferior by more than m" and said(w64_full_few=0.7)[0] == "not inferior by m"
+
+
+def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
+    make_up(monkeypatch, "42", transfer_rates("digits", w32_full=0.8, w64_attn=0.77), profile="study")
+    found = report.correct(report.Runs(setting := experiments.experiment("42", "study"), report._finished(setting)))
+    gap = [
+        100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
+    ]
+    line = claims.slope(np.stack(gap, axis=1), (32, 64))
+    estimate = report._slope_evidence(ledger()["F6-digits-slope"], found)
+    assert (estimate.mean, estimate.se, estimate.n) == pytest.approx((line.mean, line.se, 5))
+    assert estimate.mean == pytest.approx(7, abs=1)
+    assert report._slope_evidence(ledger()["F6-digits-slope"], {}) is None
+
+
+def test_chance_is_that_of_the_data_that_the_control_was_trained_on(monkeypatch):
+    """45 % is more than twice chance of ten classes, and less than that of four."""
+    low = {"digits": "not inferior by m", "fashion-mnist-4": "inconclusive (check failed: control learned)"}
+    for data, word in low.items():
+        rates = transfer_rates(data, w64_full_few=0.45, w64_attn_few=0.45, w64_head_few=0.3)
+        make_up(monkeypatch, "42", rates, profile="study")
+        assert words("42", "study")[f"F5-{data}"] == word
+
+
+def test_full_must_beat_the_head_of_its_own_setting(monkeypatch):
+    make_up(monkeypatch, "42", transfer_rates("digits", w64_head_few=0.75), profile="study")
+    assert words("42", "study")["F5-digits"] == "inconclusive (check failed: full beats head)"
+    make_up(monkeypatch, "42", transfer_rates("digits", w32_head_few=0.75), profile="study")
+    assert words("42", "study")["F5-digits"] == "not inferior by m"
+
+
+def transfer_page(profile: str):
+    setting = experiments.experiment("42", profile)
+    return report.transfer_table(report.Runs(setting, report._finished(setting)))
+
+
+def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_reference(monkeypatch, tmp_path):
+    reference = tmp_path / "reference"
+    monkeypatch.setattr(paths, "REFERENCE", reference)
+    make_up(monkeypatch, "42", transfer_rates("digits"), profile="study")
+    table = transfer_page("study")
+    assert list(table["measured"]) == ["committed reference: not run"] + ["this run (study)"] * 6
+    row = table.set_index(["images", "model"]).loc[("100", "W64-12x1")]
+    assert row["top1, full"].endswith("(n=5)") and row["attn - full, points"].startswith("+0.00 [")
+    assert list((table["top1, scratch"] == "–")[1:]) == [False, True, True] * 2  # where images are fewest
+
+    (reference / "study" / "tables").mkdir(parents=True)
+    table.to_csv(reference / "study" / "tables" / "42_tab6_transfer.csv", index=False)
+    at_cpu = transfer_page("cpu")
+    assert list(at_cpu["measured"]) == ["committed reference"] * 6 + ["this run (cpu): not run"]
+    assert list(at_cpu["top1, full"][:6]) == list(table["top1, full"][1:])
+
+
+def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(monkeypatch):
+    make_up(monkeypatch, "42", transfer_rates("digits") | transfer_rates("animal-shapes"), profile="study")
+    figure = report.transfer_figure(transfer_page("study"))
+    assert [a.get_title() for a in figure.axes] == ["the paper's six data sets", "digits", "animal-shapes"]
+    paper = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines[:3]}
+    assert paper["ViT-S"] == pytest.approx([0.1, 0.1, -0.2, -1.4, -5.2, -7.4])
+    said = [text.get_text() for text in figure.legends[0].texts]
+    assert said == ["W32, this run (study)", "W64, this run (study)"]
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["100", "300", "1,000"]
+    monkeypatch.setattr(runs, "find", lambda spec: None)
+    assert len(report.transfer_figure(transfer_page("cpu")).axes) == 1
 
 
 def test_runs_under_another_ledger_entry_read_not_run(monkeypatch):

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from vitlib import paths
+from vitlib.data import load, subset
+from vitlib.data.registry import card
 from vitlib.errors import UsageError
 from vitlib.lab import exact, experiments, launch, plan, runs
-from vitlib.lab.ledger import ledger_hashes
+from vitlib.lab.ledger import TRANSFER_IMAGES, ledger_hashes
 from vitlib.lab.runs import Result, RunSpec
-from vitlib.model import vit_config
+from vitlib.model import ViT, vit_config
 from vitlib.train import loop, recipes
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipes import Recipe
@@ -381,7 +383,7 @@ def test_the_study_has_every_arm_that_the_ledger_names():
     from vitlib.lab.ledger import ARMS
 
     only_smoke = {"linear pretrained dvae"}
-    for notebook in ("31", "41", "52"):
+    for notebook in ("31", "41", "42", "52"):
         assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook]) - only_smoke
         for name in experiments.PROFILES:
             assert set(experiments.experiment(notebook, name).arms) <= set(ARMS[notebook])
@@ -432,6 +434,62 @@ def test_the_extra_pair_costs_one_pair_and_the_rest_of_table_7_has_as_many_pairs
     pair = 12 * N * D**2 + 2 * N**2 * D + 2 * 5 * N * D  # qkv, proj, fc1, fc2; the two products of attention; two norms
     assert exact.size(models["linear+1"]).macs - exact.size(models["linear"]).macs == pair
     assert {m.pool for m in models.values()} == {"mean"}
+
+
+def test_the_arms_of_transfer_are_what_their_names_say_and_start_from_the_trunk_of_their_width():
+    arms = experiments.experiment("42", "study").arms
+    for name, spec in arms.items():
+        width, data, images, strategy = name.split()
+        assert (f"W{spec.model.width}", spec.data, str(spec.images)) == (width, data, images)
+        assert spec.model.num_classes == card(data)["vitlib"]["num_classes"] and spec.model.image_size == 16
+        assert spec.recipe.flip == (data != "digits")
+        if strategy == "scratch":
+            assert (spec.protocol, spec.parent) == ("supervised", None)
+            continue
+        assert (spec.protocol, spec.strategy) == ("finetune", strategy)
+        trunk = spec.parent
+        assert (trunk.model.width, trunk.data, trunk.model.num_classes) == (spec.model.width, "fashion-mnist-6", 6)
+        assert trunk.with_seed(11) == spec.with_seed(11).parent and trunk.parent is None
+        like_full = replace(
+            spec, strategy="full", recipe=replace(spec.recipe, lr=arms[f"{width} {data} {images} full"].recipe.lr)
+        )
+        assert like_full == arms[f"{width} {data} {images} full"]
+    assert len({spec.parent for spec in arms.values()} - {None}) == 2
+    one_rate = {spec.recipe.lr for name, spec in arms.items() if not name.endswith("head")}
+    assert len(one_rate) == 1
+
+
+def test_the_runs_of_transfer_at_the_smaller_profiles():
+    assert experiments.experiment("42", "cpu").specs() == []
+    smoke = experiments.experiment("42", "smoke")
+    assert list(smoke.arms) == [f"W32 fashion-mnist-4 200 {s}" for s in ("full", "attn", "ffn")]
+    assert all(sum(m.steps for m in spec.family()) < 100 for spec in smoke.specs())
+
+
+@pytest.mark.parametrize("name", ["study", "smoke"])
+def test_the_images_of_transfer_are_class_balanced_nested_and_there(name):
+    family = {(m.data, m.images) for spec in experiments.experiment("42", name).specs() for m in spec.family()}
+    for data, images in family:
+        whole = load(data, "train")
+        rows = subset(whole, images, 10)
+        counts = np.bincount(whole.labels.numpy()[rows], minlength=len(whole.classes))
+        assert len(set(counts)) == 1 and counts.sum() == (images or len(whole))
+    for data, counts in TRANSFER_IMAGES.items():
+        assert list(counts) == sorted(counts) and counts[-1] == len(load(data, "train"))
+
+
+@pytest.mark.parametrize("data", TRANSFER_IMAGES)
+@pytest.mark.parametrize("trunk_data", ["fashion-mnist-6", "fashion-mnist"])
+def test_a_target_gets_a_fresh_head_though_it_may_have_as_many_classes_as_the_trunk(monkeypatch, data, trunk_data):
+    spec = experiments.experiment("42", "study").arms[f"W32 {data} {TRANSFER_IMAGES[data][0]} attn"].with_seed(10)
+    classes = card(trunk_data)["vitlib"]["num_classes"]
+    parent = replace(spec.parent, data=trunk_data, model=replace(spec.parent.model, num_classes=classes))
+    trunk = {name: torch.full_like(w, 0.5) for name, w in ViT(parent.model).state_dict().items()}
+    monkeypatch.setattr(runs, "weights", lambda _: trunk)
+    model, _ = runs.prepare(replace(spec, parent=parent), None)
+    fresh = ViT(spec.model, 10).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, fresh[name] if name.startswith("head.") else trunk[name])
 
 
 def test_the_plan_counts_runs_once_and_prefers_what_was_measured():

@@ -77,7 +77,12 @@ def card(name: str) -> dict:
 
 
 def read_card(path: Path) -> dict:
-    """The YAML between the first two lines of dashes, whatever the card is for."""
+    """The YAML between the first two lines of dashes, whatever the card is for. Not to be changed: it is read once."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: Path, modified: int) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from vitlib.errors import UsageError, unknown
-from vitlib.lab.ledger import CHECKS, Part, arm_at, ledger, part_hash
+from vitlib.lab.ledger import Part, arm_at, ledger, part_hash
 
 PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
 
@@ -273,8 +273,8 @@ def run_checks(
     """Check -> passed, for the checks that apply at this profile."""
     checks: dict[str, Callable[[], bool]] = {
         "control learned": lambda: control_learned(correct, arm_at(part.control, pairs), num_classes),
-        "full beats head": lambda: above(correct, "full", "head", part.margin_at(profile)),
-        "pre-training helps": lambda: above(correct, "linear pretrained", "linear scratch", 0.0),
+        "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin_at(profile)),
+        "pre-training helps": lambda: above(correct, *part.check_arms("pre-training helps"), 0.0),
     }
     applying = [name for name in part.checks if not (name == "control learned" and profile == "imagenet")]
     return {name: bool(checks[name]()) for name in applying}
@@ -446,7 +446,7 @@ def _text(contrast: Mapping[str, float]) -> str:
 
 def arms_of(part: Part, pairs: int) -> list[str]:
     """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
-    arms = [*part.contrast_at(pairs), *(arm for check in part.checks for arm in CHECKS[check])]
+    arms = [*part.contrast_at(pairs), *(arm for check in part.checks for arm in part.check_arms(check))]
     return list(dict.fromkeys(arms + ([arm_at(part.control, pairs)] if part.control else [])))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from vitlib.data.registry import card
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.launch import launch
+from vitlib.lab.ledger import ARMS
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
@@ -159,6 +160,30 @@ def resolution(p: Profile) -> dict[str, RunSpec]:
     return {"trunk": trunk} | {strategy: arm(strategy) for strategy in ("full", "attn", "ffn", "head")}
 
 
+TRUNK_DATA = "fashion-mnist-6"  # six classes that no target of `transfer` has
+TRANSFER_SMOKE = tuple(f"W32 fashion-mnist-4 200 {strategy}" for strategy in ("full", "attn", "ffn"))
+
+
+def transfer(p: Profile) -> dict[str, RunSpec]:
+    """Table 6: other data than the trunk's, by width and number of labelled images; no runs of its own at cpu."""
+    names = ARMS["42"] if p.every_arm else () if p.judged else TRANSFER_SMOKE
+    return {name: _transferred(p, *name.split()) for name in names}
+
+
+def _transferred(p: Profile, width: str, data: str, images: str, strategy: str) -> RunSpec:
+    """The arm "W64 digits 100 attn"; `scratch` has the labels and steps of `full`, and no trunk."""
+    # The trunk's six classes share the profile's number of images equally.
+    own = replace(p, data=TRUNK_DATA, width=int(width[1:]), images=p.images and p.images // 6 * 6)
+    trunk = _supervised(own, _model(own, p.pairs, layer_scale=LAYER_SCALE))
+    model = _model(replace(own, data=data), p.pairs, layer_scale=LAYER_SCALE)
+    base = recipes.TRANSFER_HEAD if strategy == "head" else recipes.TRANSFER
+    epochs = next(epochs for most, epochs in recipes.TRANSFER_EPOCHS.items() if int(images) <= most)
+    # A mirrored digit is another sign or none.
+    recipe = replace(base, epochs=min(epochs, p.few_labels_epochs), flip=data != "digits")
+    spec = RunSpec("supervised", model, data, recipe, images=int(images), execution=p.execution)
+    return spec if strategy == "scratch" else replace(spec, protocol="finetune", parent=trunk, strategy=strategy)
+
+
 # The rows of Table 7: what each stem is. "linear+1" is the linear stem with one pair more, in the role of ViT-B13.
 STEM_ARMS: dict[str, dict[str, str]] = {
     "linear": {"stem": "linear"},
@@ -230,6 +255,7 @@ NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]]
     "31": ("31_fig1_branches", branches),
     "36": ("36_tab4_throughput", None),
     "41": ("41_tab5_resolution", resolution),
+    "42": ("42_tab6_transfer", transfer),
     "51": ("51_fig5_stem_and_masking", None),
     "52": ("52_tab7_masked_pretraining", stems),
 }

@@ -25,7 +25,10 @@ SCOPES = ("any", "trained", "imagenet", "gpu")
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
 EXPECTED = ("printed digits", "0", "not 0", "more than 1")
 
-# check -> the arms that it needs besides those of the contrast and the control
+# Table 6 at this scale: data set -> its numbers of labelled images, class-balanced, the last one all that it has
+TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)}
+
+# check -> the arms that it needs besides those of the contrast and the control: see Part.check_arms
 CHECKS = {
     "control learned": (),
     "full beats head": ("full", "head"),
@@ -42,6 +45,14 @@ ARMS = {
     "31": tuple(f"{pairs // k}x{k}{scale}" for pairs in (12, 36) for scale in ("", "+LS") for k in (1, 2, 3, 4)),
     "36": ("seq", "par", "streams", "fused", "timm"),
     "41": ("full", "attn", "ffn", "head", "trunk"),
+    # "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only
+    "42": tuple(
+        f"W{width} {data} {images} {strategy}"
+        for width in (32, 64)
+        for data, counts in TRANSFER_IMAGES.items()
+        for images in counts
+        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] else ()))
+    ),
     "51": (),
     "52": (
         *(f"{stem} {training}" for stem in _STEMS for training in ("scratch", "pretrained", "supervised")),
@@ -80,6 +91,14 @@ class Part:
     def contrast_at(self, pairs: int) -> dict[str, float]:
         """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12."""
         return {arm_at(arm, pairs): c for arm, c in self.contrast.items()}
+
+    def check_arms(self, check: str) -> tuple[str, ...]:
+        """The arms of a check in this notebook: "head" where it has such an arm, else that of the control's own setting.
+
+        With control "W64 digits 100 full", "head" is "W64 digits 100 head".
+        """
+        setting = (self.control or "").rpartition(" ")[0]
+        return tuple(arm if arm in ARMS[self.notebook] else f"{setting} {arm}" for arm in CHECKS[check])
 
     @property
     def names_layers(self) -> bool:
@@ -186,6 +205,9 @@ def _check_values(part: Part) -> None:
     for check in part.checks:
         if check not in CHECKS:
             raise unknown(f"check {where}", check, CHECKS)
+        for arm in part.check_arms(check):
+            if arm not in ARMS[part.notebook]:
+                raise unknown(f"arm of the check {check!r} {where}", arm, ARMS[part.notebook])
     for arm in (*part.contrast, part.control, part.parent):
         if arm is not None and arm not in ARMS[part.notebook]:
             raise unknown(f"arm {where}", arm, ARMS[part.notebook])

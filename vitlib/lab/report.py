@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,6 +32,7 @@ from vitlib.lab.claims import (
     difference,
     interval,
     judge,
+    over_seeds,
     prints_as,
     verdict_table,
 )
@@ -46,11 +47,12 @@ from vitlib.lab.experiments import (
     stem_pairs,
 )
 from vitlib.lab.launch import cores
-from vitlib.lab.ledger import Part, ledger
+from vitlib.lab.ledger import Part, arm_at, ledger
 from vitlib.lab.paper import as_printed, paper_table
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig, fuse, vit_config
 from vitlib.train import masked, tokenizers
+from vitlib.train.finetune import STRATEGIES
 
 NOT_RUN = "not run"
 
@@ -188,10 +190,13 @@ def blocked_model(arm_runs: Runs) -> str:
 def provenance(arm_runs: Runs) -> str:
     """Data, split, seeds, device and CPU time of these runs, in one sentence."""
     p = arm_runs.experiment.profile
+    if not arm_runs.results:
+        return f"No runs of its own at profile {p.name}."
     family = {member for spec in arm_runs.experiment.specs() for member in spec.family()}
     results = [result for spec in family if (result := runs.find(spec)) is not None]
-    names = card(p.data)
-    about = f"{names['pretty_name']}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
+    data = dict.fromkeys(spec.data for spec in arm_runs.experiment.arms.values())
+    names = "; ".join(card(name)["pretty_name"] for name in data)
+    about = f"{names}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
     if not p.judged:
         return f"{about}. Too small to say anything about accuracy: it shows that the code runs."
     devices = ", ".join(sorted({r.about["device"] for r in results}))
@@ -277,6 +282,112 @@ def trainings(arm_runs: Runs) -> pd.DataFrame:
 
 
 TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "dalle": "DALL-E's tokens", "pixels": "pixels"}
+
+
+# ---------------------------------------------------------------------------------------------------- transfer
+
+
+def splits() -> pd.DataFrame:
+    """Table 9, the paper's data sets, and below them the embedded ones, as their cards say."""
+    rows = [
+        {"data set": row.dataset, "in": "the paper", "train": int(row.train_images), "test": int(row.test_images),
+         "classes": int(row.classes)}
+        for row in paper_table("table9").itertuples()
+    ]  # fmt: skip
+    for name in dict.fromkeys(m.data for s in experiment("42", "study").arms.values() for m in s.family()):
+        about = card(name)
+        sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
+        rows.append({"data set": name, "in": "this notebook", **sizes, "classes": about["vitlib"]["num_classes"]})
+    table = pd.DataFrame(rows)[["data set", "in", "train", "validation", "test", "classes"]]
+    return table.map(lambda n: "–" if pd.isna(n) else f"{n:,.0f}" if isinstance(n, int | float) else n)
+
+
+def paper_transfer() -> pd.DataFrame:
+    """Table 6, a row for each data set and model, data sets by their training images (Table 9)."""
+    images = paper_table("table9").set_index("dataset")["train_images"].astype(int)
+    rows = [
+        {"data set": row.dataset, "images": images[row.dataset], "model": row.model, "full": row.full, "attn": row.attn,
+         "ffn": row.ffn, "attn - full": f"{float(row.attn) - float(row.full):+.1f}"}
+        for row in paper_table("table6").itertuples()
+    ]  # fmt: skip
+    table = pd.DataFrame(rows).sort_values(["images", "data set"], kind="stable")
+    return table.assign(images=table["images"].map("{:,}".format))
+
+
+def transfer_table(arm_runs: Runs) -> pd.DataFrame:
+    """Our rows in the form of `paper_transfer`: top-1 of each strategy by data set, images and model.
+
+    The committed reference comes first, then this run; what is missing says so. All strategies of a row start from the
+    same tensors and images, so that they share their first loss.
+    """
+    own = f"this run ({arm_runs.experiment.profile.name})"
+    rows = []
+    for setting in dict.fromkeys(arm.rpartition(" ")[0] for arm in arm_runs.results):
+        width, data, images = setting.split()
+        found = {s: arm_runs.results.get(f"{setting} {s}") for s in (*STRATEGIES, "scratch")}
+        row = {"measured": own, "data set": data, "images": f"{int(images):,}", "model": f"{width}-12x1"}
+        row |= {f"top1, {s}": top1(results) if results else "–" for s, results in found.items()}
+        row |= {"attn - full, points": _transfer_gap(arm_runs, setting)}
+        rows.append(row | {"first_loss": f"{found['full'][0].metrics['first_loss']:.5f}"})
+    committed = _committed_rows("42") or [{"measured": f"committed reference: {NOT_RUN}"}]
+    return pd.DataFrame(committed + (rows or [{"measured": f"{own}: {NOT_RUN}"}])).fillna("–")
+
+
+def _transfer_gap(arm_runs: Runs, setting: str) -> str:
+    """attn - full in points, with its interval where there are two seeds."""
+    attn, full = f"{setting} attn", f"{setting} full"
+    if estimate := contrast(arm_runs, attn, full):
+        return points(estimate)
+    attn, full = (arm_runs.results[arm][0].metrics["top1"] for arm in (attn, full))
+    return f"{attn - full:+.2f}"
+
+
+def _committed_rows(notebook: str) -> list[dict]:
+    """The rows of the committed reference's own run, so labelled; none until there is one."""
+    path = paths.REFERENCE / "study" / "tables" / f"{NOTEBOOKS[notebook][0]}.csv"
+    table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame({"measured": []})
+    table = table[table["measured"] == "this run (study)"]
+    return table.assign(measured="committed reference").to_dict("records")
+
+
+def transfer_figure(table: pd.DataFrame) -> Figure:
+    """attn - full over the number of images: the paper's in one panel, then one for each data set of `transfer_table`.
+
+    A line a width; bars are 95 % intervals. Solid: this run; dashed: the committed reference.
+    """
+    table = table.reindex(columns=["measured", "data set", "images", "model", "attn - full, points"])
+    table = table[table["attn - full, points"].fillna("–") != "–"]
+    data = list(dict.fromkeys(table["data set"]))
+    figure, panels = plt.subplots(
+        1, 1 + len(data), figsize=(3.4 + 2.7 * len(data), 3.2), layout="constrained", squeeze=False
+    )
+    for i, (model, rows) in enumerate(paper_transfer().groupby("model", sort=False)):
+        x, y = (rows[name].str.replace(",", "").astype(float) for name in ("images", "attn - full"))
+        panels[0][0].plot(x, y, "Dos"[i], color=sns.color_palette()[7 + i], label=model)
+    for panel, name in zip(panels[0][1:], data, strict=True):
+        for i, (model, found) in enumerate(table[table["data set"] == name].groupby("model")):
+            for measured, rows in found.groupby("measured"):
+                x = rows["images"].str.replace(",", "").astype(float)
+                y = rows["attn - full, points"].str.extract(r"^(\S+)(?: \[(\S+), (\S+)\])?$").astype(float)
+                error = None if y[1].isna().any() else [y[0] - y[1], y[2] - y[0]]
+                style = "--" if measured.startswith("committed") else "-"
+                label = f"{model.split('-')[0]}, {measured}"
+                panel.errorbar(
+                    x, y[0], error, fmt="os"[i % 2] + style, capsize=4, color=sns.color_palette()[i], label=label
+                )
+    for panel, name in zip(panels[0], ["the paper's six data sets", *data], strict=True):
+        panel.axhline(0, color="0.2", linewidth=1)
+        panel.set_xscale("log")
+        panel.set(title=name, xlabel="training images")
+        if name in data:
+            ticks = sorted({int(n.replace(",", "")) for n in table[table["data set"] == name]["images"]})
+            panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            panel.minorticks_off()
+    panels[0][0].set_ylabel("top-1 of attn minus full, points")
+    panels[0][0].legend(fontsize="small")
+    if data:
+        figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -664,7 +775,7 @@ def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
 
 def _verdict(part: Part, profile_name: str) -> Verdict:
     p = profile(profile_name)
-    classes = card(p.data)["vitlib"]["num_classes"]
+    classes = _classes(part, p.name)
     if part.kind == "exact":
         return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
@@ -676,7 +787,8 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
         device = f"{rows[0]['device']}, {rows[0]['case']}"
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     setting = experiment(part.notebook, p.name)
-    found = _finished(setting)
+    sizes = (p.pairs, part.min_pairs or p.pairs)
+    found = _finished(setting, {arm for pairs in sizes for arm in (*arms_of(part, pairs), part.parent)})
     pairs = _pairs(part, p.pairs, found)
     arms = [arm for arm in arms_of(part, pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
@@ -684,7 +796,23 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     images = None if part.images == "all" else part.images
     if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in found):
         hashes = []  # not the number of images that the entry fixes
-    return judge(part, correct(Runs(setting, found)), p.name, pairs, classes, hashes=hashes)
+    seen = correct(Runs(setting, found))
+    return judge(part, seen, p.name, pairs, classes, hashes=hashes, estimate=_slope_evidence(part, seen))
+
+
+def _classes(part: Part, profile_name: str) -> int:
+    """The number of classes of the data that a part's control was trained on; of the profile's where it has no run."""
+    p = profile(profile_name)
+    arms = experiment(part.notebook, p.name).arms if part.control else {}
+    control = arms.get(arm_at(part.control, p.pairs)) if arms else None
+    return card(control.data if control else p.data)["vitlib"]["num_classes"]
+
+
+def _slope_evidence(part: Part, seen: Mapping[str, np.ndarray]) -> Estimate | None:
+    """A slope over two sizes is the change from the smaller to the larger: the contrast, in points, a value a seed."""
+    if part.kind != "slope" or len(part.contrast) != 4 or not all(arm in seen for arm in part.contrast):
+        return None
+    return over_seeds(100 * difference(seen, part.contrast).mean(axis=1))
 
 
 def _timed(part: Part, profile_name: str) -> list[dict]:
@@ -700,10 +828,12 @@ def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:
     return wanted if all(arm in found for arm in part.contrast_at(wanted)) else own
 
 
-def _finished(setting: Experiment) -> dict[str, list[runs.Result]]:
-    """Arm -> results at exactly the profile's seeds; an arm with a seed missing is left out."""
+def _finished(setting: Experiment, chosen: Collection[str] | None = None) -> dict[str, list[runs.Result]]:
+    """Arm -> results at exactly the profile's seeds, of all arms or the chosen ones; one with a seed missing is left out."""
     found = {}
     for arm, spec in setting.arms.items():
+        if chosen is not None and arm not in chosen:
+            continue
         results = [runs.find(spec.with_seed(seed)) for seed in setting.profile.seeds]
         if all(results):
             found[arm] = results
