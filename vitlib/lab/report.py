@@ -610,6 +610,8 @@ def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
             axes.errorbar(x, estimate.mean, yerr=error, fmt="D", capsize=4, color=sns.color_palette()[0])
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points")
+    if len(arms) > 6:
+        axes.tick_params(axis="x", labelrotation=30)
     return figure
 
 
