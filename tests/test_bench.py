@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -312,3 +313,19 @@ def test_benchmarks_import_where_only_torch_and_timm_are():
     code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "arms"),
+    [
+        ("eager", torch.float32, {"seq", "par", "fused", "timm"}),
+        ("training", torch.float32, {"seq", "par", "timm"}),
+        ("training", torch.bfloat16, {"seq", "par", "timm"}),  # autocast, as on a GPU
+    ],
+)
+def test_a_case_of_branches_times_and_counts_every_arm_that_this_device_has(mode, dtype, arms, monkeypatch):
+    monkeypatch.setattr(stopwatch, "REPEATS", (3, 3))
+    task = {"model": asdict(vit_config("W32-2x2/4", **SMALL)), "batch": 2, "mode": mode}
+    readings = branches.measure(task, "cpu", dtype)
+    assert readings.keys() == arms
+    assert all(len(r.seconds) == 3 and r.macs > 0 and r.bytes > 0 for r in readings.values())

@@ -20,7 +20,7 @@ LEDGER = ledger()
 HASHES = [ledger_hashes()]
 PARTS = {
     "B1": 3, "P1": 1, "P2": 3, "A1": 1, "P3": 1, "P4": 1, "P5": 1, "P6": 3, "P7": 6, "F1": 1, "F2": 2, "F3": 2, "F4": 1,
-    "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H6": 2, "H7": 1,
+    "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H5": 2, "H6": 2, "H7": 1,
 }  # fmt: skip
 TRAINED = [part for part in LEDGER.values() if part.kind != "exact"]
 OF_POINTS = [part for part in TRAINED if part.kind != "ratio"]
@@ -370,6 +370,16 @@ def test_below_36_pairs_the_difference_is_shown_but_not_judged(id):
     verdict = verdict_on(id, {"6x2": 0.2, "6x2+LS": 0.2}, pairs=12)
     assert (verdict.word, verdict.stance, verdict.p) == ("out of scope at this scale", "open", None)
     assert "6x2" in verdict.contrast and verdict.estimate.high < -40
+
+
+@pytest.mark.parametrize("id", ["H5-supervised", "H5-pretrained"])
+def test_the_size_of_a_gain_is_judged_on_imagenet_only(id):
+    better = {arm: 0.75 for arm in LEDGER[id].contrast if arm.startswith("hmlp")}
+    below = verdict_on(id, {**HELPED, **better})
+    assert (below.word, below.stance, below.p) == ("out of scope at this scale", "open", None)
+    assert below.estimate.low > 0
+    there = verdict_on(id, {**HELPED, **better}, profile="imagenet")
+    assert there.text == "same direction"  # 5 points are not 0.34 or 0.38
 
 
 def test_a1_is_judged_at_the_profiles_own_number_of_pairs_and_says_at_which():

@@ -320,6 +320,8 @@ def test_the_header_of_a_column_decides_how_far_its_numbers_may_move(old, new, s
         ("masked_loss", "relative 2 %"),
         ("top1_v2", "2 points"),
         ("attn - full, points", "2 points"),
+        ("tokens used, of 128", "relative 10 %"),
+        ("error, of 255 grey levels", "relative 10 %"),
         ("seconds per step", "any number"),
         ("train_s", "any number"),
         ("images_per_s", "any number"),

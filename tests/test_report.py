@@ -167,7 +167,7 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
     assert pictures[0] == pictures[1]
 
 
-def test_reconstructions_stand_below_their_originals_and_the_caption_says_how_much_of_the_codebook_is_used():
+def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_of_the_codebook_is_used():
     recipe = replace(recipes.TOKENIZER, epochs=1)
     spec = RunSpec("tokenizer", DVAEConfig(16, 4, 1, vocabulary=32, width=8), "fashion-mnist", recipe, 1000, images=100)
     runs.execute(spec)
@@ -178,8 +178,9 @@ def test_reconstructions_stand_below_their_originals_and_the_caption_says_how_mu
         first = data.images[int((data.labels == label).nonzero()[0]), 0].numpy() / 255
         assert np.allclose(above.images[0].get_array(), first, atol=1e-6)
         assert not np.allclose(below.images[0].get_array(), first, atol=0.05)
+    assert "validation images" in caption and "16 tokens an image, of 32" in caption
     used = runs.find(spec).metrics["tokens_used"] * 32
-    assert f"{used:.0f} of 32 tokens" in caption and "validation images" in caption and "16 tokens an image" in caption
+    assert report.codebook_use([spec]).loc[0, "tokens used, of 32"] == f"{used:.0f}"
 
 
 def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
@@ -213,3 +214,94 @@ def test_a_steps_rows_add_up_and_what_is_spared_is_a_fifth():
         rows = table[table["image_size"] == size].set_index("kind").drop(columns="image_size").astype(float)
         assert rows.drop(index="all").sum().to_numpy() == pytest.approx(rows.loc["all"].to_numpy(), abs=0.004)
         assert rows.loc["all", "spared, % of the step"] == share
+
+
+# ---- Table 7
+
+
+def stems_at(profile: str, rates: dict[str, float]) -> report.Runs:
+    """Made-up results of every arm of notebook 52: right with the rate of its arm, 0.7 unless told."""
+    setting = experiments.experiment("52", profile)
+    results = {}
+    for arm in setting.arms:
+        right = [np.random.default_rng(s).random(5000) < rates.get(arm, 0.7) for s in setting.profile.seeds]
+        metrics = [{"top1": 100 * r.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 1} for r in right]
+        results[arm] = [Result("", m, r, {}, ABOUT) for m, r in zip(metrics, right, strict=True)]
+    return report.Runs(setting, results)
+
+
+def test_every_row_of_the_papers_table_7_is_an_arm_and_no_arm_is_without_a_row():
+    configs = [report.paper_stem(name) for name in experiments.STEM_ARMS]
+    ours = [(c.stem, c.stem_norm, c.stem_act, f"ViT-B{c.depth}") for c in configs]
+    theirs = report.paper_table("table7")[["stem", "norm", "act", "model"]].itertuples(index=False, name=None)
+    assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
+    assert list(report.stem_sizes()["stem"]) == list(experiments.STEM_ARMS)
+    paper = report.paper_stems()
+    assert len(paper) == 20 and (paper["linear+1 pretrained"], paper["local supervised"]) == ("83.26", "82.26")
+
+
+def test_stem_sizes_say_where_they_are_not_the_papers():
+    table = report.stem_sizes("study").set_index("stem")
+    apart = table["ours minus paper"][table["ours minus paper"] != "as printed"]
+    assert dict(apart) == {"conv": "-0.03 %", "local": "+0.17 %"}
+    assert table.loc["linear+1", "more than linear, W64-6x1/4"] == "+16.60 %"
+
+
+def test_table_7_compares_each_stem_with_the_linear_one_under_the_same_training():
+    table = report.table7(stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.6})).set_index("stem")
+    assert list(table.index) == list(experiments.STEM_ARMS) and not (table.drop("linear") == "–").any(axis=None)
+    assert table.loc["hmlp", "top1 pretrained, paper"] == "83.43"
+    assert table.loc["hmlp", "pretrained minus linear, points"].startswith(("+4.", "+5."))
+    assert table.loc["conv", "scratch minus linear, points"].startswith(("+9.", "+10."))
+    assert table.loc["conv", "pretrained minus linear, points"] == "+0.00 [+0.00, +0.00]"
+
+
+def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_label(monkeypatch, tmp_path):
+    small = stems_at("cpu", {})
+    assert report.table7(small).set_index("stem").loc["conv", "top1 pretrained"] == "–"
+    folder = tmp_path / "study" / "tables"
+    folder.mkdir(parents=True)
+    text = "arm,top1\nconv pretrained,70.1 (n=5)\nhmlp pretrained,71.1 (n=5)\n"
+    (folder / "52_tab7_masked_pretraining.csv").write_text(text)
+    monkeypatch.setattr(report.paths, "REFERENCE", tmp_path)
+    table = report.table7(small).set_index("stem")
+    assert table.loc["conv", "top1 pretrained"] == "study: 70.1 (n=5)"
+    assert "study" not in table.loc["hmlp", "top1 pretrained"]
+    assert table.loc["local", "top1 pretrained"] == "–"
+
+
+def test_the_tokenizers_effect_is_a_row_of_its_own():
+    table = report.trainings(stems_at("study", {"hmlp pretrained k-means": 0.65})).set_index("training")
+    assert list(table.index) == ["supervised", "scratch", "pretrained", "pretrained k-means", "pretrained decay"]
+    assert list(table["predicts"]) == ["–", "–", "dVAE tokens", "k-means tokens", "dVAE tokens"]
+    assert table.loc["pretrained k-means", "hmlp minus linear, points"].startswith("-")
+    assert list(report.trainings(stems_at("cpu", {}))["predicts"]) == ["–", "k-means tokens"]
+
+
+def test_figure_6_has_a_point_a_stem_at_the_two_differences_to_linear():
+    figure = report.stem_figure(stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.68}))
+    assert [cell.get_title() for cell in figure.axes] == [
+        "paper, ImageNet", "study, all labels", "study, the same few labels",
+    ]  # fmt: skip
+    assert [len(cell.containers) for cell in figure.axes] == [0, 9, 9]
+    hmlp = [stem for stem in experiments.STEM_ARMS if stem != "linear"].index("hmlp")
+    (x,), (y,) = figure.axes[2].containers[hmlp].lines[0].get_data()
+    assert x == pytest.approx(2, abs=0.7) and y == pytest.approx(5, abs=0.7)
+    across, up = (bars.get_segments()[0] for bars in figure.axes[2].containers[hmlp].lines[2])
+    assert across.mean(0) == pytest.approx([x, y]) and up.mean(0) == pytest.approx([x, y])  # the intervals are its own
+    paper = next(line for line in figure.axes[0].lines if line.get_label() == "hmlp")
+    assert np.concatenate(paper.get_data()) == pytest.approx([0.34, 0.38])
+    assert len(report.stem_figure(stems_at("cpu", {})).axes) == 2
+
+
+def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_alone(monkeypatch):
+    from vitlib.lab import notebook
+
+    shown = []
+    monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
+    notebook.open_page("52", "cpu").tokenizers(stems_at("cpu", {}))
+    assert shown == ["No discrete VAE at this profile: the targets are k-means tokens."]
+    metrics = {"tokens_used": 0.5, "perplexity": 30.0, "recon_mse": 0.01, "first_loss": 1.6, "train_loss": 0.2}
+    monkeypatch.setattr(runs, "find", lambda spec: Result(spec.hash, metrics, None, {}, ABOUT))
+    notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
+    assert len(shown) == 2 and shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]

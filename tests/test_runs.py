@@ -15,12 +15,12 @@ import torch
 
 from vitlib import paths
 from vitlib.errors import UsageError
-from vitlib.lab import experiments, launch, plan, runs
+from vitlib.lab import exact, experiments, launch, plan, runs
 from vitlib.lab.ledger import ledger_hashes
 from vitlib.lab.measure import macs
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViT, vit_config
-from vitlib.train import loop
+from vitlib.train import loop, recipes
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipes import Recipe
 
@@ -381,8 +381,13 @@ def test_the_primary_contrasts_have_their_arms_at_cpu():
 def test_the_study_has_every_arm_that_the_ledger_names():
     from vitlib.lab.ledger import ARMS
 
-    for notebook in ("31", "32", "33", "34", "35", "41", "52"):
+    only_smoke = {"linear pretrained dvae"}
+    for notebook in ("32", "33", "34", "35"):
         assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook])
+    for notebook in ("31", "41", "52"):
+        assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook]) - only_smoke
+        for name in experiments.PROFILES:
+            assert set(experiments.experiment(notebook, name).arms) <= set(ARMS[notebook])
 
 
 FORMS = ("32", "33", "34", "35")
@@ -436,9 +441,47 @@ def test_arms_of_one_table_differ_only_in_what_is_compared():
     stems = experiments.experiment("52", "study").arms
     for column in ("scratch", "pretrained", "supervised"):
         records = [replace(stems[f"{s} {column}"], model=stems["linear scratch"].model, parent=None, protocol="supervised")
-                   for s in ("linear", "hmlp", "hmlp-ln", "conv")]  # fmt: skip
+                   for s in experiments.STEM_ARMS]  # fmt: skip
         assert len(set(records)) == 1
     assert stems["hmlp scratch"].recipe == stems["hmlp pretrained"].recipe
+    for stem in experiments.PRIMARY_STEMS:
+        own, light, decay = (stems[f"{stem} pretrained{word}"] for word in ("", " k-means", " decay"))
+        assert own.parent.targets == "dvae" and light.recipe == own.recipe
+        assert light.parent == replace(own.parent, targets="tokens", tokenizer=None)
+        assert decay == replace(own, recipe=replace(recipes.FEW_LABELS_BEIT, epochs=own.recipe.epochs))
+
+
+def test_all_stems_predict_the_tokens_of_one_tokenizer_a_seed():
+    study = experiments.experiment("52", "study")
+    for seed in study.profile.seeds:
+        trunks = {spec.with_seed(seed).parent for spec in study.arms.values() if spec.parent}
+        learned = [trunk for trunk in trunks if trunk.targets == "dvae"]
+        assert {trunk.tokenizer for trunk in learned} == {experiments.tokenizer(study.profile).with_seed(seed)}
+        assert len(learned) == len({trunk.model for trunk in learned}) == len(experiments.STEM_ARMS)
+    for name, count in (("smoke", 1), ("cpu", 0), ("study", 5)):
+        family = {m for spec in experiments.experiment("52", name).specs() for m in spec.family()}
+        assert sum(m.protocol == "tokenizer" for m in family) == count
+
+
+def test_the_runs_of_table_7_at_cpu_are_the_ones_that_were_made():
+    """Fixed when the study got its other stems. Another TRAINING_VERSION changes them, and nothing else may."""
+    arms = experiments.experiment("52", "cpu").arms
+    assert {arm: spec.hash for arm, spec in arms.items()} == {
+        "linear scratch": "30736c54b9886f8f",
+        "linear pretrained": "ec1f6ffc50b0a412",
+        "hmlp scratch": "ad94748e778f80d8",
+        "hmlp pretrained": "897c2b7fde840e8e",
+    }
+
+
+def test_the_extra_pair_costs_one_pair_and_the_rest_of_table_7_has_as_many_pairs_as_the_linear_stem():
+    p = experiments.PROFILES["study"]
+    models = {name: experiments.stem_model(p, name) for name in experiments.STEM_ARMS}
+    assert {name: m.pairs - p.stem_pairs for name, m in models.items() if m.pairs != p.stem_pairs} == {"linear+1": 1}
+    N, D = models["linear"].tokens, p.width
+    pair = 12 * N * D**2 + 2 * N**2 * D + 2 * 5 * N * D  # qkv, proj, fc1, fc2; the two products of attention; two norms
+    assert exact.size(models["linear+1"]).macs - exact.size(models["linear"]).macs == pair
+    assert {m.pool for m in models.values()} == {"mean"}
 
 
 def test_the_plan_counts_runs_once_and_prefers_what_was_measured():

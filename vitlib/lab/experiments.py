@@ -19,6 +19,7 @@ from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.finetune import at_image_size
+from vitlib.train.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Profile:
     # The same on every machine. float32: bfloat16 is 1.4 to 1.7 times as fast where the processor multiplies it and ten
     # times as slow where it does not. par: 4 branches train 1.2 times as fast as one after the other, 2 no slower.
     execution: str = "par"
+    targets: str = "tokens"  # of masked pre-training: "dvae" as in the paper, "tokens" (k-means) where it must be quick
 
     @property
     def judged(self) -> bool:
@@ -71,7 +73,7 @@ PROFILES = {
     "study": Profile(
         name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
         finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=4,
-        masked_epochs=8, few_labels_epochs=24, every_arm=True,
+        masked_epochs=5, few_labels_epochs=24, every_arm=True, targets="dvae",
     ),
 }  # fmt: skip
 
@@ -133,7 +135,9 @@ def _supervised(p: Profile, model: ViTConfig) -> RunSpec:
 def tokenizer(p: Profile) -> RunSpec:
     """The paper's kind of tokenizer at this scale, for `RunSpec(..., targets="dvae", tokenizer=...)`."""
     model = DVAEConfig(p.image_size, p.patch_size, card(p.data)["vitlib"]["channels"])
-    return RunSpec("tokenizer", model, p.data, recipes.TOKENIZER, images=p.images)
+    # At smoke a few small steps, or another processor's rounding would become other tokens.
+    recipe = recipes.TOKENIZER if p.judged else replace(recipes.TOKENIZER, epochs=1, lr=3e-4)
+    return RunSpec("tokenizer", model, p.data, recipe, images=p.images)
 
 
 def branches(p: Profile) -> dict[str, RunSpec]:
@@ -205,29 +209,68 @@ def resolution(p: Profile) -> dict[str, RunSpec]:
     return {"trunk": trunk} | {strategy: arm(strategy) for strategy in ("full", "attn", "ffn", "head")}
 
 
-STEM_ARMS = {
+# The rows of Table 7: what each stem is. "linear+1" is the linear stem with one pair more, in the role of ViT-B13.
+STEM_ARMS: dict[str, dict[str, str]] = {
     "linear": {"stem": "linear"},
+    "linear-bn": {"stem": "linear", "stem_norm": "bn"},
+    "linear-gelu": {"stem": "linear", "stem_act": "gelu"},
+    "linear-bn-gelu": {"stem": "linear", "stem_norm": "bn", "stem_act": "gelu"},
+    "linear+1": {"stem": "linear"},
+    "conv": {"stem": "conv"},
+    "conv-ln": {"stem": "conv", "stem_norm": "ln"},
+    "local": {"stem": "local"},
     "hmlp": {"stem": "hmlp"},
     "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
-    "conv": {"stem": "conv"},
 }
+PRIMARY_STEMS = ("linear", "hmlp")
+
+
+def stem_pairs(name: str, pairs: int) -> int:
+    """The pairs of a row of Table 7 whose other rows have so many."""
+    return pairs + (name == "linear+1")
+
+
+def stem_model(p: Profile, name: str) -> ViTConfig:
+    """A row of Table 7 at the profile's size. It reads the mean of the patch tokens, as BEiT does."""
+    return _model(p, stem_pairs(name, p.stem_pairs), pool="mean", **STEM_ARMS[name])
+
+
+def _masked(p: Profile, model: ViTConfig, targets: str) -> RunSpec:
+    return RunSpec(
+        "masked", model, p.data, replace(recipes.MASKED, epochs=p.masked_epochs), images=p.images, targets=targets,
+        tokenizer=tokenizer(p) if targets == "dvae" else None, masked=round(MASKED_SHARE * model.grid**2),
+        execution=p.execution,
+    )  # fmt: skip
+
+
+def _few_labels(p: Profile, model: ViTConfig, parent: RunSpec | None, recipe: Recipe = recipes.FEW_LABELS) -> RunSpec:
+    return RunSpec(
+        "finetune" if parent else "supervised", model, p.data, replace(recipe, epochs=p.few_labels_epochs),
+        images=p.few_labels, parent=parent, execution=p.execution,
+    )  # fmt: skip
 
 
 def stems(p: Profile) -> dict[str, RunSpec]:
-    """Table 7: each stem from scratch and after masked pre-training, on few labels; all labels in `study`."""
-    few = replace(recipes.FEW_LABELS, epochs=p.few_labels_epochs)
+    """Table 7, arms "<stem> <training>": from scratch and after masked pre-training, on few labels.
+
+    `study` has every stem, and all labels too; the tokens of one discrete VAE a seed, which all stems predict; and, for the
+    two primary stems, what the lighter tokens and layer decay would change. `smoke` has one arm with those tokens.
+    """
     arms: dict[str, RunSpec] = {}
-    for name in STEM_ARMS if p.every_arm else ("linear", "hmlp"):
-        model = _model(p, p.stem_pairs, pool="mean", **STEM_ARMS[name])
-        masked = RunSpec(
-            "masked", model, p.data, replace(recipes.MASKED, epochs=p.masked_epochs), images=p.images,
-            targets="tokens", masked=round(MASKED_SHARE * model.grid**2), execution=p.execution,
-        )  # fmt: skip
-        labelled = {"images": p.few_labels, "execution": p.execution}
-        arms[f"{name} scratch"] = RunSpec("supervised", model, p.data, few, **labelled)
-        arms[f"{name} pretrained"] = RunSpec("finetune", model, p.data, few, parent=masked, **labelled)
+    for name in STEM_ARMS if p.every_arm else PRIMARY_STEMS:
+        model = stem_model(p, name)
+        trunk = _masked(p, model, p.targets)
+        arms[f"{name} scratch"] = _few_labels(p, model, None)
+        arms[f"{name} pretrained"] = _few_labels(p, model, trunk)
         if p.every_arm:
             arms[f"{name} supervised"] = _supervised(p, model)
+        if p.every_arm and name in PRIMARY_STEMS:
+            arms[f"{name} pretrained k-means"] = _few_labels(p, model, _masked(p, model, "tokens"))
+            # Paper: BEiT's fine-tuning, with layer decay. What is judged has none: see FEW_LABELS_BEIT
+            arms[f"{name} pretrained decay"] = _few_labels(p, model, trunk, recipes.FEW_LABELS_BEIT)
+    if not p.judged:
+        model = stem_model(p, "linear")
+        arms["linear pretrained dvae"] = _few_labels(p, model, _masked(p, model, "dvae"))
     return arms
 
 

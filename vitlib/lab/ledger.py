@@ -32,6 +32,11 @@ CHECKS = {
     "pre-training helps": ("linear pretrained", "linear scratch"),
 }
 
+# Table 7's rows
+_STEMS = (
+    *("linear", "linear-bn", "linear-gelu", "linear-bn-gelu", "linear+1"),
+    *("conv", "conv-ln", "local", "hmlp", "hmlp-ln"),
+)
 # notebook -> the arms that its experiments run, the same strings as there
 ARMS = {
     "21": tuple(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT")),
@@ -43,10 +48,10 @@ ARMS = {
     "36": ("seq", "par", "streams", "fused", "timm"),
     "41": ("full", "attn", "ffn", "head", "trunk"),
     "51": (),
-    "52": tuple(
-        f"{stem} {column}"
-        for stem in ("linear", "hmlp", "hmlp-ln", "conv")
-        for column in ("scratch", "pretrained", "supervised")
+    "52": (
+        *(f"{stem} {training}" for stem in _STEMS for training in ("scratch", "pretrained", "supervised")),
+        *(f"{stem} pretrained {what}" for stem in ("linear", "hmlp") for what in ("k-means", "decay")),
+        "linear pretrained dvae",  # smoke's, where "pretrained" predicts k-means tokens
     ),
 }
 _LAYERS = re.compile(r"(\d+)x(\d+)(.*)")  # <depth>x<branches>, then "+LS" or nothing

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from vitlib import paths
 from vitlib.lab import report
 from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, notebook_number, profile
+from vitlib.lab.runs import weights_path
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ class Page:
         figure.savefig(png, format="png", dpi=100)
         (folder / f"{self._file(name)}.png").write_bytes(png.getvalue())
         display(Image(png.getvalue(), format="png", alt=alt, metadata={"alt": alt}))
+
+    def tokenizers(self, runs: Runs) -> None:
+        """What the discrete VAEs of these runs give back, and how much of their codebooks is in use."""
+        specs = report.tokenizers_of(runs)
+        if not specs:
+            display(Markdown("No discrete VAE at this profile: the targets are k-means tokens."))
+            return
+        self.table(report.codebook_use(specs), "tokenizers")
+        if kept := [spec for spec in specs if weights_path(spec).is_file()]:  # imported runs have metrics only
+            figure, caption = report.reconstruction_figure(kept[0])
+            self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
+            display(Markdown(f"*{caption}*"))
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries."""

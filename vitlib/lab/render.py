@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +32,10 @@ from vitlib.lab.bench import runner
 from vitlib.lab.compare import moved
 from vitlib.lab.experiments import NOTEBOOKS, all_specs
 from vitlib.lab.experiments import profile as scale
-from vitlib.lab.launch import launch
+from vitlib.lab.launch import cores, launch
 from vitlib.lab.runs import RunSpec
 
+QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours when a notebook is run on its own
 
 
@@ -58,22 +60,27 @@ def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: in
     if "41" in notebooks and scale(profile).judged:
         finetune_bench.at_profile(profile)  # alone on the machine, before kernels start
     folder = paths.outputs() / profile / "notebooks"
-    failed = []
-    # 00 collects what the others say, so it comes last.
-    for number in sorted(notebooks, key=lambda n: (n == "00", n)):
+
+    def one(number: str) -> str:
+        """Render one notebook where it is not current; what went wrong, or nothing."""
         target = folder / source(number).name
         key = _content_key(source(number), parameters[number], _evidence(profile, number, specs))
         if _is_current(target, key):
             print(f"{target.name}: unchanged")
-            continue
+            return ""
         try:
             _render(source(number), target, parameters[number], key)
-            print(f"{target.name}: rendered")
         except NotebookFailed as fault:
-            failed.append(str(fault))
+            return str(fault)
+        print(f"{target.name}: rendered")
+        return ""
+
+    # One kernel a core; 00 collects what the others say, so it comes last.
+    with kernel_environment(), ThreadPoolExecutor(cores()) as pool:
+        failed = list(pool.map(one, [n for n in notebooks if n != "00"])) + [one(n) for n in notebooks if n == "00"]
     print(f"\n{report.claims_table(profile)}\n\nexecuted notebooks: {folder}")
-    if failed:
-        raise NotebookFailed("; ".join(failed))
+    if any(failed):
+        raise NotebookFailed("; ".join(filter(None, failed)))
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: list[str]) -> dict[str, object]:
@@ -128,12 +135,11 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        with kernel_environment():
-            papermill.execute_notebook(
-                str(notebook), str(draft), parameters, kernel_name="python3", progress_bar=False,
-                execution_timeout=CELL_TIMEOUT, cwd=str(notebook.parent), coalesce_streams=True, record_timing=False,
-                kernel_manager_class=LocalKernel,
-            )  # fmt: skip
+        papermill.execute_notebook(
+            str(notebook), str(draft), parameters, kernel_name="python3", progress_bar=False,
+            execution_timeout=CELL_TIMEOUT, cwd=str(notebook.parent), coalesce_streams=True, record_timing=False,
+            kernel_manager_class=LocalKernel, extra_arguments=QUIET,
+        )  # fmt: skip
         content = nbformat.read(draft, 4)
         content.metadata["vitlib"] = {"content": key}
         nbformat.write(content, draft)
@@ -197,7 +203,7 @@ def refresh_one(path: Path) -> list[str]:
     before = _tables(notebook)
     client = NotebookClient(
         notebook, timeout=CELL_TIMEOUT, kernel_name="python3", record_timing=False, coalesce_streams=True,
-        kernel_manager_class=LocalKernel, resources={"metadata": {"path": str(path.parent)}},
+        kernel_manager_class=LocalKernel, extra_arguments=QUIET, resources={"metadata": {"path": str(path.parent)}},
     )  # fmt: skip
     try:
         with kernel_environment():

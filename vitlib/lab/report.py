@@ -35,7 +35,16 @@ from vitlib.lab.claims import (
     prints_as,
     verdict_table,
 )
-from vitlib.lab.experiments import NOTEBOOKS, Experiment, Runs, experiment, profile
+from vitlib.lab.experiments import (
+    NOTEBOOKS,
+    STEM_ARMS,
+    Experiment,
+    Runs,
+    experiment,
+    profile,
+    stem_model,
+    stem_pairs,
+)
 from vitlib.lab.launch import cores
 from vitlib.lab.ledger import Part, ledger
 from vitlib.lab.paper import as_printed, paper_table
@@ -112,24 +121,39 @@ def table3_models(*more: str) -> dict[str, ViTConfig]:
     return {name: vit_config(name, layer_scale=value) for name, value in scale.items()}
 
 
-def stem_sizes() -> pd.DataFrame:
-    """ViT-B12 with each stem, and B13, the linear baseline of like cost: counted, and as Table 7 prints it."""
-    printed = paper_table("table7").set_index(["model", "stem", "norm"])["gflops"]
-    models = [("B12", stem, norm) for stem, norm in _STEMS] + [("B13", "linear", "none")]
-    base = exact.size(vit_config("B12"))
+def paper_stem(name: str) -> ViTConfig:
+    """A row of Table 7 as the paper has it: ViT-B12 with that stem, and ViT-B13, the linear baseline of like cost."""
+    return vit_config(f"B{stem_pairs(name, 12)}", **STEM_ARMS[name])
+
+
+def _printed_stem(name: str) -> pd.Series:
+    """The paper's own row."""
+    config, table = paper_stem(name), paper_table("table7").set_index(["stem", "norm", "act", "model"])
+    return table.loc[(config.stem, config.stem_norm, config.stem_act, f"ViT-B{config.depth}")]
+
+
+def stem_sizes(profile_name: str | None = None) -> pd.DataFrame:
+    """The rows of Table 7 at ViT-B's size, counted, and as printed; with a profile, the share at its size too."""
     rows = []
-    for name, stem, norm in models:
-        size = exact.size(vit_config(name, stem=stem, stem_norm=norm))
-        paper = printed[(f"ViT-{name}", stem, norm)]
-        rows.append({
-            "model": name, "stem": stem, "norm": norm, "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.3f}",
-            "more than linear": f"{100 * (size.macs / base.macs - 1):+.2f} %",
-            "paper, GFLOPs": paper if isinstance(paper, str) else paper.iloc[0],
-        })  # fmt: skip
+    for name in STEM_ARMS:
+        config, printed = paper_stem(name), _printed_stem(name)["gflops"]
+        size = exact.size(config)
+        apart = size.macs / 1e9 / float(printed) - 1
+        row = {
+            "stem": name, "model": f"B{config.depth}", "norm": config.stem_norm, "act": config.stem_act,
+            "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.3f}", "paper, GFLOPs": printed,
+            "ours minus paper": "as printed" if prints_as(size.macs / 1e9, printed) else f"{100 * apart:+.2f} %",
+            "more than linear": _more(config, paper_stem("linear")),
+        }  # fmt: skip
+        if profile_name is not None:
+            small, base = (stem_model(profile(profile_name), stem) for stem in (name, "linear"))
+            row[f"more than linear, {base.name}"] = _more(small, base)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-_STEMS = [("linear", "none"), ("hmlp", "bn"), ("hmlp", "ln"), ("conv", "bn"), ("conv", "ln")]
+def _more(config: ViTConfig, base: ViTConfig) -> str:
+    return f"{100 * (exact.size(config).macs / exact.size(base).macs - 1):+.2f} %"
 
 
 # ---------------------------------------------------------------------------------------------------- accuracies
@@ -337,11 +361,49 @@ def paper_resolution(model: str = "ViT-B", optimizer: str = "AdamW") -> dict[str
 
 def paper_stems() -> dict[str, str]:
     """Table 7: supervised, and after masked pre-training and fine-tuning, by our arms."""
-    rows = paper_table("table7").query("model == 'ViT-B12'").set_index(["stem", "norm", "act"])
-    ours = {"linear": ("linear", "none", "none"), "hmlp": ("hmlp", "bn", "gelu"), "hmlp-ln": ("hmlp", "ln", "gelu")}
-    ours |= {"conv": ("conv", "bn", "gelu")}
     columns = {"supervised": "supervised_top1", "pretrained": "pretrained_top1"}
-    return {f"{arm} {c}": rows.loc[key, column] for arm, key in ours.items() for c, column in columns.items()}
+    return {f"{stem} {c}": _printed_stem(stem)[column] for stem in STEM_ARMS for c, column in columns.items()}
+
+
+def table7(arm_runs: Runs) -> pd.DataFrame:
+    """In Table 7's form: a row a stem, accuracies and differences to the linear stem with the same training.
+
+    Where a stem was not run here stands the committed reference, labelled "study", if there is one.
+    """
+    paper, committed, rows = paper_stems(), _committed(arm_runs.experiment.notebook), []
+    for stem in STEM_ARMS:
+        row = {"stem": stem}
+        for training in ("supervised", "scratch", "pretrained"):
+            arm, linear = f"{stem} {training}", f"linear {training}"
+            here, known = arm in arm_runs.results, f"study: {committed.get(arm, NOT_RUN)}"
+            if arm in paper:
+                row[f"top1 {training}, paper"] = paper[arm]
+            row[f"top1 {training}"] = top1(arm_runs.results[arm]) if here else known if arm in committed else "–"
+            if len(arm_runs.experiment.profile.seeds) > 1:
+                apart = here and stem != "linear"
+                row[f"{training} minus linear, points"] = points(contrast(arm_runs, arm, linear) if apart else None)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def trainings(arm_runs: Runs) -> pd.DataFrame:
+    """The two primary stems under each training: labels, pre-training, its tokens, layer decay."""
+    seen, rows = arm_runs.results, []
+    names = ["supervised", "scratch", "pretrained", "pretrained k-means", "pretrained dvae", "pretrained decay"]
+    for training in names:
+        linear, hmlp = f"linear {training}", f"hmlp {training}"
+        if linear not in seen:
+            continue
+        parent = arm_runs.experiment.arms[linear].parent
+        row = {"training": training, "predicts": TARGETS[parent.targets] if parent else "–"}
+        row |= {f"top1 {arm.split()[0]}": top1(seen[arm]) if arm in seen else "–" for arm in (linear, hmlp)}
+        if len(arm_runs.experiment.profile.seeds) > 1:
+            row["hmlp minus linear, points"] = points(contrast(arm_runs, hmlp, linear) if hmlp in seen else None)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "dalle": "DALL-E's tokens", "pixels": "pixels"}
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -615,27 +677,43 @@ def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
     return figure
 
 
-def interaction_figure(arm_runs: Runs) -> Figure:
-    """Table 7's question: points above the linear stem with the same training, from scratch and pre-trained."""
+def stem_figure(arm_runs: Runs) -> Figure:
+    """Figure 6's form, in points above the linear stem: across with labels alone, up after masked pre-training.
+
+    One point a stem, with its 95 % intervals over seeds and images. First the paper's own Table 7, on axes of its own;
+    then all labels; then the few labels that fine-tuning has. Above the diagonal a stem gains more by pre-training.
+    """
     seen = correct(arm_runs)
-    stems = list(dict.fromkeys(arm.rsplit(" ", 1)[0] for arm in seen if not arm.startswith("linear ")))
-    columns = list(dict.fromkeys(arm.rsplit(" ", 1)[1] for arm in seen))
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    for i, stem in enumerate(stems):
-        x = np.arange(len(columns)) + 0.12 * (i - (len(stems) - 1) / 2)
-        gaps = np.stack([100 * (seen[f"{stem} {c}"].mean(1) - seen[f"linear {c}"].mean(1)) for c in columns])
-        colour, marker = sns.color_palette()[i], "Dos^"[i % 4]
-        axes.plot(x, gaps, color=colour, alpha=0.25, linewidth=0.8)  # a thin line a seed
-        axes.plot(x, gaps.mean(1), color=colour, marker=marker, label=stem)
-        for place, column in zip(x, columns, strict=True):
-            estimate = contrast(arm_runs, f"{stem} {column}", f"linear {column}")
-            if estimate is not None:
-                axes.errorbar(place, estimate.mean, estimate.high - estimate.mean, capsize=4, color=colour)
-    axes.axhline(0, color="0.2", linewidth=1)
-    axes.set(xlabel="", ylabel="top-1 minus linear stem, points", xlim=(-0.4, len(columns) - 0.6))
-    axes.set_xticks(range(len(columns)), columns)
-    axes.legend(title="stem")
+    stems = [stem for stem in STEM_ARMS if stem != "linear"]
+    across = [training for training in ("supervised", "scratch") if f"linear {training}" in seen]
+    figure, axes = plt.subplots(1, 1 + len(across), figsize=(3 * (1 + len(across)) + 1.4, 3.4), layout="constrained")
+    paper = {arm: float(value) for arm, value in paper_stems().items()}
+    for colour, marker, stem in zip(sns.color_palette("colorblind", len(stems)), "os^vDP*Xp", stems, strict=True):
+        look = {"color": colour, "marker": marker, "linestyle": "none"}
+        x, y = (paper[f"{stem} {c}"] - paper[f"linear {c}"] for c in ("supervised", "pretrained"))
+        axes[0].plot(x, y, label=stem, **look)
+        for cell, training in zip(axes[1:], across, strict=True):
+            if f"{stem} {training}" in seen:
+                (x, left, right), (y, down, up) = (_gap(arm_runs, stem, c) for c in (training, "pretrained"))
+                cell.errorbar(x, y, xerr=[[left], [right]], yerr=[[down], [up]], elinewidth=0.8, **look)
+    titles = {"supervised": "all labels", "scratch": "the same few labels"}
+    for cell, name in zip(axes, ("supervised", *across), strict=True):
+        cell.axhline(0, color="0.2", linewidth=0.8)
+        cell.axvline(0, color="0.2", linewidth=0.8)
+        cell.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
+        ours = f"{arm_runs.experiment.profile.name}, {titles[name]}"
+        cell.set(title="paper, ImageNet" if cell is axes[0] else ours)
+        cell.set(xlabel=f"{name}, minus linear, points", ylabel="pretrained, minus linear, points")
+    figure.legend(loc="outside right center", title="stem", fontsize="small")
     return figure
+
+
+def _gap(arm_runs: Runs, stem: str, training: str) -> tuple[float, float, float]:
+    """A stem minus the linear one, points, and how far its interval reaches down and up (0 with one seed)."""
+    a, b = (arm_runs.results[f"{name} {training}"] for name in (stem, "linear"))
+    mean = float(np.mean([x.metrics["top1"] - y.metrics["top1"] for x, y in zip(a, b, strict=True)]))
+    estimate = contrast(arm_runs, f"{stem} {training}", f"linear {training}")
+    return (mean, 0.0, 0.0) if estimate is None else (mean, mean - estimate.low, estimate.high - mean)
 
 
 LEAK_ROWS = {
@@ -716,6 +794,25 @@ def masking_figure(profile_name: str, count: int = 4) -> Figure:
     return figure
 
 
+def tokenizers_of(arm_runs: Runs) -> list[RunSpec]:
+    """The tokenizers that these runs had trained, one a seed; none where they predict k-means tokens or pixels."""
+    family = (member for spec in arm_runs.experiment.specs() for member in spec.family())
+    return list(dict.fromkeys(member for member in family if member.protocol == "tokenizer"))
+
+
+def codebook_use(specs: Sequence[RunSpec]) -> pd.DataFrame:
+    """One row a finished tokenizer: how well it reconstructs held-out images, and how much of its codebook is in use."""
+    rows = []
+    for spec in specs:
+        use, V = runs.find(spec).metrics, spec.model.vocabulary
+        rows.append({
+            "tokenizer": spec.model.name, "seed": spec.seed, f"tokens used, of {V}": f"{use['tokens_used'] * V:.0f}",
+            "perplexity": f"{use['perplexity']:.1f}", "error, of 255 grey levels": f"{255 * use['recon_mse'] ** 0.5:.1f}",
+            "first_loss": f"{use['first_loss']:.5f}", "train_loss": f"{use['train_loss']:.3f}",
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
 def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
     """A finished tokenizer: held-out images, one of each class, above what their tokens give back; and a caption.
 
@@ -734,12 +831,10 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
             cell.set(xticks=[], yticks=[])
             cell.grid(False)
         line[0].set_ylabel(name)
-    use, V = runs.find(spec).metrics, spec.model.vocabulary
     caption = (
         f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
-        f"what a discrete VAE gives back from {spec.model.grid**2} tokens an image. In use on all {len(data):,} images: "
-        f"{use['tokens_used'] * V:.0f} of {V} tokens, perplexity {use['perplexity']:.1f}; "
-        f"root mean squared error {255 * use['recon_mse'] ** 0.5:.1f} of 255 grey levels."
+        f"what the discrete VAE of seed {spec.seed} gives back from {spec.model.grid**2} tokens an image, of "
+        f"{spec.model.vocabulary} that there are. The table has all {len(data):,} images."
     )
     return figure, caption
 

@@ -39,7 +39,7 @@ IMAGES = 512  # distinct ones; their content does not change the time
 
 def cases(profile: str, device: str) -> list[Case]:
     """The profile's own step and, on a GPU, BEiT's: ViT-B at 224 pixels, 75 of 196 patches, 8,192 tokens."""
-    masked = next(spec for arm in experiment("52", profile).arms.values() for spec in arm.family() if arm.parent)
+    masked = experiment("52", profile).arms["linear pretrained"].parent
     own = [masked.model, replace(masked.model, pos="relative")]
     chosen = [_case(model, masked.recipe.batch_size, masked.masked, VOCABULARY, masked.threads) for model in own]
     if device == "cuda":
