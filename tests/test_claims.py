@@ -19,7 +19,8 @@ from vitlib.lab.ledger import ARMS, CHECKS, TRANSFER_IMAGES, ledger, ledger_hash
 LEDGER = ledger()
 HASHES = [ledger_hashes()]
 PARTS = {
-    "P1": 1, "P2": 3, "A1": 1, "P5": 1, "P7": 6, "F1": 1, "F2": 2, "F3": 2, "F4": 1, "F5": 3, "F6": 6,
+    "B1": 3, "P1": 1, "P2": 3, "A1": 1, "P3": 1, "P4": 1, "P5": 1, "P6": 3, "P7": 6, "F1": 1, "F2": 2, "F3": 2, "F4": 1,
+    "F5": 3, "F6": 6,
     "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H5": 2, "H6": 2, "H7": 1,
 }  # fmt: skip
 TRAINED = [part for part in LEDGER.values() if part.kind != "exact"]
@@ -436,12 +437,41 @@ def test_a_ratio_is_judged_against_1_on_a_named_device():
         judge(part, times, "cpu", 12, 10, hashes=HASHES)
 
 
-def test_a_slope_is_judged_from_its_estimate():
-    part = replace(LEDGER["P2-1"], id="P3", kind="slope", contrast={}, control=None, checks=(), min_pairs=0)
-    hashes = [{"P3": part_hash(part)}]
-    for mean, word in ((2.0, "same direction"), (-2.0, "opposite direction"), (0.0, "equivalent within m")):
-        assert judge(part, {}, "study", 36, 10, hashes=hashes, estimate=spread(mean)).word == word
-    assert judge(part, {}, "study", 36, 10, hashes=hashes).word == "not run"
+@pytest.mark.parametrize(
+    ("id", "two", "one"),
+    [
+        ("P3", ["W32 6x2", "W64 6x2", "W96 6x2"], ["W32 12x1", "W64 12x1", "W96 12x1"]),
+        ("P4", ["6x2", "12x2", "18x2"], ["12x1", "24x1", "36x1"]),
+    ],
+)
+def test_a_planted_slope_is_found_and_swapped_arms_turn_it(id, two, one):
+    part, planted = LEDGER[id], (0.66, 0.70, 0.76)
+    arms = every_arm(part, dict(zip(two, planted, strict=True)))
+    verdict = judge(part, arms, "study", 12, 10, hashes=HASHES)
+    assert (verdict.word, verdict.stance) == ("same direction", "supports")
+    assert f"from {part.sizes[0]} to {part.sizes[-1]}" in verdict.note
+    points = np.stack([100 * (arms[a].mean(1) - arms[b].mean(1)) for a, b in zip(two, one, strict=True)], axis=1)
+    x = np.log2(part.sizes)
+    per_seed = [np.polyfit(x, y, 1)[0] * (x[-1] - x[0]) for y in points]
+    assert verdict.estimate.mean == pytest.approx(np.mean(per_seed)) and verdict.estimate.df == 4
+    assert verdict.ours[1:] == pytest.approx(stats.t.interval(0.95, 4, np.mean(per_seed), stats.sem(per_seed)))
+    turned = verdict_on(id, dict(zip(one, planted, strict=True)), pairs=12)
+    assert (turned.word, turned.stance) == ("opposite direction", "contradicts")
+    assert verdict_on(id, dict.fromkeys(two, 0.75), pairs=12).word == "equivalent within m"  # a gain, but no slope
+
+
+@pytest.mark.parametrize("id", ["P3", "P4"])
+def test_a_slope_needs_every_size_and_a_control_that_learned_at_each(id):
+    part = LEDGER[id]
+    arms = every_arm(part, {})
+    needed = [arm for at_size in part.contrasts(12) for arm in at_size]
+    assert len(set(needed)) == 2 * len(part.sizes)
+    for arm in needed:
+        rest = {name: value for name, value in arms.items() if name != arm}
+        assert arm in judge(part, rest, "study", 12, 10, hashes=HASHES).note
+    assert len(set(part.controls(12))) == len(part.sizes)
+    for control in part.controls(12):
+        assert verdict_on(id, {control: 0.15}, pairs=12).word == "inconclusive (check failed: control learned)"
 
 
 @pytest.mark.parametrize("profile", [p for p in claims.PROFILES if p != "imagenet"])
@@ -515,13 +545,13 @@ def test_arms_of_different_images_are_refused():
 # ---- The ledger ----
 
 
-def test_the_ledger_has_every_part_of_the_four_notebooks():
+def test_the_ledger_has_every_part():
     counts = {claim: sum(part.claim == claim for part in LEDGER.values()) for claim in PARTS}
     assert counts == PARTS and len(LEDGER) == sum(PARTS.values())
-    room = {"P": "31", "A": "31", "F": "41", "F5": "42", "F6": "42", "P7": "36"}
+    room = {"P": "31", "A": "31", "F": "41", "B": "21"}
+    own = {"P3": "32", "P4": "33", "P6": "35", "P7": "36", "F5": "42", "F6": "42", "H1": "51", "H2": "51"}
     for part in LEDGER.values():
-        stems = "51" if part.claim in ("H1", "H2") else "52"
-        assert part.notebook == room.get(part.claim, room.get(part.claim[0], stems)), part.id
+        assert part.notebook == own.get(part.claim, room.get(part.claim[0], "52")), part.id
 
 
 @pytest.mark.parametrize("part", LEDGER.values(), ids=lambda part: part.id)
@@ -545,7 +575,7 @@ def test_the_hash_changes_with_every_field_and_with_nothing_else():
     part = LEDGER["H4i"]
     other = {
         "id": "x", "claim": "x", "title": "x", "notebook": "41", "kind": "equivalence", "metric": "x", "scope": "any",
-        "contrast": {"a": 1.0}, "margin": 1.4, "margin_imagenet": 0.2, "images": "all", "n": 6, "min_pairs": 36,
+        "contrast": {"a": 1.0}, "sizes": (1, 2), "margin": 1.4, "margin_imagenet": 0.2, "images": "all", "n": 6, "min_pairs": 36,
         "checks": (), "control": "x", "parent": "x", "paper": 0.1, "paper_source": "x", "paper_confidence": "read",
         "expected": "0",
     }  # fmt: skip
@@ -565,8 +595,8 @@ def test_the_parts_on_transfer_are_at_the_sizes_that_claims_md_fixes(data, count
     assert (f5.kind, f6.kind, slope.kind) == ("non-inferiority", "superiority", "slope")
     assert f5.contrast == {f"W64 {few} attn": 1, f"W64 {few} full": -1} and f5.images == counts[0]
     assert f6.contrast == {f"W32 {most} full": 1, f"W32 {most} attn": -1}
-    gap = {f"{most} attn": 1, f"{most} full": -1}
-    assert slope.contrast == {f"{w} {arm}": sign * c for w, sign in (("W64", 1), ("W32", -1)) for arm, c in gap.items()}
+    assert (slope.contrast, slope.sizes) == ({f"W64 {most} attn": 1, f"W64 {most} full": -1}, (32, 64))
+    assert slope.contrasts(12)[0] == {f"W32 {most} attn": 1, f"W32 {most} full": -1}
     assert f6.images == slope.images == counts[-1]
     assert f5.check_arms("full beats head") == (f"W64 {few} full", f"W64 {few} head")
 
@@ -603,7 +633,10 @@ GOOD = (paths.PAPER / "claims.toml").read_text()
         ('paper_source = "A, Table 2"\n', "", "lacks the key 'paper_source'"),
         ("n = 5", "n = ", "not valid TOML"),
         ("[P2-1]", "P9 = 3\n[P2-1]", "unknown key in ledger entry P1: 'P9'"),
-        ("[P1]", "P9 = 3\n[P1]", "'P9' is not a table"),
+        ("[B1-Ti]", "P9 = 3\n[B1-Ti]", "'P9' is not a table"),
+        ("sizes = [32, 64, 96]", "sizes = [32, 96, 64]", "allowed is a list of two or more whole numbers, rising"),
+        ("sizes = [32, 64, 96]", "sizes = [32, 48, 96]", "unknown arm in ledger entry P3: 'W48 6x2'"),
+        ("sizes = [32, 64, 96]\n", "", "P3 of kind 'slope' lacks the key 'sizes'"),
     ],
 )
 def test_a_malformed_entry_is_refused_in_one_sentence(tmp_path, old, new, says):
@@ -656,7 +689,23 @@ def test_the_ledgers_differences_are_those_of_the_papers_tables():
     for part in LEDGER.values():
         if part.paper is None:
             continue
-        if part.notebook == "52":
+        if part.notebook == "36":
+            continue
+        if part.kind == "slope":
+            chart = paper_csv({"P3": "figure2", "P4": "figure3"}[part.id])
+            chart = chart[chart["model_family"] == "ViT-B"] if part.id == "P4" else chart[chart["layer_scale"] == "no"]
+            chart = chart.pivot(index="pairs" if part.id == "P4" else "width", columns="branches", values="top1")
+            change = claims.slope(np.stack([(chart[2] - chart[1]).to_numpy()] * 2), list(chart.index)).mean
+            assert part.paper == pytest.approx(change, abs=5e-3), part.id
+            continue
+        if part.notebook == "21":
+            t8 = paper_csv("table8").set_index(["procedure", "model"])["top1"]
+            cells = {a: t8["DeiT" if "DeiT" in a else "this paper", "ViT-" + a.split("12")[0]] for a in part.contrast}
+        elif part.notebook == "35":
+            t3 = paper_csv("table3").set_index("model")["top1"]
+            like = {"W64 36x1+LS": "B36x1", "W64 18x2+LS": "B18x2", "W96 16x1+LS": "L24x1"}
+            cells = {a: t3[like[a]] for a in part.contrast}
+        elif part.notebook == "52":
             cells = {a: t7.loc[stem[a.split()[0]], f"{a.split()[1]}_top1"] for a in part.contrast}
         elif part.kind == "ratio" and part.notebook == "41":
             row = f4.loc[{"time_s": "latency", "mem_mb": "peak memory"}[part.metric]]

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vitlib.errors import UsageError
 from vitlib.lab.measure import (
     Memory,
+    inference_memory,
     macs,
     memory,
     params,
@@ -33,6 +34,26 @@ SMALL = {"image_size": 16, "num_classes": 10}  # with patches of 4: N = 17 token
 
 def small(name: str = "W64-2x2/4", **overrides: object) -> ViTConfig:
     return vit_config(name, **{**SMALL, **overrides})
+
+
+# --- the peak of a forward pass ---
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_peak_of_a_forward_pass_is_that_of_the_ffn_and_does_not_grow_with_layers(batch):
+    """At the GELU live: the layer's input, what the MHSA gave, their sum, the norm of it, and fc1's output twice."""
+    config = small("W64-2x1/4")
+    one = batch * config.tokens * config.width * 4
+    found = inference_memory(config, batch, "fused")
+    norms = 2 * batch * config.tokens * 4  # each norm's mean and deviation
+    assert found.activations == pytest.approx((4 + 4 + 4) * one, abs=norms)
+    assert found.images == batch * 3 * 16 * 16 * 4 and found.weights == 4 * params(ViT(config))
+    deep = inference_memory(small("W64-4x1/4"), batch, "fused")
+    assert deep.activations == found.activations and deep.weights > found.weights
+    two = inference_memory(small("W64-2x2/4"), batch, "fused")
+    assert two.activations - found.activations == pytest.approx(2 * one, abs=norms)  # another branch's two results
+    with pytest.raises(UsageError, match="unknown attention"):
+        inference_memory(config, batch, "flash")
 
 
 # --- multiply-adds: paper-facts.md, section 2, patch 16, 224 pixels, 1000 classes ---

@@ -19,6 +19,7 @@ from vitlib.data.registry import card
 from vitlib.errors import UsageError
 from vitlib.lab import exact, experiments, launch, plan, runs
 from vitlib.lab.ledger import TRANSFER_IMAGES, ledger_hashes
+from vitlib.lab.measure import macs
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop, recipes
@@ -383,10 +384,59 @@ def test_the_study_has_every_arm_that_the_ledger_names():
     from vitlib.lab.ledger import ARMS
 
     only_smoke = {"linear pretrained dvae"}
+    for notebook in ("32", "33", "34", "35"):
+        assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook])
     for notebook in ("31", "41", "42", "52"):
         assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook]) - only_smoke
         for name in experiments.PROFILES:
             assert set(experiments.experiment(notebook, name).arms) <= set(ARMS[notebook])
+
+
+FORMS = ("32", "33", "34", "35")
+
+
+def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1():
+    arms = {(n, name): experiments.experiment(n, name).arms for n in ("31", *FORMS) for name in experiments.PROFILES}
+    assert not any(arms[n, "cpu"] for n in FORMS)
+    assert [len(arms[n, "smoke"]) for n in FORMS] == [4, 4, 8, 3]
+    for name, new in (("smoke", (4, 4, 4, 3)), ("study", (4, 2, 4, 1))):
+        seen = set(arms["31", name].values())
+        for n, count in zip(FORMS, new, strict=True):
+            assert len(set(arms[n, name].values()) - seen) == count, (name, n)
+            seen |= set(arms[n, name].values())
+    study = {n: arms[n, "study"] for n in ("31", *FORMS)}
+    assert study["32"]["W64 6x2"] == study["33"]["6x2"] == study["34"]["6x2"] == study["31"]["6x2"]
+    assert study["35"]["W64 18x2+LS"] == study["31"]["18x2+LS"]
+    assert study["34"]["6x2 longer"].recipe.epochs == 6 and study["34"]["6x2"].recipe.epochs == 4
+
+
+@pytest.mark.parametrize("name", ["smoke", "study"])
+def test_more_pairs_and_more_width_cost_within_5_percent(name, monkeypatch):
+    counts = [macs(spec.model).paper for spec in experiments.experiment("35", name).arms.values()]
+    assert max(counts) < 1.05 * min(counts)
+    monkeypatch.setattr(experiments, "_macs", lambda config: config.pairs)
+    with pytest.raises(UsageError, match="not of like cost"):
+        experiments.experiment("35", name)
+
+
+@pytest.mark.parametrize("notebook", FORMS)
+def test_one_branch_and_two_of_one_form_start_from_identical_tensors_and_differ_in_nothing_else(notebook):
+    arms = experiments.experiment(notebook, "smoke").arms
+    twins = {}
+    for spec in arms.values():
+        form = replace(spec, model=replace(spec.model, depth=spec.model.pairs, branches=1))
+        twins.setdefault(form, []).append(spec)
+    pairs = [specs for specs in twins.values() if len(specs) == 2]
+    assert len(pairs) == len(arms) // 2
+    for specs in pairs:
+        own = []
+        for spec in specs:
+            model = ViT(spec.model, seed=1000)
+            branches = [(m, f) for layer in model.layers for m, f in zip(layer.mhsa, layer.ffn, strict=True)]
+            tensors = [t for m, f in branches for t in (*m.state_dict().values(), *f.state_dict().values())]
+            rest = [t for n, t in model.state_dict().items() if not n.startswith("layers.")]
+            own.append(tensors + rest)
+        assert all(torch.equal(a, b) for a, b in zip(*own, strict=True))
 
 
 def test_arms_of_one_table_differ_only_in_what_is_compared():

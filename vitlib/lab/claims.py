@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from vitlib.errors import UsageError, unknown
-from vitlib.lab.ledger import Part, arm_at, ledger, part_hash
+from vitlib.lab.ledger import Part, ledger, part_hash
 
 PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
 
@@ -272,7 +272,7 @@ def run_checks(
 ) -> dict[str, bool]:
     """Check -> passed, for the checks that apply at this profile."""
     checks: dict[str, Callable[[], bool]] = {
-        "control learned": lambda: control_learned(correct, arm_at(part.control, pairs), num_classes),
+        "control learned": lambda: all(control_learned(correct, arm, num_classes) for arm in part.controls(pairs)),
         "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin_at(profile)),
         "pre-training helps": lambda: above(correct, *part.check_arms("pre-training helps"), 0.0),
     }
@@ -324,14 +324,13 @@ def judge(
     *,
     hashes: Iterable[Mapping[str, str]] = (),
     holds: bool | None = None,
-    estimate: Estimate | None = None,
     device: str = "",
 ) -> Verdict:
     """The verdict on one part.
 
     correct: arm -> (S, N) bool, or for a ratio arm -> (restarts,) seconds or MB. pairs: of the models compared, which
     picks the arms of a contrast over layers. hashes: the ledger's hashes that each run stored; without them a trained
-    part reads `not run`. holds: the outcome of an exact part. estimate: of a slope. device: named beside a ratio.
+    part reads `not run`. holds: the outcome of an exact part. device: named beside a ratio.
     """
     _known(profile)
     margin = part.margin_at(profile)
@@ -343,14 +342,17 @@ def judge(
         return replace(blank, word=SMOKE)
 
     in_scope = (part.scope != "imagenet" or profile == "imagenet") and pairs >= part.min_pairs
-    missing = _missing(part, contrast, correct, pairs, in_scope, estimate, list(hashes))
+    missing = _missing(part, correct, pairs, in_scope, list(hashes))
     if missing:
         return replace(blank, note=missing)
     if part.kind == "ratio":
         if not device:
             raise UsageError(f"part {part.id} is a ratio of times or memory: the device must be named")
         estimate = over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
-    elif part.kind != "slope":
+    elif part.kind == "slope":
+        points = [100 * difference(correct, at_size).mean(axis=1) for at_size in part.contrasts(pairs)]
+        estimate = slope(np.stack(points, axis=1), part.sizes)
+    else:
         estimate = interval(difference(correct, contrast))
     measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs, device))
     if not in_scope:
@@ -446,27 +448,24 @@ def _text(contrast: Mapping[str, float]) -> str:
 
 def arms_of(part: Part, pairs: int) -> list[str]:
     """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
-    arms = [*part.contrast_at(pairs), *(arm for check in part.checks for arm in part.check_arms(check))]
-    return list(dict.fromkeys(arms + ([arm_at(part.control, pairs)] if part.control else [])))
+    arms = [arm for contrast in part.contrasts(pairs) for arm in contrast]
+    arms += [arm for check in part.checks for arm in part.check_arms(check)]
+    return list(dict.fromkeys(arms + part.controls(pairs)))
 
 
 def _missing(
     part: Part,
-    contrast: Mapping[str, float],
     correct: Mapping[str, np.ndarray],
     pairs: int,
     in_scope: bool,
-    estimate: Estimate | None,
     hashes: Sequence[Mapping[str, str]],
 ) -> str:
     """Why a part reads `not run`, or ""."""
-    arms = arms_of(part, pairs) if in_scope else list(contrast)
+    arms = arms_of(part, pairs) if in_scope else [arm for contrast in part.contrasts(pairs) for arm in contrast]
     absent = [arm for arm in arms if arm not in correct]
     if absent:
         return f"no runs of {', '.join(absent)}"
-    if part.kind == "slope" and estimate is None:
-        return "no slope was estimated"
-    counts = {arm: len(correct[arm]) for arm in arms} | ({"slope": estimate.n} if part.kind == "slope" else {})
+    counts = {arm: len(correct[arm]) for arm in arms}
     wrong = [f"{arm} {n}" for arm, n in counts.items() if n != part.n]
     if wrong:
         return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}"
@@ -482,6 +481,8 @@ def _note(part: Part, correct: Mapping[str, np.ndarray], pairs: int, device: str
         if part.parent not in correct:
             return "adaptation to a new resolution (the low-resolution parent was not run)"
         return "" if above(correct, "full", part.parent, 0.0) else "adaptation to a new resolution"
+    if part.sizes:
+        return f"the change of this difference from {part.sizes[0]} to {part.sizes[-1]}, a line on log2 a seed"
     return f"at {pairs} pairs" if part.names_layers else ""
 
 

@@ -1,4 +1,4 @@
-"""What can be counted, at every profile and without training: P1, F3's memory, F4, H1 and H2."""
+"""What can be counted, at every profile and without training: P1, the memory of P6 and F3, F4, H1 and H2."""
 
 from __future__ import annotations
 
@@ -51,6 +51,33 @@ def p1_holds() -> bool:
         for row in rows
     )
     return printed and all(sizes[a] == sizes[b] for a, b in twins)
+
+
+# Table 3: more pairs, and the more width of like cost that they are compared with
+MORE_PAIRS = {"S48x1": "B12x1", "S24x2": "B12x1", "B36x1": "L24x1", "B18x2": "L24x1"}
+
+
+def table3_config(name: str) -> ViTConfig:
+    """A model of Table 3, with LayerScale where the table has it."""
+    row = paper_table("table3").set_index("model").loc[name]
+    return vit_config(name, layer_scale=1e-4 if row["layer_scale"] == "yes" else None)
+
+
+@functools.cache
+def training_memory(name: str, batch: int) -> measure.Memory:
+    """A training step of a model of Table 3, with AdamW, float32: bytes by kind, every token in every layer."""
+    return measure.memory(table3_config(name), "full", batch=batch, skip_unread=False)
+
+
+@functools.cache
+def inference_memory(name: str, batch: int, attention: str) -> measure.Inference:
+    """A forward pass of a model of Table 3 at its peak, float32: bytes by kind."""
+    return measure.inference_memory(table3_config(name), batch, attention)
+
+
+def p6_memory_holds() -> bool:
+    """Training more pairs needs less memory than training more width, at a batch of 1, which favours it most."""
+    return all(training_memory(a, 1).total < training_memory(b, 1).total for a, b in MORE_PAIRS.items())
 
 
 def f4_holds() -> bool:
@@ -140,5 +167,6 @@ def h2_change(part: str) -> float:
 def exact_outcomes() -> dict[str, bool]:
     """Part -> does it hold, for every exact part of the ledger."""
     outcomes = {"P1": p1_holds(), "F3-memory": f3_memory_holds(), "F4": f4_holds(), "H1": h1_holds()}
+    outcomes |= {"P6-memory": p6_memory_holds()}
     parts = ledger()
     return outcomes | {part: exact_holds(parts[part].expected, h2_change(part)) for part in H2}

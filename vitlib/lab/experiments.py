@@ -6,11 +6,13 @@ seeds; `specs()` lists all runs with the seeds outermost, so that a stop leaves 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vitlib.data.registry import card
 from vitlib.errors import UsageError, unknown
+from vitlib.lab import measure
 from vitlib.lab.launch import launch
 from vitlib.lab.ledger import ARMS
 from vitlib.lab.runs import Result, RunSpec
@@ -50,6 +52,11 @@ class Profile:
     def judged(self) -> bool:
         """At smoke the code runs and exact claims are judged; trained ones are not."""
         return self.name != "smoke"
+
+    @property
+    def only_primary(self) -> bool:
+        """The forms below have no runs here: their notebooks show sizes, the paper and the committed reference."""
+        return self.judged and not self.every_arm
 
 
 # smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer.
@@ -112,10 +119,10 @@ class Runs:
     results: dict[str, list[Result]]
 
 
-def _model(p: Profile, depth: int, branches: int = 1, **fields: object) -> ViTConfig:
+def _model(p: Profile, depth: int, branches: int = 1, width: int | None = None, **fields: object) -> ViTConfig:
     facts = card(p.data)["vitlib"]
     return vit_config(
-        f"W{p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=facts["channels"],
+        f"W{width or p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=facts["channels"],
         num_classes=facts["num_classes"], **fields,
     )  # fmt: skip
 
@@ -144,6 +151,49 @@ def branches(p: Profile) -> dict[str, RunSpec]:
     sizes += [(36, k) for k in (1, 2, 3, 4)] if p.every_arm else []
     scales = (LAYER_SCALE, None) if p.every_arm else (LAYER_SCALE,)
     return {f"{n // k}x{k}{'+LS' if ls else ''}": arm(n, k, ls) for n, k in sizes for ls in scales}
+
+
+def _form(p: Profile, pairs: int, k: int, width: int | None = None, scale: float | None = None) -> RunSpec:
+    """So many pairs in layers of k branches, trained as everywhere; runs equal to Figure 1's are the same runs."""
+    return _supervised(p, _model(p, pairs // k, k, width, layer_scale=scale))
+
+
+def widths(p: Profile) -> dict[str, RunSpec]:
+    """Figure 2: one branch against two over the width, at the profile's own pairs, without LayerScale."""
+    sizes = () if p.only_primary else (32, 64, 96) if p.every_arm else (32, 64)
+    return {f"W{width} {p.pairs // k}x{k}": _form(p, p.pairs, k, width) for width in sizes for k in (1, 2)}
+
+
+def pairs(p: Profile) -> dict[str, RunSpec]:
+    """Figure 3: one branch against two over the pairs, without LayerScale."""
+    sizes = () if p.only_primary else (12, 24, 36) if p.every_arm else (4, 8)
+    return {f"{n // k}x{k}": _form(p, n, k) for n in sizes for k in (1, 2)}
+
+
+def layer_scale(p: Profile) -> dict[str, RunSpec]:
+    """Table 2: one branch and two, with LayerScale and without, for the profile's epochs and for a third more."""
+    longer = replace(p, epochs=-(-4 * p.epochs // 3))  # Paper: 300 and 400
+    lengths = {} if p.only_primary else {"": p, " longer": longer}
+    return {
+        f"{p.pairs // k}x{k}{'+LS' if scale else ''}{long}": _form(q, p.pairs, k, scale=scale)
+        for k in (1, 2) for scale in (None, LAYER_SCALE) for long, q in lengths.items()
+    }  # fmt: skip
+
+
+def depth_or_width(p: Profile) -> dict[str, RunSpec]:
+    """Table 3: more pairs, in one branch and in two, against more width at like multiply-adds, with LayerScale."""
+    if p.only_primary:
+        return {}
+    narrow, wide = ((64, 36), (96, 16)) if p.every_arm else ((32, 8), (64, 2))
+    forms = [(*narrow, 1), (*narrow, 2), (*wide, 1)]
+    arms = {f"W{width} {n // k}x{k}+LS": _form(p, n, k, width, LAYER_SCALE) for width, n, k in forms}
+    cost = [_macs(spec.model) for spec in arms.values()]
+    if max(cost) > 1.05 * min(cost):
+        raise UsageError(f"{', '.join(arms)} are not of like cost: {cost} multiply-adds")
+    return arms
+
+
+_macs = functools.cache(lambda config: measure.macs(config).paper)
 
 
 def resolution(p: Profile) -> dict[str, RunSpec]:
@@ -252,7 +302,12 @@ def stems(p: Profile) -> dict[str, RunSpec]:
 # notebook number -> (file name, arms); notebooks without runs have none
 NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]] = {
     "00": ("00_claims", None),
+    "21": ("21_tab1_baselines", None),
     "31": ("31_fig1_branches", branches),
+    "32": ("32_fig2_width", widths),
+    "33": ("33_fig3_pairs", pairs),
+    "34": ("34_tab2_layerscale", layer_scale),
+    "35": ("35_tab3_depth_or_width", depth_or_width),
     "36": ("36_tab4_throughput", None),
     "41": ("41_tab5_resolution", resolution),
     "42": ("42_tab6_transfer", transfer),

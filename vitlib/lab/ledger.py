@@ -23,7 +23,7 @@ KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "rat
 POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
 SCOPES = ("any", "trained", "imagenet", "gpu")
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
-EXPECTED = ("printed digits", "0", "not 0", "more than 1")
+EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
 
 # Table 6 at this scale: data set -> its numbers of labelled images, class-balanced, the last one all that it has
 TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)}
@@ -42,7 +42,12 @@ _STEMS = (
 )
 # notebook -> the arms that its experiments run, the same strings as there
 ARMS = {
+    "21": tuple(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT")),
     "31": tuple(f"{pairs // k}x{k}{scale}" for pairs in (12, 36) for scale in ("", "+LS") for k in (1, 2, 3, 4)),
+    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96) for layers in ("12x1", "6x2")),
+    "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2"),
+    "34": tuple(f"{n}{scale}{long}" for n in ("12x1", "6x2") for scale in ("", "+LS") for long in ("", " longer")),
+    "35": ("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
     "36": ("seq", "par", "streams", "fused", "timm"),
     "41": ("full", "attn", "ffn", "head", "trunk"),
     # "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only
@@ -61,6 +66,7 @@ ARMS = {
     ),
 }
 _LAYERS = re.compile(r"(\d+)x(\d+)(.*)")  # <depth>x<branches>, then "+LS" or nothing
+_WIDTH = re.compile(r"W\d+ ")  # in front of arms whose width, and with it the number of pairs, is fixed
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Part:
     kind: str
     metric: str
     scope: str
-    contrast: dict[str, float] = field(default_factory=dict)
+    contrast: dict[str, float] = field(default_factory=dict)  # of a slope: at its largest size
+    sizes: tuple[int, ...] = ()  # of a slope: widths where the arms begin with one, else pairs
     margin: float | None = None  # percentage points
     margin_imagenet: float | None = None
     images: str | int | None = None
@@ -89,8 +96,20 @@ class Part:
     expected: str | None = None  # exact parts only
 
     def contrast_at(self, pairs: int) -> dict[str, float]:
-        """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12."""
-        return {arm_at(arm, pairs): c for arm, c in self.contrast.items()}
+        """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12; a slope's as it is."""
+        return self.contrast if self.sizes else {arm_at(arm, pairs): c for arm, c in self.contrast.items()}
+
+    def contrasts(self, pairs: int) -> list[dict[str, float]]:
+        """The contrast at so many pairs; of a slope one a size."""
+        if not self.sizes:
+            return [self.contrast_at(pairs)]
+        return [{_arm_of_size(arm, size): c for arm, c in self.contrast.items()} for size in self.sizes]
+
+    def controls(self, pairs: int) -> list[str]:
+        """The control arm at so many pairs; of a slope one a size."""
+        if self.control is None:
+            return []
+        return [_arm_of_size(self.control, s) for s in self.sizes] or [arm_at(self.control, pairs)]
 
     def check_arms(self, check: str) -> tuple[str, ...]:
         """The arms of a check in this notebook: "head" where it has such an arm, else that of the control's own setting.
@@ -103,7 +122,7 @@ class Part:
     @property
     def names_layers(self) -> bool:
         """Whether the arms are <depth>x<branches>, so that the number of pairs belongs to the verdict."""
-        return any(_LAYERS.fullmatch(arm) for arm in self.contrast)
+        return not self.sizes and any(_LAYERS.fullmatch(arm) for arm in self.contrast)
 
     def margin_at(self, profile: str) -> float | None:
         return self.margin_imagenet if profile == "imagenet" else self.margin
@@ -118,6 +137,11 @@ def arm_at(arm: str, pairs: int) -> str:
     if pairs % branches:
         raise UsageError(f"{pairs} pairs cannot be split into layers of {branches} branches, as arm {arm!r} needs")
     return f"{pairs // branches}x{branches}{match[3]}"
+
+
+def _arm_of_size(arm: str, size: int) -> str:
+    """ "W96 6x2" of width 32 is "W32 6x2"; an arm without a width is taken at `size` pairs."""
+    return _WIDTH.sub(f"W{size} ", arm) if _WIDTH.match(arm) else arm_at(arm, size)
 
 
 def ledger(path: Path | None = None) -> dict[str, Part]:
@@ -159,7 +183,7 @@ def _part(name: str, table: object) -> Part:
     _check_types(name, table)
     values = dict(table)
     values["contrast"] = {arm: float(c) for arm, c in table.get("contrast", {}).items()}
-    values["checks"] = tuple(table.get("checks", ()))
+    values |= {key: tuple(table.get(key, ())) for key in ("checks", "sizes")}
     for key in ("margin", "margin_imagenet", "paper"):
         if key in table:
             values[key] = float(table[key])
@@ -180,6 +204,10 @@ def _check_types(name: str, table: Mapping[str, object]) -> None:
     rules = {
         "contrast": ("a table of arm = number", lambda x: isinstance(x, Mapping) and all(map(number, x.values()))),
         "checks": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(c, str) for c in x)),
+        "sizes": (
+            "a list of two or more whole numbers, rising",
+            lambda x: isinstance(x, list) and all(map(count, x)) and len(x) > 1 and x == sorted(set(x)),
+        ),
         "images": ('a whole number from 1, or "all"', lambda x: x == "all" or count(x)),
         "n": ("a whole number from 2", lambda x: count(x) and x > 1),
         "min_pairs": ("a whole number from 1", count),
@@ -208,7 +236,9 @@ def _check_values(part: Part) -> None:
         for arm in part.check_arms(check):
             if arm not in ARMS[part.notebook]:
                 raise unknown(f"arm of the check {check!r} {where}", arm, ARMS[part.notebook])
-    for arm in (*part.contrast, part.control, part.parent):
+    arms = [*part.contrast, part.control, part.parent]
+    arms += [arm for contrast in part.contrasts(0) for arm in contrast] + part.controls(0) if part.sizes else []
+    for arm in arms:
         if arm is not None and arm not in ARMS[part.notebook]:
             raise unknown(f"arm {where}", arm, ARMS[part.notebook])
     if abs(sum(part.contrast.values())) > 1e-9:
@@ -216,7 +246,7 @@ def _check_values(part: Part) -> None:
     needed = {
         "exact": ("expected",),
         "ratio": ("contrast", "n"),
-        "slope": ("margin", "margin_imagenet", "images", "n", "control"),
+        "slope": ("contrast", "sizes", "margin", "margin_imagenet", "images", "n", "control"),
     }.get(part.kind, ("contrast", "margin", "margin_imagenet", "images", "n", "control"))
     if part.paper is not None:
         needed = (*needed, "paper_source", "paper_confidence")

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitlib.errors import UsageError, unknown
@@ -342,6 +344,58 @@ class _Autocast(TorchFunctionMode):
         if not (value.is_leaf and value.requires_grad):
             return value.half()
         return self.copies.setdefault(value, value.half())
+
+
+class Inference(NamedTuple):
+    """Bytes that a forward pass without gradients holds at its peak."""
+
+    weights: int
+    images: int
+    activations: int  # the most that the operations' results hold at one time
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def inference_memory(config: ViTConfig, batch: int = 1, attention: str = "explicit") -> Inference:
+    """What a forward pass on `batch` images holds at its peak in float32, counted without data or GPU.
+
+    Branches run one after the other, every token in every layer. Each tensor counts from the operation that makes it
+    until nothing refers to it any more, so that this is the peak of this implementation, in which a layer's input lives
+    until the layer is done. `attention` as in `saved_bytes`. Not counted: an operation's own work space, allocator, libraries.
+    Raises UsageError for an unknown attention.
+    """
+    if attention not in ATTENTION:
+        raise unknown("attention", attention, ATTENTION)
+    with torch.device("meta"):
+        model = set_execution(ViT(config).eval(), "seq")
+        images = torch.empty(batch, config.in_chans, config.image_size, config.image_size)
+    model.skip_unread = False
+    with torch.no_grad(), _Live(model) as live, AttentionAs(attention):
+        model(images)
+    return Inference(FLOAT32 * params(model), images.nbytes, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes that results of operations hold at one time; the model's own tensors do not count."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # Those that nothing refers to go first: their numbers may be given out again.
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        known = self.known | {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in known:
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int | None:

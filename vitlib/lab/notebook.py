@@ -35,7 +35,8 @@ class Page:
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from."""
         found = self.experiment.run(jobs)
-        display(Markdown(report.provenance(found)))
+        said = report.provenance(found) if found.results else f"No runs at `{self.profile}`: {report.WITHOUT_RUNS}"
+        display(Markdown(said))
         return found
 
     def table(self, table: pd.DataFrame, name: str = "") -> None:

@@ -32,7 +32,6 @@ from vitlib.lab.claims import (
     difference,
     interval,
     judge,
-    over_seeds,
     prints_as,
     verdict_table,
 )
@@ -55,6 +54,7 @@ from vitlib.train import masked, tokenizers
 from vitlib.train.finetune import STRATEGIES
 
 NOT_RUN = "not run"
+WITHOUT_RUNS = "the committed reference of `study` is shown, where there is one."
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -77,6 +77,40 @@ def sizes(models: Mapping[str, ViTConfig]) -> pd.DataFrame:
             "pairs": config.pairs, "params": f"{size.params:,}", "params_m": f"{size.params / 1e6:.1f}",
             "gmacs": f"{size.macs / 1e9:.2f}",
             "paper": f"{paper['params_m']} M, {paper['gflops']} G" if paper is not None else "–",
+        })  # fmt: skip
+    return pd.DataFrame(rows).astype(str)
+
+
+def table1_sizes() -> pd.DataFrame:
+    """The models of Table 1 with LayerScale and without: counted, and whether that prints as the paper prints it."""
+    rows = []
+    for row in paper_table("table1").to_dict("records"):
+        size = exact.size(vit_config(row["model"], layer_scale=1e-4 if row["layer_scale"] == "yes" else None))
+        params, gmacs = size.params / 1e6, size.macs / 1e9
+        same = prints_as(params, row["params_m"]) and prints_as(gmacs, row["gflops"])
+        rows.append({
+            "model": row["printed_name"], "LayerScale": row["layer_scale"], "params": f"{size.params:,}",
+            "params_m": f"{params:.1f}", "gmacs": f"{gmacs:.2f}", "paper": f"{row['params_m']} M, {row['gflops']} G",
+            "to the printed digit": "yes" if same else "no",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def figure_models(name: str) -> dict[str, ViTConfig]:
+    """The models of Figure 2 or 3, at the paper's sizes."""
+    rows = paper_table(name).to_dict("records")
+    scale = {row["model"]: 1e-4 if row.get("layer_scale") == "yes" else None for row in rows}
+    return {model: vit_config(model, layer_scale=value) for model, value in scale.items()}
+
+
+def arm_sizes(setting: Experiment) -> pd.DataFrame:
+    """The models that this notebook trains, counted; at a profile without runs, those of `study`."""
+    rows = []
+    for arm, spec in _arms(setting).items():
+        m, size = spec.model, exact.size(spec.model)
+        rows.append({
+            "arm": arm, "width": m.width, "layers": m.depth, "branches": m.branches, "pairs": m.pairs,
+            "params": f"{size.params:,}", "multiply-adds": f"{size.macs:,}",
         })  # fmt: skip
     return pd.DataFrame(rows).astype(str)
 
@@ -149,9 +183,20 @@ def points(estimate: Estimate | None) -> str:
     return "–" if estimate is None else f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
 
 
+def _arms(setting: Experiment) -> dict[str, RunSpec]:
+    """The arms to show: this profile's, or where it has none, those of `study`."""
+    return setting.arms or experiment(setting.notebook, "study").arms
+
+
 def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.DataFrame:
     """One row an arm: the paper | the committed reference | this run, with its difference to the reference arm."""
     p = arm_runs.experiment.profile
+    if not arm_runs.results:
+        committed = _committed(arm_runs.experiment.notebook)
+        return pd.DataFrame([
+            {"arm": arm, "paper (ImageNet)": paper.get(arm, "–"), "committed reference": committed.get(arm, NOT_RUN),
+             f"this run ({p.name})": NOT_RUN} for arm in _arms(arm_runs.experiment)
+        ])  # fmt: skip
     committed = _committed(arm_runs.experiment.notebook)
     rows = []
     for arm, results in arm_runs.results.items():
@@ -172,6 +217,8 @@ def blocked_model(arm_runs: Runs) -> str:
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
+    if len(arm_runs.results) < 2:
+        return ""
     table = pd.DataFrame([
         {"arm": arm, "seed": seed, "top1": result.metrics["top1"]}
         for arm, results in arm_runs.results.items()
@@ -206,15 +253,94 @@ def provenance(arm_runs: Runs) -> str:
 
 def _committed(notebook: str) -> dict[str, str]:
     """Arm -> the committed reference's value, from outputs/reference/study/tables; empty until there is one."""
-    path = paths.REFERENCE / "study" / "tables" / f"{NOTEBOOKS[notebook][0]}.csv"
-    if not path.is_file():
+    table = _reference_table(NOTEBOOKS[notebook][0])
+    if table is None:
         return {}
-    table = pd.read_csv(path, dtype=str)
     value = next(column for column in table if column.startswith("top1"))
     return dict(zip(table["arm"], table[value], strict=True))
 
 
+def gaps(arm_runs: Runs, size: str) -> pd.DataFrame:
+    """Two branches minus one in points, a row for each `size` ("width" or "pairs"), with its 95 % interval.
+
+    At a profile without runs: the committed reference, or what is not run.
+    """
+    setting = arm_runs.experiment
+    arms = {(getattr(s.model, size), s.model.branches): arm for arm, s in _arms(setting).items()}
+    rows = []
+    for value in sorted({value for value, _ in arms}):
+        one, two = arms[value, 1], arms[value, 2]
+        row = {size: str(value), "contrast": f"{two} - {one}", "points": NOT_RUN}
+        row |= {"low, points": "–", "high, points": "–"}
+        if arm_runs.results:
+            e = contrast(arm_runs, two, one)
+            seen = correct(arm_runs)
+            row["points"] = f"{100 * (seen[two].mean() - seen[one].mean()):+.2f}"
+            row |= {"low, points": f"{e.low:+.2f}", "high, points": f"{e.high:+.2f}"} if e else {}
+        rows.append(row | {"n": str(len(setting.profile.seeds)), "measured": f"here ({setting.profile.name})"})
+    committed = _reference_table(f"{NOTEBOOKS[setting.notebook][0]}_gaps")
+    if not arm_runs.results and committed is not None:
+        return committed.assign(measured="committed reference (study)")
+    return pd.DataFrame(rows)
+
+
+def _reference_table(name: str) -> pd.DataFrame | None:
+    path = paths.REFERENCE / "study" / "tables" / f"{name}.csv"
+    return pd.read_csv(path, dtype=str) if path.is_file() else None
+
+
 # ---------------------------------------------------------------------------------------------------- paper columns
+
+
+def paper_gaps(name: str, size: str) -> pd.DataFrame:
+    """Figure 2 or 3: top-1 of one branch and of two, and their difference in points, as read off the chart."""
+    table = paper_table(name).astype({size: int})
+    scaled = table.get("layer_scale", pd.Series("no", table.index))
+    wide = table.assign(LayerScale=scaled).pivot(
+        index=["model_family", size, "LayerScale"], columns="branches", values="top1"
+    )
+    wide = wide.reset_index().sort_values(["model_family", size] if size == "pairs" else size)
+    gap = wide["2"].astype(float) - wide["1"].astype(float)
+    return wide.rename(columns={"1": "x1, chart", "2": "x2, chart"}).assign(**{"x2 - x1": gap.map("{:+.1f}".format)})
+
+
+def paper_pairs() -> dict[str, str]:
+    """Figure 3: ViT-B by layers and branches."""
+    rows = paper_table("figure3").query("model_family == 'ViT-B'").itertuples()
+    return {row.model.removeprefix("B"): as_printed(row.top1, row.confidence) for row in rows}
+
+
+def paper_layer_scale() -> pd.DataFrame:
+    """Table 2: 36 pairs of ViT-B, and what two branches gain over one in each row."""
+    table = paper_table("table2").pivot(index=["epochs", "layer_scale"], columns="model", values=["top1", "top1_v2"])
+    table.columns = [f"{model}, {column}" for column, model in table.columns]
+    values = table.apply(pd.to_numeric)
+    for column in ("top1", "top1_v2"):
+        gap = values[f"B18x2, {column}"] - values[f"B36x1, {column}"]
+        table[f"x2 - x1, {column}"] = gap.map("{:+.1f}".format).where(gap.notna(), "–")
+    return table.replace("", "–").reset_index().rename(columns={"layer_scale": "LayerScale"})
+
+
+def paper_forms() -> pd.DataFrame:
+    """Table 3: accuracy and memory of more pairs and of more width."""
+    columns = ["model", "layer_scale", "params_m", "gflops", "peak_mem_mb", "top1", "top1_v2"]
+    return paper_table("table3")[columns].rename(columns={"layer_scale": "LayerScale"})
+
+
+def paper_procedures() -> pd.DataFrame:
+    """Table 8: top-1 of the same models by five training procedures, epochs in brackets."""
+    table = paper_table("table8")
+    spread = table["top1_sd"].where(table["top1_sd"] == "", " ± " + table["top1_sd"])
+    cell = (table["top1"] + spread + " (" + table["epochs"] + " ep)").where(table["top1"] != "", "–")
+    return table.assign(cell=cell).pivot(index="procedure", columns="model", values="cell").loc[
+        table["procedure"].unique(), table["model"].unique()
+    ].reset_index()  # fmt: skip
+
+
+def paper_baselines() -> pd.DataFrame:
+    """Table 1: accuracies and throughput of the baselines."""
+    columns = ["printed_name", "epochs", "layer_scale", "top1", "top1_v2", "images_per_s"]
+    return paper_table("table1")[columns].rename(columns={"printed_name": "model", "layer_scale": "LayerScale"})
 
 
 def paper_branches() -> dict[str, str]:
@@ -508,6 +634,35 @@ def step_costs(profile_name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def form_memory() -> pd.DataFrame:
+    """Table 3's memory: more pairs over the width of like cost, a training step and a forward pass, counted."""
+    printed = paper_table("table3").set_index("model")["peak_mem_mb"].astype(float)
+    rows = []
+    for more, wide in exact.MORE_PAIRS.items():
+        row = {"more pairs / more width": f"{more} / {wide}"}
+        row["paper, MB"] = f"{printed[more]:.0f} / {printed[wide]:.0f}"
+        row["paper, ratio"] = f"{printed[more] / printed[wide]:.2f}"
+        for batch in (1, 32):
+            ours = [exact.training_memory(name, batch).total for name in (more, wide)]
+            row[f"training step, batch of {batch}, MB"] = " / ".join(f"{v / 2**20:,.0f}" for v in ours)
+            row[f"ratio at {batch}"] = f"{ours[0] / ours[1]:.2f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def inference_memory(batch: int = 256) -> pd.DataFrame:
+    """Table 3's models, a forward pass at its peak in float32, counted: by way of attention, the paper's MB beside."""
+    rows = []
+    for row in paper_table("table3").itertuples():
+        counts = {a: exact.inference_memory(row.model, batch, a) for a in ("explicit", "fused")}
+        rows.append({
+            "model": row.model, "paper, MB": row.peak_mem_mb, "weights, MB": _megabytes(counts["fused"].weights, digits=0),
+            f"{batch} images, MB": _megabytes(counts["fused"].images, digits=0),
+            **{f"all, {a} attention, MB": _megabytes(count.total, digits=0) for a, count in counts.items()},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 # ---------------------------------------------------------------------------------------------------- benchmarks
 
 
@@ -583,8 +738,36 @@ def theme() -> None:
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
 
 
+def gap_figure(table: pd.DataFrame, paper: pd.DataFrame, size: str) -> Figure:
+    """Two branches minus one over `size`: `gaps` with intervals, and `paper_gaps` beside, both in points."""
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    y, low, high = (pd.to_numeric(table[c], errors="coerce") for c in ("points", "low, points", "high, points"))
+    error = None if low.isna().any() else np.stack([y - low, high - y])
+    label = f"{table['measured'].iloc[0]}, {'not run' if y.isna().all() else 'n = ' + table['n'].iloc[0]}"
+    axes.errorbar(table[size].astype(int), y, error, fmt="D-", capsize=4, label=label)
+    for i, (family, group) in enumerate([("", paper)] if size == "width" else paper.groupby("model_family")):
+        name = f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"
+        color = sns.color_palette()[i + 1]
+        axes.plot(group[size], group["x2 - x1"].astype(float), marker="o", linestyle="--", color=color, label=name)
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({*table[size].astype(int), *paper[size]})
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.set(xlabel=size, ylabel="two branches minus one, points")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
-    """Points above the reference arm: one dot a seed, the mean with its 95 % interval over seeds and images."""
+    """Points above the reference arm: one dot a seed, the mean with its 95 % interval over seeds and images.
+
+    Without runs: only that sentence.
+    """
+    if not arm_runs.results:
+        figure = plt.figure(figsize=(6, 0.6))
+        figure.text(0.5, 0.5, f"no runs at {arm_runs.experiment.profile.name}", ha="center", va="center")
+        return figure
     seen, arms = correct(arm_runs), [arm for arm in arm_runs.results if arm != reference]
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     by_seed = pd.DataFrame([
@@ -599,6 +782,8 @@ def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
             axes.errorbar(x, estimate.mean, yerr=error, fmt="D", capsize=4, color=sns.color_palette()[0])
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points")
+    if len(arms) > 6:
+        axes.tick_params(axis="x", labelrotation=30)
     return figure
 
 
@@ -786,6 +971,8 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
         hashes = [{part.id: rows[0]["ledger"]}]
         device = f"{rows[0]['device']}, {rows[0]['case']}"
         return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
+    if NOTEBOOKS[part.notebook][1] is None:  # no run of this kind exists
+        return judge(part, {}, p.name, p.pairs, classes)
     setting = experiment(part.notebook, p.name)
     sizes = (p.pairs, part.min_pairs or p.pairs)
     found = _finished(setting, {arm for pairs in sizes for arm in (*arms_of(part, pairs), part.parent)})
@@ -794,25 +981,19 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
     hashes = [result.ledger for spec in family if (result := runs.find(spec)) is not None]
     images = None if part.images == "all" else part.images
-    if any(setting.arms[arm].images != images for arm in part.contrast_at(pairs) if arm in found):
+    contrasted = {arm for at_size in part.contrasts(pairs) for arm in at_size if arm in found}
+    if any(setting.arms[arm].images != images for arm in contrasted):
         hashes = []  # not the number of images that the entry fixes
     seen = correct(Runs(setting, found))
-    return judge(part, seen, p.name, pairs, classes, hashes=hashes, estimate=_slope_evidence(part, seen))
+    return judge(part, seen, p.name, pairs, classes, hashes=hashes)
 
 
 def _classes(part: Part, profile_name: str) -> int:
     """The number of classes of the data that a part's control was trained on; of the profile's where it has no run."""
     p = profile(profile_name)
-    arms = experiment(part.notebook, p.name).arms if part.control else {}
+    arms = experiment(part.notebook, p.name).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
     control = arms.get(arm_at(part.control, p.pairs)) if arms else None
     return card(control.data if control else p.data)["vitlib"]["num_classes"]
-
-
-def _slope_evidence(part: Part, seen: Mapping[str, np.ndarray]) -> Estimate | None:
-    """A slope over two sizes is the change from the smaller to the larger: the contrast, in points, a value a seed."""
-    if part.kind != "slope" or len(part.contrast) != 4 or not all(arm in seen for arm in part.contrast):
-        return None
-    return over_seeds(100 * difference(seen, part.contrast).mean(axis=1))
 
 
 def _timed(part: Part, profile_name: str) -> list[dict]:
