@@ -708,7 +708,7 @@ def _bench_paths(name: str, profile_name: str) -> list[tuple[str, Path]]:
 
 def throughput_figure(profile_name: str) -> Figure:
     """How many times as fast at once as one after the other, over the batch: the paper's V100 and what was measured."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     table = paper_throughput()
     for i, (model, group) in enumerate(table.groupby("model", sort=False)):
         x, y = group["batch"].astype(int), group["par over seq"].astype(float)
@@ -727,7 +727,7 @@ def throughput_figure(profile_name: str) -> Figure:
     axes.axhline(1, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="batch", ylabel="par over seq, images a second")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
