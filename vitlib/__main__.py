@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
+    tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
+    tune.add_argument("--group", action="append", default=[], help="only this one, e.g. supervised; may be repeated")
+    tune.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
     bench.add_argument("name", help="branches, finetune, masked, train or data")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
@@ -106,6 +109,18 @@ def run_(arguments) -> None:
     from vitlib.lab.launch import launch
 
     launch(_specs(arguments), arguments.jobs)
+
+
+def tune_(arguments) -> None:
+    from vitlib.lab import report, tuning
+    from vitlib.lab.experiments import profile
+    from vitlib.lab.launch import launch
+
+    chosen, name = tuning.groups(arguments.group), profile(arguments.profile).name
+    specs = tuning.specs(name, chosen.values())
+    print(report.plan_table(specs, arguments.jobs))
+    launch(specs, arguments.jobs)
+    print(report.tuning_table(name, chosen))
 
 
 def reproduce_(arguments) -> None:

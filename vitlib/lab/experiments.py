@@ -59,7 +59,7 @@ class Profile:
         return self.judged and not self.every_arm
 
 
-# smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer.
+# smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer pre-training.
 PROFILES = {
     "smoke": Profile(
         name="smoke", data="fashion-mnist", seeds=(1000,), width=32, pairs=12, image_size=16, finetune_size=20,
@@ -73,8 +73,8 @@ PROFILES = {
     ),
     "study": Profile(
         name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
-        finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=4,
-        masked_epochs=5, few_labels_epochs=24, every_arm=True, targets="dvae",
+        finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2,
+        masked_epochs=4, few_labels_epochs=24, every_arm=True, targets="dvae",
     ),
 }  # fmt: skip
 
@@ -147,10 +147,11 @@ def branches(p: Profile) -> dict[str, RunSpec]:
     def arm(pairs: int, k: int, scale: float | None) -> RunSpec:
         return _supervised(p, _model(p, pairs // k, k, layer_scale=scale))
 
-    sizes = [(p.pairs, k) for k in ((1, 2, 3, 4) if p.every_arm or not p.judged else (1, 2))]
-    sizes += [(36, k) for k in (1, 2, 3, 4)] if p.every_arm else []
-    scales = (LAYER_SCALE, None) if p.every_arm else (LAYER_SCALE,)
-    return {f"{n // k}x{k}{'+LS' if ls else ''}": arm(n, k, ls) for n, k in sizes for ls in scales}
+    own = [(p.pairs, k) for k in ((1, 2, 3, 4) if p.every_arm or not p.judged else (1, 2))]
+    forms = [(n, k, scale) for n, k in own for scale in ((LAYER_SCALE, None) if p.every_arm else (LAYER_SCALE,))]
+    if p.every_arm:  # Paper: Figure 1 without LayerScale; with it 36x1 and 18x2 alone (Tables 2 and 3)
+        forms += [(36, k, None) for k in (1, 2, 3, 4)] + [(36, k, LAYER_SCALE) for k in (1, 2)]
+    return {f"{n // k}x{k}{'+LS' if scale else ''}": arm(n, k, scale) for n, k, scale in forms}
 
 
 def _form(p: Profile, pairs: int, k: int, width: int | None = None, scale: float | None = None) -> RunSpec:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from vitlib import paths
 from vitlib.data import load_resized, normalise
 from vitlib.data.registry import card
-from vitlib.lab import exact, measure, plan, runs
+from vitlib.lab import exact, measure, plan, runs, tuning
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
 from vitlib.lab.claims import (
@@ -1069,6 +1069,13 @@ def claims_table(profile_name: str) -> str:
     save_table(verdict_table(every), profile_name, "claims", "")
     table = stances(every)[["claim", "stance", "parts"]]
     return f"claims at profile {profile_name}\n{table.to_markdown(index=False, tablefmt='simple')}"
+
+
+def tuning_table(profile_name: str, chosen: Mapping[str, tuning.Group]) -> str:
+    """Validation accuracy of every arm at every rate, for the terminal; also written to outputs/<profile>/tuning.csv."""
+    save_table(pd.DataFrame(tuning.table(profile_name, tuning.GROUPS)), profile_name, "tuning", "")
+    table = pd.DataFrame(tuning.table(profile_name, chosen))
+    return table.to_markdown(index=False, tablefmt="simple", floatfmt=("", "", "", ".4g", "", ".2f", ".2f", ""))
 
 
 def save_table(table: pd.DataFrame, profile_name: str, name: str, folder: str = "tables") -> None:

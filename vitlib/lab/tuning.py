@@ -1,0 +1,97 @@
+"""Tuning: the same three learning rates for every arm, on validation images, before any judged run.
+
+A group of arms shares one rate, the best on the mean over its arms; in Tables 5 and 6 each strategy is a group of its own.
+The chosen rates stand in `train/recipes.py`; what they were chosen from is committed as outputs/reference/<profile>/tuning.csv.
+Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vitlib.errors import unknown
+from vitlib.lab import runs
+from vitlib.lab.experiments import experiment
+from vitlib.lab.ledger import TRANSFER_IMAGES
+from vitlib.lab.runs import FIRST_TUNING_SEED, RunSpec
+
+SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that share a rate."""
+
+    notebook: str
+    arms: tuple[str, ...]
+    rates: tuple[float, float, float]  # lowest first
+
+    def specs(self, profile: str) -> list[tuple[str, float, RunSpec]]:
+        """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
+        arms = experiment(self.notebook, profile).arms
+        return [
+            (arm, lr, replace(arms[arm], recipe=replace(arms[arm].recipe, lr=lr)).with_seed(seed))
+            for seed in SEEDS for arm in self.arms for lr in self.rates
+        ]  # fmt: skip
+
+
+def _transfer(strategy: str) -> Group:
+    """A strategy of Table 6 on the middle number of images of each data set."""
+    arms = tuple(f"W64 {data} {counts[1]} {strategy}" for data, counts in TRANSFER_IMAGES.items())
+    return Group("42", arms, (1e-3, 3e-3, 1e-2))
+
+
+# In the order in which they run: trunks first.
+GROUPS = {
+    "supervised+LS": Group("31", ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
+    "supervised": Group("31", ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
+    **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in ("full", "attn", "ffn", "head")},
+    "few labels": Group(
+        "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
+        (5e-4, 1e-3, 2e-3),
+    ),
+    "supervised stems": Group("52", tuple(f"{s} supervised" for s in ("linear", "hmlp", "conv")), (5e-4, 1e-3, 2e-3)),
+    **{f"transfer {s}": _transfer(s) for s in ("full", "attn", "ffn", "head")},
+}  # fmt: skip
+
+
+def groups(names: Sequence[str]) -> dict[str, Group]:
+    """The groups of these names, all by default; "resolution" names all strategies of it. UsageError for another."""
+    words = {name.split()[0] for name in GROUPS}
+    for name in names:
+        if name not in GROUPS and name not in words:
+            raise unknown("tuning group", name, GROUPS)
+    return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
+
+
+def specs(profile: str, chosen: Iterable[Group]) -> list[RunSpec]:
+    """Every tuning run of these groups, each once."""
+    return list(dict.fromkeys(spec for group in chosen for _, _, spec in group.specs(profile)))
+
+
+def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
+    """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
+    rows = []
+    for name, group in chosen.items():
+        found: dict[tuple[str, float], list[float]] = {}
+        for arm, lr, spec in group.specs(profile):
+            if result := runs.find(spec):
+                found.setdefault((arm, lr), []).append(result.metrics["top1"])
+        whole = {key: values for key, values in found.items() if len(values) == len(SEEDS)}
+        taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
+        rows += [
+            {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
+             "top1_validation": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
+             "chosen": lr == taken if taken else None}
+            for (arm, lr), values in whole.items()
+        ]  # fmt: skip
+    return rows
+
+
+def best(found: dict[tuple[str, float], Sequence[float]]) -> float:
+    """The rate whose mean over all arms is highest; of equals the lowest."""
+    rates = sorted({lr for _, lr in found})
+    return max(rates, key=lambda lr: (np.mean([v for (_, other), v in found.items() if other == lr]), -lr))
