@@ -53,10 +53,13 @@ ALLOWED = {
     "protocol": ("supervised", "finetune", "masked", "tokenizer"),
     "strategy": finetune.STRATEGIES,
     "targets": ("none", *tokenizers.TARGETS),
-    "precision": ("float32",),
+    "precision": ("float32", "bf16"),
     "execution": ("seq", "par"),
-    "device": ("cpu",),
+    "device": ("cpu", "cuda", "auto"),  # auto: a GPU where there is one; the result says what it was
 }
+# Fields that came after the first runs, with the value that means "as before".
+LATER = {"tokenizer": None, "accumulate": 1, "compile": False, "channels_last": False, "checkpointing": False}
+LATER_IN_RECIPE = {"layer_decay": None, "augment": None, "cutmix": 0.0, "smoothing": 0.0, "repeats": 1, "ema": None}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class RunSpec:
     execution: str = "seq"
     threads: int = 1
     device: str = "cpu"
+    accumulate: int = 1  # parts of a batch that go through the model one after the other
+    compile: bool = False
+    channels_last: bool = False
+    checkpointing: bool = False  # activations are computed again in the backward pass
 
     def __post_init__(self) -> None:
         for field, allowed in ALLOWED.items():
@@ -108,9 +115,10 @@ class RunSpec:
         if self.targets == "dalle":
             record["dalle_checksum"] = dalle.checksum()
         # Fields that came later are written only where they are set, so that older runs keep their hashes.
-        for part, name in ((record, "tokenizer"), (record["recipe"], "layer_decay")):
-            if part[name] is None:
-                del part[name]
+        for part, later in ((record, LATER), (record["recipe"], LATER_IN_RECIPE)):
+            for name, default in later.items():
+                if part[name] == default:
+                    del part[name]
         return record | {"data_checksum": data_checksum(self.data), "training_version": TRAINING_VERSION}
 
     def with_seed(self, seed: int) -> RunSpec:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")  # timm's names; sgd has Nesterov momentum 0.9
@@ -36,6 +37,12 @@ class Recipe:
     # Fine-tuning by BEiT's protocol: the rate falls by this factor from each layer of a 12-layer model to the one below;
     # other depths take the factor that gives their stem the same rate (`loop.layer_decay`). None = one rate for all.
     layer_decay: float | None = None
+    # What follows is for images that are read as they are needed (`data/images.py`); off for those held as one tensor.
+    augment: Augment | None = None  # crops and colours; None = `flip` alone
+    cutmix: float = 0.0  # alpha; with mixup too, each pair of images takes one of the two, half-half
+    smoothing: float = 0.0  # label smoothing; cross entropy only
+    repeats: int = 1  # repeated augmentation: so many views of an image in an epoch, of a `repeats`-th of the images
+    ema: float | None = None  # decay of an exponential moving average of the weights, evaluated beside them
 
     def __post_init__(self) -> None:
         for field, allowed in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
