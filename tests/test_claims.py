@@ -523,10 +523,21 @@ def test_the_table_has_a_row_a_verdict_and_adjusts_p_within_a_profile():
         judge(LEDGER["P1"], {}, "study", 36, 10, holds=True),
     ]
     table = claims.verdict_table(verdicts)
-    assert list(table.columns) == (
-        "part claim contrast n ours low high paper margin p p_holm verdict stance "
-        "smallest_visible seeds_needed notebook".split()
+    assert (
+        list(table.columns)
+        == (
+            "part claim title notebook contrast test n test_images ours sd low high seed_se image_se paired_low paired_high "
+            "paper paper_source paper_confidence margin p p_holm checks verdict stance smallest_visible seeds_needed note runs"
+        ).split()
     )
+    first, e = table.iloc[0], verdicts[0].estimate
+    assert (first["n"], first["test_images"], first["ours"]) == (5, 2000, e.mean)
+    assert first["seed_se"] ** 2 + first["image_se"] ** 2 == pytest.approx(e.se**2)
+    by_seed = [
+        100 * (a.mean() - b.mean())
+        for a, b in zip(*map(every_arm(LEDGER["P2-1"], {"18x2": 0.71}).get, ("18x2", "36x1")), strict=True)
+    ]
+    assert first["sd"] == pytest.approx(np.std(by_seed, ddof=1)) and first["checks"] == "control learned: passed"
     assert list(table["part"]) == ["P2-1", "P2-3", "A1", "A1", "P5", "P1"]
     assert list(table["p_holm"][:3]) == pytest.approx(list(claims.holm([v.p for v in verdicts[:3]])))
     assert table["p_holm"][3] == pytest.approx(verdicts[3].p)  # alone in its profile
@@ -577,14 +588,46 @@ def test_the_hash_changes_with_every_field_and_with_nothing_else():
         "id": "x", "claim": "x", "title": "x", "notebook": "41", "kind": "equivalence", "metric": "x", "scope": "any",
         "contrast": {"a": 1.0}, "sizes": (1, 2), "margin": 1.4, "margin_imagenet": 0.2, "images": "all", "n": 6, "min_pairs": 36,
         "checks": (), "control": "x", "parent": "x", "paper": 0.1, "paper_source": "x", "paper_confidence": "read",
-        "expected": "0",
+        "expected": "0", "profiles": ("gpu",), "at": {"gpu": {"margin": 1.0}},
     }  # fmt: skip
     assert set(other) == {f.name for f in fields(part)}
     hashes = [part_hash(part), *(part_hash(replace(part, **{key: value})) for key, value in other.items())]
     assert len(set(hashes)) == len(hashes)
     turned = dict(reversed(part.contrast.items()))
     assert part_hash(replace(part, contrast=turned)) == part_hash(part)
-    assert ledger_hashes() == {id: part_hash(part) for id, part in LEDGER.items()}
+    own = {part.key(profile): part_hash(part.entry(profile)) for part in LEDGER.values() for profile in part.at}
+    assert ledger_hashes() == {id: part_hash(replace(part, at={})) for id, part in LEDGER.items()} | own
+
+
+def test_a_key_of_one_profile_changes_what_is_fixed_for_that_profile_alone(tmp_path):
+    text = (paths.PAPER / "claims.toml").read_text()
+    (tmp_path / "claims.toml").write_text(f"{text}\n[A1.gpu]\nmargin = 0.7\n")
+    changed = ledger(tmp_path / "claims.toml")["A1"]
+    assert ledger_hashes(tmp_path / "claims.toml").items() >= ledger_hashes().items() - {("A1 at gpu", None)}
+    arms = every_arm(changed, {})
+    before = [{changed.id: part_hash(LEDGER["A1"])}]
+    assert judge(changed, arms, "study", 12, 10, hashes=before).margin == LEDGER["A1"].at_profile("study").margin
+    assert judge(changed, arms, "study", 12, 10, hashes=before).word == "equivalent within m"
+    assert judge(changed, arms, "gpu", 12, 10, hashes=before).word == "not run"  # made before gpu's margin was fixed
+    there = judge(changed, arms, "gpu", 12, 10, hashes=[ledger_hashes(tmp_path / "claims.toml")])
+    assert (there.word, there.margin) == ("equivalent within m", 0.7)
+    for wrong in (
+        "[A1.gpu]\nmargni = 1\n",
+        "[A1.gpu]\nn = 3\n",
+        "[A1.gpu]\nmargin = -1\n",
+        '[A1.gpu]\ncontrol = "x"\n',
+    ):
+        (tmp_path / "claims.toml").write_text(f"{text}\n{wrong}")
+        with pytest.raises(UsageError, match="ledger entry A1"):
+            ledger(tmp_path / "claims.toml")
+
+
+def test_parts_of_other_profiles_do_not_hold_a_claim_open():
+    only = replace(LEDGER["P2-4"], profiles=("gpu",))
+    entries = LEDGER | {"P2-4": only}
+    won = [verdict_on(f"P2-{k}", {"18x2": 0.75}) for k in (1, 3)]
+    assert claims.claim_stance(won, entries) == "supports"
+    assert claims.claim_stance([replace(v, profile="gpu") for v in won], entries) == "open (P2-4)"
 
 
 @pytest.mark.parametrize("data, counts", TRANSFER_IMAGES.items())

@@ -14,9 +14,7 @@ import numpy as np
 from scipy import stats
 
 from vitlib.errors import UsageError, unknown
-from vitlib.lab.ledger import Part, ledger, part_hash
-
-PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
+from vitlib.lab.ledger import PROFILES, Part, ledger, part_hash
 
 # The words of a part.
 SAME, OPPOSITE = "same direction", "opposite direction"
@@ -50,6 +48,11 @@ class Estimate:
     n: int  # seeds or process restarts
     images: int  # 1 = the seed is the unit: Student's t over seeds
     level: float = 0.95
+
+    @property
+    def sd(self) -> float:
+        """Sample deviation over seeds of a seed's mean difference."""
+        return math.sqrt(self.mean_squares[0] / self.images)
 
     @property
     def seed_term(self) -> float:
@@ -270,10 +273,10 @@ def above(correct: Mapping[str, np.ndarray], a: str, b: str, bound: float) -> bo
 def run_checks(
     part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int
 ) -> dict[str, bool]:
-    """Check -> passed, for the checks that apply at this profile."""
+    """Check -> passed, for the checks that apply at this profile; `part` as it is there."""
     checks: dict[str, Callable[[], bool]] = {
         "control learned": lambda: all(control_learned(correct, arm, num_classes) for arm in part.controls(pairs)),
-        "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin_at(profile)),
+        "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin),
         "pre-training helps": lambda: above(correct, *part.check_arms("pre-training helps"), 0.0),
     }
     applying = [name for name in part.checks if not (name == "control learned" and profile == "imagenet")]
@@ -300,6 +303,7 @@ class Verdict:
     smallest_visible: float | None = None  # points, or a ratio
     seeds_needed: int | str | None = None
     note: str = ""
+    runs: tuple[str, ...] = ()  # the hashes of the runs that it was read from
 
     @property
     def text(self) -> str:
@@ -333,7 +337,8 @@ def judge(
     part reads `not run`. holds: the outcome of an exact part. device: named beside a ratio.
     """
     _known(profile)
-    margin = part.margin_at(profile)
+    key, fixed, part = part.key(profile), part_hash(part.entry(profile)), part.at_profile(profile)
+    margin = part.margin
     contrast = {} if part.kind == "exact" else part.contrast_at(pairs)
     blank = Verdict(part, profile, _text(contrast), NOT_RUN, margin=margin)
     if part.kind == "exact":
@@ -342,7 +347,7 @@ def judge(
         return replace(blank, word=SMOKE)
 
     in_scope = (part.scope != "imagenet" or profile == "imagenet") and pairs >= part.min_pairs
-    missing = _missing(part, correct, pairs, in_scope, list(hashes))
+    missing = _missing(part, correct, pairs, in_scope) or _stale(key, fixed, list(hashes))
     if missing:
         return replace(blank, note=missing)
     if part.kind == "ratio":
@@ -392,7 +397,9 @@ def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None
     claims = {verdict.part.claim for verdict in verdicts}
     if len(claims) != 1:
         raise UsageError(f"the stance of one claim was asked for, with parts of {len(claims)}: {sorted(claims)}")
-    stances = {id: "open" for id, part in (entries or ledger()).items() if part.claim in claims}
+    profile = verdicts[0].profile
+    parts = [part for part in (entries or ledger()).values() if part.claim in claims and part.belongs(profile)]
+    stances = {part.id: "open" for part in parts}
     stances |= {verdict.part.id: verdict.stance for verdict in verdicts}
     if "contradicts" in stances.values():
         return "contradicts"
@@ -412,27 +419,39 @@ def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None 
     for profile in PROFILES:
         judged = {v.part.id: v.p for v in (*(family or ()), *verdicts) if v.profile == profile and v.p is not None}
         adjusted |= {(profile, id): q for id, q in zip(judged, holm(list(judged.values())), strict=True)}
-    ours = [v.ours or (None, None, None) for v in verdicts]
-    columns = {
-        "part": [v.part.id for v in verdicts],
-        "claim": [v.part.claim for v in verdicts],
-        "contrast": [v.contrast for v in verdicts],
-        "n": pd.array([v.estimate.n if v.estimate else None for v in verdicts], dtype="Int64"),
-        "ours": [mean for mean, _, _ in ours],
-        "low": [low for _, low, _ in ours],
-        "high": [high for _, _, high in ours],
-        "paper": [v.part.paper for v in verdicts],
-        "margin": [v.margin for v in verdicts],
-        "p": [v.p for v in verdicts],
-        "p_holm": [adjusted.get((v.profile, v.part.id)) for v in verdicts],
-        "verdict": [v.text for v in verdicts],
-        "stance": [v.stance for v in verdicts],
-        "smallest_visible": [v.smallest_visible for v in verdicts],
-        "seeds_needed": pd.Series([v.seeds_needed for v in verdicts], dtype=object),  # a number or words
-        "notebook": [v.part.notebook for v in verdicts],
-    }
-    numbers = ["ours", "low", "high", "paper", "margin", "p", "p_holm", "smallest_visible"]
-    return pd.DataFrame(columns).astype(dict.fromkeys(numbers, float))
+    return pd.DataFrame([_row(v, adjusted) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
+
+
+# Columns of the claims table. sd, seed_se, image_se: in points, of a ratio of its logarithm.
+COLUMNS = dict.fromkeys(("part", "claim", "title", "notebook", "contrast", "test"), object) | {
+    "n": "Int64", "test_images": "Int64",
+    **dict.fromkeys(("ours", "sd", "low", "high", "seed_se", "image_se", "paired_low", "paired_high", "paper"), float),
+    "paper_source": object, "paper_confidence": object,
+    **dict.fromkeys(("margin", "p", "p_holm"), float),
+    **dict.fromkeys(("checks", "verdict", "stance"), object),
+    "smallest_visible": float, "seeds_needed": object,  # a number or words
+    "note": object, "runs": object,
+}  # fmt: skip
+
+
+def _row(v: Verdict, adjusted: Mapping[tuple[str, str], float]) -> dict[str, object]:
+    part, e = v.part, v.estimate
+    row = {
+        "part": part.id, "claim": part.claim, "title": part.title, "notebook": part.notebook, "contrast": v.contrast,
+        "test": part.kind, "paper": part.paper, "paper_source": part.paper_source,
+        "paper_confidence": part.paper_confidence, "margin": v.margin, "p": v.p, "p_holm": adjusted.get((v.profile, part.id)),
+        "checks": "; ".join(f"{name}: {'passed' if passed else 'failed'}" for name, passed in v.checks.items()),
+        "verdict": v.text, "stance": v.stance, "smallest_visible": v.smallest_visible, "seeds_needed": v.seeds_needed,
+        "note": v.note, "runs": " ".join(v.runs),
+    }  # fmt: skip
+    if e is None:
+        return row
+    mean, low, high = v.ours
+    return row | {
+        "n": e.n, "test_images": e.images if e.images > 1 else None, "ours": mean, "sd": e.sd, "low": low, "high": high,
+        "seed_se": math.sqrt(e.seed_term), "image_se": math.sqrt(e.image_term),
+        "paired_low": e.paired[0], "paired_high": e.paired[1],
+    }  # fmt: skip
 
 
 def _known(profile: str) -> None:
@@ -446,22 +465,9 @@ def _text(contrast: Mapping[str, float]) -> str:
     return " ".join(terms).removeprefix("+ ")
 
 
-def arms_of(part: Part, pairs: int) -> list[str]:
-    """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
-    arms = [arm for contrast in part.contrasts(pairs) for arm in contrast]
-    arms += [arm for check in part.checks for arm in part.check_arms(check)]
-    return list(dict.fromkeys(arms + part.controls(pairs)))
-
-
-def _missing(
-    part: Part,
-    correct: Mapping[str, np.ndarray],
-    pairs: int,
-    in_scope: bool,
-    hashes: Sequence[Mapping[str, str]],
-) -> str:
-    """Why a part reads `not run`, or ""."""
-    arms = arms_of(part, pairs) if in_scope else [arm for contrast in part.contrasts(pairs) for arm in contrast]
+def _missing(part: Part, correct: Mapping[str, np.ndarray], pairs: int, in_scope: bool) -> str:
+    """Which runs a part lacks, or ""."""
+    arms = part.arms(pairs) if in_scope else [arm for contrast in part.contrasts(pairs) for arm in contrast]
     absent = [arm for arm in arms if arm not in correct]
     if absent:
         return f"no runs of {', '.join(absent)}"
@@ -469,7 +475,12 @@ def _missing(
     wrong = [f"{arm} {n}" for arm, n in counts.items() if n != part.n]
     if wrong:
         return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}"
-    if not hashes or any(stored.get(part.id) != part_hash(part) for stored in hashes):
+    return ""
+
+
+def _stale(key: str, fixed: str, hashes: Sequence[Mapping[str, str]]) -> str:
+    """Whether the runs stored another hash of the entry than it has now, or none."""
+    if not hashes or any(stored.get(key) != fixed for stored in hashes):
         return "the runs were not made under this entry of the ledger: move outputs/runs away to make them again"
     return ""
 

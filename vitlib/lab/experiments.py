@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from vitlib.data.registry import card
 from vitlib.errors import UsageError, unknown
-from vitlib.lab import measure
+from vitlib.lab import measure, plan
 from vitlib.lab.launch import launch
-from vitlib.lab.ledger import ARMS
+from vitlib.lab.ledger import ARMS, ledger
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
@@ -335,7 +335,26 @@ def experiment(notebook: str, profile_name: str) -> Experiment:
 
 
 def all_specs(profile_name: str, notebooks: list[str]) -> list[RunSpec]:
-    """The runs of several notebooks in one queue: seeds outermost over all of them, each run once."""
-    chosen = [experiment(n, profile_name) for n in notebooks if NOTEBOOKS[n][1]]
-    seeds = profile(profile_name).seeds
-    return list(dict.fromkeys(spec.with_seed(s) for s in seeds for e in chosen for spec in e.arms.values()))
+    """The runs of several notebooks in one queue, each once, seeds outermost.
+
+    Where every arm is run, which takes hours: what each part of a claim reads, the cheapest part first, then the rest,
+    so that a stop leaves whole verdicts.
+    """
+    p = profile(profile_name)
+    chosen = [experiment(n, p.name) for n in notebooks if NOTEBOOKS[n][1]]
+    blocks = [[spec for e in chosen for spec in e.arms.values()]]
+    if p.every_arm:
+        blocks = sorted((arms for e in chosen for arms in _read_by_parts(e)), key=_cost) + blocks
+    return list(dict.fromkeys(spec.with_seed(seed) for block in blocks for seed in p.seeds for spec in block))
+
+
+def _read_by_parts(setting: Experiment) -> list[list[RunSpec]]:
+    """For each part of a claim in this notebook the runs that its verdict is read from."""
+    p = setting.profile
+    parts = [part.at_profile(p.name) for part in ledger().values() if part.notebook == setting.notebook]
+    read = [(*part.arms(max(p.pairs, part.min_pairs)), part.parent) for part in parts]
+    return [[setting.arms[arm] for arm in arms if arm in setting.arms] for arms in read]
+
+
+def _cost(arms: list[RunSpec]) -> float:
+    return sum(plan.formula_seconds(spec) for spec in {member for arm in arms for member in arm.family()})

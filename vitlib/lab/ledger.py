@@ -13,7 +13,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from vitlib import paths
@@ -22,6 +22,9 @@ from vitlib.errors import UsageError, unknown
 KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "ratio")
 POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
 SCOPES = ("any", "trained", "imagenet", "gpu")
+PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
+# What a profile may have otherwise, in a table of its own: [F1.gpu]
+OVERRIDES = ("contrast", "sizes", "margin", "images", "control", "paper", "paper_source", "paper_confidence")
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
 EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
 
@@ -43,7 +46,10 @@ _STEMS = (
 # notebook -> the arms that its experiments run, the same strings as there
 ARMS = {
     "21": tuple(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT")),
-    "31": tuple(f"{pairs // k}x{k}{scale}" for pairs in (12, 36) for scale in ("", "+LS") for k in (1, 2, 3, 4)),
+    "31": (
+        *(f"{pairs // k}x{k}" for pairs in (12, 36) for k in (1, 2, 3, 4)),
+        *(f"{layers}+LS" for layers in ("12x1", "6x2", "4x3", "3x4", "36x1", "18x2")),
+    ),
     "32": tuple(f"W{width} {layers}" for width in (32, 64, 96) for layers in ("12x1", "6x2")),
     "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2"),
     "34": tuple(f"{n}{scale}{long}" for n in ("12x1", "6x2") for scale in ("", "+LS") for long in ("", " longer")),
@@ -94,6 +100,26 @@ class Part:
     paper_source: str | None = None
     paper_confidence: str | None = None
     expected: str | None = None  # exact parts only
+    profiles: tuple[str, ...] = ()  # where the part belongs; () = everywhere
+    at: dict[str, dict[str, object]] = field(default_factory=dict)  # profile -> keys that differ there
+
+    def entry(self, profile: str) -> Part:
+        """What the ledger fixes for a profile: this entry, with the keys that are otherwise there."""
+        return replace(self, at={}, **self.at.get(profile, {}))
+
+    def at_profile(self, profile: str) -> Part:
+        """The part as it is judged at a profile. On ImageNet every label is used, as in the paper, and m is 0.3."""
+        part = self.entry(profile)
+        if profile != "imagenet" or part.margin is None:
+            return part
+        return replace(part, margin=part.margin_imagenet, images="all")
+
+    def key(self, profile: str) -> str:
+        """Under which name a run stores the hash of this part as it is at a profile: "F1", or "F1 at gpu"."""
+        return f"{self.id} at {profile}" if profile in self.at else self.id
+
+    def belongs(self, profile: str) -> bool:
+        return not self.profiles or profile in self.profiles
 
     def contrast_at(self, pairs: int) -> dict[str, float]:
         """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12; a slope's as it is."""
@@ -119,13 +145,16 @@ class Part:
         setting = (self.control or "").rpartition(" ")[0]
         return tuple(arm if arm in ARMS[self.notebook] else f"{setting} {arm}" for arm in CHECKS[check])
 
+    def arms(self, pairs: int) -> list[str]:
+        """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
+        arms = [arm for contrast in self.contrasts(pairs) for arm in contrast]
+        arms += [arm for check in self.checks for arm in self.check_arms(check)]
+        return list(dict.fromkeys(arms + self.controls(pairs)))
+
     @property
     def names_layers(self) -> bool:
         """Whether the arms are <depth>x<branches>, so that the number of pairs belongs to the verdict."""
         return not self.sizes and any(_LAYERS.fullmatch(arm) for arm in self.contrast)
-
-    def margin_at(self, profile: str) -> float | None:
-        return self.margin_imagenet if profile == "imagenet" else self.margin
 
 
 def arm_at(arm: str, pairs: int) -> str:
@@ -166,30 +195,45 @@ def part_hash(part: Part) -> str:
 
 
 def ledger_hashes(path: Path | None = None) -> dict[str, str]:
-    """Part id -> hash: what each run stores at its start."""
-    return {name: part_hash(part) for name, part in ledger(path).items()}
+    """Part -> hash, and part at a profile -> hash where that has keys of its own: what each run stores at its start."""
+    hashes = {}
+    for part in ledger(path).values():
+        hashes[part.id] = part_hash(replace(part, at={}))
+        hashes |= {part.key(profile): part_hash(part.entry(profile)) for profile in part.at}
+    return hashes
 
 
 def _part(name: str, table: object) -> Part:
     if not isinstance(table, Mapping):
         raise UsageError(f"ledger entry {name!r} is not a table of keys")
-    allowed = [f for f in fields(Part) if f.name != "id"]
-    for key in table:
-        if key not in {f.name for f in allowed}:
+    allowed = [f for f in fields(Part) if f.name not in ("id", "at")]
+    for key, value in table.items():
+        if key in PROFILES and isinstance(value, Mapping):
+            for own in value:
+                if own not in OVERRIDES:
+                    raise unknown(f"key in ledger entry {name}.{key}:", own, OVERRIDES)
+            _check_types(f"{name}.{key}", value)
+        elif key not in {f.name for f in allowed}:
             raise unknown(f"key in ledger entry {name}:", key, [f.name for f in allowed])
     for f in allowed:
         if f.default is MISSING and f.default_factory is MISSING and f.name not in table:
             raise UsageError(f"ledger entry {name} lacks the key {f.name!r}")
-    _check_types(name, table)
-    values = dict(table)
-    values["contrast"] = {arm: float(c) for arm, c in table.get("contrast", {}).items()}
-    values |= {key: tuple(table.get(key, ())) for key in ("checks", "sizes")}
-    for key in ("margin", "margin_imagenet", "paper"):
-        if key in table:
-            values[key] = float(table[key])
-    part = Part(id=name, **values)
-    _check_values(part)
+    _check_types(name, {key: value for key, value in table.items() if key not in PROFILES})
+    at = {profile: table[profile] for profile in PROFILES if profile in table}
+    values = _typed({key: value for key, value in table.items() if key not in at})
+    part = Part(id=name, at={profile: _typed(own) for profile, own in at.items()}, **values)
+    for profile in ("", *at):
+        _check_values(part.entry(profile))
     return part
+
+
+def _typed(table: Mapping[str, object]) -> dict[str, object]:
+    """The values as a Part holds them."""
+    values = dict(table)
+    if "contrast" in table:
+        values["contrast"] = {arm: float(c) for arm, c in table["contrast"].items()}
+    values |= {key: tuple(table[key]) for key in ("checks", "sizes", "profiles") if key in table}
+    return values | {key: float(table[key]) for key in ("margin", "margin_imagenet", "paper") if key in table}
 
 
 def _check_types(name: str, table: Mapping[str, object]) -> None:
@@ -207,6 +251,10 @@ def _check_types(name: str, table: Mapping[str, object]) -> None:
         "sizes": (
             "a list of two or more whole numbers, rising",
             lambda x: isinstance(x, list) and all(map(count, x)) and len(x) > 1 and x == sorted(set(x)),
+        ),
+        "profiles": (
+            f"a list of {', '.join(PROFILES)}",
+            lambda x: isinstance(x, list) and bool(x) and all(p in PROFILES for p in x),
         ),
         "images": ('a whole number from 1, or "all"', lambda x: x == "all" or count(x)),
         "n": ("a whole number from 2", lambda x: count(x) and x > 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,6 @@ from vitlib.lab.bench import runner
 from vitlib.lab.claims import (
     Estimate,
     Verdict,
-    arms_of,
     claim_stance,
     difference,
     interval,
@@ -954,30 +954,31 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
 
 def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
     """The verdict on every part of the ledger, or of one notebook, from finished runs; nothing is trained."""
-    parts = [part for part in ledger().values() if notebook in (None, part.notebook)]
+    parts = [part for part in ledger().values() if notebook in (None, part.notebook) and part.belongs(profile_name)]
     return [_verdict(part, profile_name) for part in parts]
 
 
-def _verdict(part: Part, profile_name: str) -> Verdict:
+def _verdict(entry: Part, profile_name: str) -> Verdict:
     p = profile(profile_name)
+    part = entry.at_profile(p.name)
     classes = _classes(part, p.name)
     if part.kind == "exact":
-        return judge(part, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
+        return judge(entry, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
         rows = _timed(part, p.name)
         if not rows:
-            return judge(part, {}, p.name, p.pairs, classes)
+            return judge(entry, {}, p.name, p.pairs, classes)
         arms = {arm: np.array([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
-        hashes = [{part.id: rows[0]["ledger"]}]
+        hashes = [{entry.key(p.name): rows[0]["ledger"]}]
         device = f"{rows[0]['device']}, {rows[0]['case']}"
-        return judge(part, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
+        return judge(entry, arms, p.name, p.pairs, classes, hashes=hashes, device=device)
     if NOTEBOOKS[part.notebook][1] is None:  # no run of this kind exists
-        return judge(part, {}, p.name, p.pairs, classes)
+        return judge(entry, {}, p.name, p.pairs, classes)
     setting = experiment(part.notebook, p.name)
     sizes = (p.pairs, part.min_pairs or p.pairs)
-    found = _finished(setting, {arm for pairs in sizes for arm in (*arms_of(part, pairs), part.parent)})
+    found = _finished(setting, {arm for pairs in sizes for arm in (*part.arms(pairs), part.parent)})
     pairs = _pairs(part, p.pairs, found)
-    arms = [arm for arm in arms_of(part, pairs) if arm in found]
+    arms = [arm for arm in part.arms(pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
     hashes = [result.ledger for spec in family if (result := runs.find(spec)) is not None]
     images = None if part.images == "all" else part.images
@@ -985,7 +986,9 @@ def _verdict(part: Part, profile_name: str) -> Verdict:
     if any(setting.arms[arm].images != images for arm in contrasted):
         hashes = []  # not the number of images that the entry fixes
     seen = correct(Runs(setting, found))
-    return judge(part, seen, p.name, pairs, classes, hashes=hashes)
+    verdict = judge(entry, seen, p.name, pairs, classes, hashes=hashes)
+    names = sorted(r.hash for arm in arms for r in found[arm]) if verdict.estimate else []
+    return replace(verdict, runs=tuple(names))
 
 
 def _classes(part: Part, profile_name: str) -> int:
