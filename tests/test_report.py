@@ -170,7 +170,12 @@ def test_a_missing_seed_or_another_number_of_images_reads_not_run(monkeypatch):
 
 def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
     seeds = {name: p.seeds for name, p in experiments.PROFILES.items()}
-    assert seeds == {"smoke": (1000,), "cpu": (0, 1, 2, 3, 4), "study": (10, 11, 12, 13, 14)}
+    assert seeds == {
+        "smoke": (1000,),
+        "cpu": (0, 1, 2, 3, 4),
+        "study": (10, 11, 12, 13, 14),
+        "gpu": (20, 21, 22, 23, 24),
+    }
     assert {part.n for part in ledger().values() if part.kind not in ("exact",)} == {5}
 
 

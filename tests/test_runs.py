@@ -18,7 +18,7 @@ from vitlib.data import load, subset
 from vitlib.data.registry import card
 from vitlib.errors import UsageError
 from vitlib.lab import exact, experiments, launch, plan, runs
-from vitlib.lab.ledger import TRANSFER_IMAGES, ledger_hashes
+from vitlib.lab.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
 from vitlib.lab.measure import macs
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViT, vit_config
@@ -62,7 +62,9 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "recipe": replace(TINY, recipe=replace(TINY.recipe, lr=2e-3)), "seed": replace(TINY, seed=1001),
         "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
         "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
-        "threads": replace(TINY, threads=2), "tokenizer": MASKED,
+        "threads": replace(TINY, threads=2), "tokenizer": MASKED, "accumulate": replace(TINY, accumulate=2),
+        "compile": replace(TINY, compile=True), "channels_last": replace(TINY, channels_last=True),
+        "checkpointing": replace(TINY, checkpointing=True),
     }  # fmt: skip
     assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
     assert {"data", "data_checksum", "precision", "execution", "device", "training_version"} < set(TINY.record())
@@ -74,7 +76,7 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
 
 
 def test_fields_that_came_later_leave_the_hashes_of_older_runs_as_they_were():
-    assert "tokenizer" not in TINY.record() and "layer_decay" not in TINY.record()["recipe"]
+    assert not set(TINY.record()) & set(runs.LATER) and not set(TINY.record()["recipe"]) & set(runs.LATER_IN_RECIPE)
     assert MASKED.record()["tokenizer"] == TOKENIZER.hash
 
 
@@ -359,17 +361,40 @@ def test_negative_jobs_are_refused():
 # ---- experiments and the plan
 
 
-@pytest.mark.parametrize("name", experiments.PROFILES)
-def test_every_profile_lists_its_runs_with_seeds_outermost_and_shares_trunks(name):
+EMBEDDED = [name for name, p in experiments.PROFILES.items() if "sha256" in card(p.data)["vitlib"]]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_every_profile_lists_its_runs_and_shares_trunks(name):
     p = experiments.profile(name)
     specs = experiments.all_specs(name, list(experiments.NOTEBOOKS))
     seeds = [spec.seed for spec in specs]
-    assert seeds == sorted(seeds) and set(seeds) == set(p.seeds)
+    assert set(seeds) == set(p.seeds) and len(set(specs)) == len(specs)
+    assert p.every_arm or seeds == sorted(seeds)  # so that a stop leaves whole pairs
     arms = {n: experiments.experiment(n, name).arms for n in ("31", "41", "52")}
     assert arms["41"]["trunk"] == arms["31"][f"{p.pairs}x1+LS"] == arms["41"]["attn"].parent
     family = {member.hash for spec in specs for member in spec.family()}
     assert len(family) < sum(1 for spec in specs for _ in spec.family())
     assert (name == "smoke") == all(spec.split == "validation" for spec in specs)
+
+
+def test_the_study_makes_whole_verdicts_first_the_cheapest_part_before_the_others():
+    queue = experiments.all_specs("study", list(experiments.NOTEBOOKS))
+    p, place = experiments.profile("study"), {spec: i for i, spec in enumerate(queue)}
+
+    def last(part) -> int:
+        arms = experiments.experiment(part.notebook, "study").arms
+        read = [arms[arm] for arm in part.arms(max(p.pairs, part.min_pairs)) if arm in arms]
+        return max(place[spec.with_seed(seed)] for spec in read for seed in p.seeds)
+
+    parts = [part for part in ledger().values() if part.belongs("study") and part.control and part.notebook != "21"]
+    rest = experiments.experiment("31", "study").arms["4x3+LS"].with_seed(p.seeds[0])  # no claim reads it
+    assert all(last(part) < place[rest] for part in parts)
+    assert last(ledger()["A1"]) < last(ledger()["P5"]) < last(ledger()["P2-3"])
+    first = experiments.experiment("52", "study").arms["hmlp supervised"]
+    assert [place[first.with_seed(seed)] for seed in p.seeds] == sorted(
+        place[first.with_seed(seed)] for seed in p.seeds
+    )
 
 
 def test_the_primary_contrasts_have_their_arms_at_cpu():
@@ -381,14 +406,12 @@ def test_the_primary_contrasts_have_their_arms_at_cpu():
 
 
 def test_the_study_has_every_arm_that_the_ledger_names():
-    from vitlib.lab.ledger import ARMS
-
-    only_smoke = {"linear pretrained dvae"}
-    for notebook in ("32", "33", "34", "35"):
-        assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook])
-    for notebook in ("31", "41", "42", "52"):
-        assert set(experiments.experiment(notebook, "study").arms) == set(ARMS[notebook]) - only_smoke
-        for name in experiments.PROFILES:
+    for notebook in ("31", "32", "33", "34", "35", "41", "42", "52"):
+        arms = set(experiments.experiment(notebook, "study").arms)
+        for part in ledger().values():
+            if part.notebook == notebook and part.belongs("study"):
+                assert set(part.at_profile("study").arms(max(12, part.min_pairs))) <= arms, part.id
+        for name in EMBEDDED if notebook in ("31", "41", "42", "52") else ("study",):
             assert set(experiments.experiment(notebook, name).arms) <= set(ARMS[notebook])
 
 
@@ -396,7 +419,7 @@ FORMS = ("32", "33", "34", "35")
 
 
 def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1():
-    arms = {(n, name): experiments.experiment(n, name).arms for n in ("31", *FORMS) for name in experiments.PROFILES}
+    arms = {(n, name): experiments.experiment(n, name).arms for n in ("31", *FORMS) for name in EMBEDDED}
     assert not any(arms[n, "cpu"] for n in FORMS)
     assert [len(arms[n, "smoke"]) for n in FORMS] == [4, 4, 8, 3]
     for name, new in (("smoke", (4, 4, 4, 3)), ("study", (4, 2, 4, 1))):
@@ -505,8 +528,8 @@ def test_the_arms_of_transfer_are_what_their_names_say_and_start_from_the_trunk_
         )
         assert like_full == arms[f"{width} {data} {images} full"]
     assert len({spec.parent for spec in arms.values()} - {None}) == 2
-    one_rate = {spec.recipe.lr for name, spec in arms.items() if not name.endswith("head")}
-    assert len(one_rate) == 1
+    rates = {strategy: {s.recipe.lr for s in arms.values() if s.strategy == strategy} for strategy in recipes.TRANSFER}
+    assert rates == {strategy: {recipe.lr} for strategy, recipe in recipes.TRANSFER.items()}
 
 
 def test_the_runs_of_transfer_at_the_smaller_profiles():

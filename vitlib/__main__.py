@@ -125,9 +125,16 @@ def tune_(arguments) -> None:
 
 def reproduce_(arguments) -> None:
     from vitlib.lab import render
+    from vitlib.lab.experiments import available, profile
 
-    specs = _specs(arguments)
-    render.reproduce(arguments.profile, _notebooks(arguments), specs, arguments.jobs, arguments.set)
+    notebooks, absent = available(profile(arguments.profile).name, _notebooks(arguments))
+    for fault in absent:  # the other notebooks still run
+        print(f"vitlib: {fault}", file=sys.stderr)
+    arguments.notebook = notebooks
+    if notebooks:
+        render.reproduce(arguments.profile, notebooks, _specs(arguments), arguments.jobs, arguments.set)
+    if absent:
+        raise UsageError(f"{len(absent)} data set(s) of profile {arguments.profile} are not there, see above")
 
 
 def refresh_(arguments) -> None:

@@ -3,7 +3,8 @@
 A card (data_cards/<name>.md, Hugging Face dataset-card form) carries under `vitlib:` the files, the channels, the
 pixel statistics and, per split, the SHA-256 over the decoded arrays, so that a file that was re-encoded without loss
 passes and one changed pixel does not. A card may be a view of another one's images: `view_of` and `classes` instead of
-files. A card without that block describes data that is not embedded.
+files. A card whose block has no `embedded: true` is read from a folder or the Hub (`external.py`); what must be known of it
+before a run is measured once and kept. A card without that block describes data that no run can name.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,10 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from vitlib import paths
+from vitlib.data import external
 from vitlib.errors import UsageError, unknown
-from vitlib.paths import DATA_CARDS, EMBEDDED, ROOT
+from vitlib.paths import DATA_CARDS, EMBEDDED
 
 SPLITS = ("train", "validation", "test")
 
@@ -52,6 +56,19 @@ class DataSet:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a run must know of a data set before it reads an image."""
+
+    channels: int
+    num_classes: int
+    image_size: int
+    mean: float
+    std: float
+    sizes: dict[str, int]  # split -> images
+    sha256: dict[str, str]  # split -> checksum of the decoded arrays
+
+
 def checksum(images: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 over the decoded arrays: uint8 (N, C, H, W), then little-endian int64 (N,)."""
     digest = hashlib.sha256(repr((images.shape, labels.shape)).encode())
@@ -61,8 +78,8 @@ def checksum(images: np.ndarray, labels: np.ndarray) -> str:
 
 
 def names() -> list[str]:
-    """Every data set that a run can name: its card has a `vitlib:` block. Other cards only say where data is."""
-    return sorted(path.stem for path in DATA_CARDS.glob("*.md") if "vitlib" in read_card(path))
+    """Every embedded data set. Runs can also name those whose card says how they are read from elsewhere."""
+    return sorted(path.stem for path in DATA_CARDS.glob("*.md") if "sha256" in read_card(path).get("vitlib", {}))
 
 
 def card(name: str) -> dict:
@@ -72,7 +89,9 @@ def card(name: str) -> dict:
         raise unknown("data set", name, names())
     about = read_card(path)
     if "vitlib" not in about:
-        raise UsageError(f"data set {name!r} has a card but is not embedded: data_cards/{name}.md says where to get it")
+        raise UsageError(
+            f"data set {name!r} has a card but no run can name it: data_cards/{name}.md says where to get it"
+        )
     return about
 
 
@@ -86,9 +105,48 @@ def _parsed(path: Path, modified: int) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
 
 
+def facts(name: str) -> Facts:
+    """From the card of an embedded data set; of another one measured, once, and kept in outputs/data.
+
+    Raises external.DataAbsent where the data is not to be found.
+    """
+    about = card(name)
+    if "sha256" not in about["vitlib"]:
+        return _measured(name, str(external.root()), str(paths.outputs()))
+    known = {key: about["vitlib"][key] for key in ("channels", "num_classes", "image_size", "mean", "std", "sha256")}
+    sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
+    return Facts(**known, sizes=sizes)
+
+
+@functools.lru_cache(maxsize=16)
+def _measured(name: str, root: str, outputs: str) -> Facts:
+    """Decodes every image at the first call; later ones, also of other processes, read what was kept."""
+    about = card(name)
+    key = external.signature(name, about)
+    kept = Path(outputs) / "data" / f"{name}-{key}.json"
+    if kept.is_file():
+        return Facts(**json.loads(kept.read_text(encoding="utf-8")))
+    found = external.arrays(name, key)
+    images, _, classes = found["train"]
+    levels = np.arange(256) / 255
+    counts = np.bincount(images.ravel(), minlength=256)
+    mean = float((counts * levels).sum() / counts.sum())
+    std = float(np.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum()))
+    measured = Facts(
+        images.shape[1], len(classes), images.shape[-1], round(mean, 5), round(std, 5),
+        {split: len(labels) for split, (_, labels, _) in found.items()},
+        {split: checksum(images, labels) for split, (images, labels, _) in found.items()},
+    )  # fmt: skip
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    draft = kept.with_name(f".{kept.name}.{os.getpid()}")
+    draft.write_text(json.dumps(asdict(measured)), encoding="utf-8")
+    draft.replace(kept)
+    return measured
+
+
 def data_checksum(name: str) -> str:
-    """One checksum for a data set, from its card: what a run's hash holds. Reads no image."""
-    sums = card(name)["vitlib"]["sha256"]
+    """One checksum for a data set: what a run's hash holds."""
+    sums = facts(name).sha256
     return hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()[:16]
 
 
@@ -102,18 +160,24 @@ def load(name: str, split: str) -> DataSet:
     about = card(name)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    facts = about["vitlib"]
-    images, labels = _view(facts, split) if "view_of" in facts else read_parquet(_file(name, facts, split))
-    found, wanted = checksum(images, labels), facts["sha256"][split]
+    own, known = about["vitlib"], facts(name)
+    if "sha256" not in own:
+        images, labels, classes = external.arrays(name, external.signature(name, about))[split]
+        return DataSet(
+            name, split, torch.from_numpy(images), torch.from_numpy(labels), tuple(classes), known.mean, known.std,
+            data_checksum(name),
+        )  # fmt: skip
+    images, labels = _view(own, split) if "view_of" in own else read_parquet(EMBEDDED / own["files"][split])
+    found, wanted = checksum(images, labels), known.sha256[split]
     if found != wanted:
-        source = facts.get("view_of") or facts["files"][split]
+        source = own.get("view_of") or own["files"][split]
         raise UsageError(
             f"{source} does not hold the {split} images of {name}: its decoded arrays have SHA-256 {found[:16]}..., "
             f"data_cards/{name}.md says {wanted[:16]}...; take the file from a fresh clone"
         )
     return DataSet(
         name, split, torch.from_numpy(images), torch.from_numpy(labels),
-        tuple(class_names(about)), facts["mean"], facts["std"], data_checksum(name),
+        tuple(class_names(about)), known.mean, known.std, data_checksum(name),
     )  # fmt: skip
 
 
@@ -130,12 +194,6 @@ def _view(facts: dict, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = parent.labels.numpy()
     kept = np.isin(labels, facts["classes"])
     return parent.images.numpy()[kept], np.searchsorted(facts["classes"], labels[kept])
-
-
-def _file(name: str, facts: dict, split: str) -> Path:
-    """Embedded files lie in the package; others in $VITLIB_DATA/<name>."""
-    folder = EMBEDDED if facts.get("embedded") else ROOT / os.environ.get("VITLIB_DATA", "data") / name
-    return folder / facts["files"][split]
 
 
 def read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:

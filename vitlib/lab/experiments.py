@@ -10,11 +10,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vitlib.data.registry import card
+from vitlib.data.external import DataAbsent
+from vitlib.data.registry import facts
 from vitlib.errors import UsageError, unknown
 from vitlib.lab import measure, plan
 from vitlib.lab.launch import launch
-from vitlib.lab.ledger import ARMS, ledger
+from vitlib.lab.ledger import ledger, transfer_arms
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
@@ -47,6 +48,13 @@ class Profile:
     # times as slow where it does not. par: 4 branches train 1.2 times as fast as one after the other, 2 no slower.
     execution: str = "par"
     targets: str = "tokens"  # of masked pre-training: "dvae" as in the paper, "tokens" (k-means) where it must be quick
+    widths: tuple[int, ...] = (32, 64, 96)  # of Figure 2
+    wider: tuple[int, int] = (96, 16)  # width and pairs that cost what 36 pairs of `width` cost (Table 3)
+    trunk_data: str = "fashion-mnist-6"  # of transfer: classes that no target has
+    # Factors on the recipes' batches and rates. Not tuned where they are not 1: `tune` does that.
+    batch: int = 1
+    rate: float = 1.0
+    device: str = "cpu"
 
     @property
     def judged(self) -> bool:
@@ -75,6 +83,13 @@ PROFILES = {
         name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
         finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2,
         masked_epochs=4, few_labels_epochs=24, every_arm=True, targets="dvae",
+    ),
+    # float32: a GPU is bound by the number of kernels at this size, and bfloat16 needs more of them.
+    "gpu": Profile(
+        name="gpu", data="cifar-10", seeds=(20, 21, 22, 23, 24), width=192, pairs=12, image_size=24, finetune_size=32,
+        patch_size=4, stem_pairs=12, images=None, finetune_images=None, few_labels=5000, epochs=12, masked_epochs=24,
+        few_labels_epochs=24, every_arm=True, targets="dvae", widths=(96, 192, 288), wider=(288, 16),
+        trunk_data="tiny-imagenet", batch=4, rate=0.5, device="auto",
     ),
 }  # fmt: skip
 
@@ -120,25 +135,31 @@ class Runs:
 
 
 def _model(p: Profile, depth: int, branches: int = 1, width: int | None = None, **fields: object) -> ViTConfig:
-    facts = card(p.data)["vitlib"]
+    known = facts(p.data)
     return vit_config(
-        f"W{width or p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=facts["channels"],
-        num_classes=facts["num_classes"], **fields,
+        f"W{width or p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=known.channels,
+        num_classes=known.num_classes, **fields,
     )  # fmt: skip
+
+
+def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, **fields: object) -> RunSpec:
+    """A run on the profile's data and device, with its factors on batch and rate."""
+    recipe = replace(recipe, batch_size=recipe.batch_size * p.batch, lr=recipe.lr * p.rate)
+    execution = "seq" if protocol == "tokenizer" else p.execution
+    return RunSpec(protocol, model, p.data, recipe, execution=execution, device=p.device, **fields)
 
 
 def _supervised(p: Profile, model: ViTConfig) -> RunSpec:
     base = recipes.SUPERVISED if model.layer_scale is None else recipes.SUPERVISED_LAYER_SCALE
-    recipe = replace(base, epochs=p.epochs)
-    return RunSpec("supervised", model, p.data, recipe, images=p.images, execution=p.execution)
+    return _spec(p, "supervised", model, replace(base, epochs=p.epochs), images=p.images)
 
 
 def tokenizer(p: Profile) -> RunSpec:
     """The paper's kind of tokenizer at this scale, for `RunSpec(..., targets="dvae", tokenizer=...)`."""
-    model = DVAEConfig(p.image_size, p.patch_size, card(p.data)["vitlib"]["channels"])
+    model = DVAEConfig(p.image_size, p.patch_size, facts(p.data).channels)
     # At smoke a few small steps, or another processor's rounding would become other tokens.
     recipe = recipes.TOKENIZER if p.judged else replace(recipes.TOKENIZER, epochs=1, lr=3e-4)
-    return RunSpec("tokenizer", model, p.data, recipe, images=p.images)
+    return _spec(p, "tokenizer", model, recipe, images=p.images)
 
 
 def branches(p: Profile) -> dict[str, RunSpec]:
@@ -161,7 +182,7 @@ def _form(p: Profile, pairs: int, k: int, width: int | None = None, scale: float
 
 def widths(p: Profile) -> dict[str, RunSpec]:
     """Figure 2: one branch against two over the width, at the profile's own pairs, without LayerScale."""
-    sizes = () if p.only_primary else (32, 64, 96) if p.every_arm else (32, 64)
+    sizes = () if p.only_primary else p.widths if p.every_arm else (32, 64)
     return {f"W{width} {p.pairs // k}x{k}": _form(p, p.pairs, k, width) for width in sizes for k in (1, 2)}
 
 
@@ -185,7 +206,7 @@ def depth_or_width(p: Profile) -> dict[str, RunSpec]:
     """Table 3: more pairs, in one branch and in two, against more width at like multiply-adds, with LayerScale."""
     if p.only_primary:
         return {}
-    narrow, wide = ((64, 36), (96, 16)) if p.every_arm else ((32, 8), (64, 2))
+    narrow, wide = ((p.width, 36), p.wider) if p.every_arm else ((32, 8), (64, 2))
     forms = [(*narrow, 1), (*narrow, 2), (*wide, 1)]
     arms = {f"W{width} {n // k}x{k}+LS": _form(p, n, k, width, LAYER_SCALE) for width, n, k in forms}
     cost = [_macs(spec.model) for spec in arms.values()]
@@ -203,36 +224,36 @@ def resolution(p: Profile) -> dict[str, RunSpec]:
     larger = at_image_size(trunk.model, p.finetune_size)
 
     def arm(strategy: str) -> RunSpec:
-        return RunSpec(
-            "finetune", larger, p.data, recipes.FINE_TUNING, images=p.finetune_images, parent=trunk, strategy=strategy,
-            execution=p.execution,
-        )  # fmt: skip
+        recipe = recipes.FINE_TUNING[strategy]
+        return _spec(p, "finetune", larger, recipe, images=p.finetune_images, parent=trunk, strategy=strategy)
 
     return {"trunk": trunk} | {strategy: arm(strategy) for strategy in ("full", "attn", "ffn", "head")}
 
 
-TRUNK_DATA = "fashion-mnist-6"  # six classes that no target of `transfer` has
 TRANSFER_SMOKE = tuple(f"W32 fashion-mnist-4 200 {strategy}" for strategy in ("full", "attn", "ffn"))
 
 
 def transfer(p: Profile) -> dict[str, RunSpec]:
     """Table 6: other data than the trunk's, by width and number of labelled images; no runs of its own at cpu."""
-    names = ARMS["42"] if p.every_arm else () if p.judged else TRANSFER_SMOKE
+    names = transfer_arms(p.name) if p.every_arm else () if p.judged else TRANSFER_SMOKE
     return {name: _transferred(p, *name.split()) for name in names}
 
 
 def _transferred(p: Profile, width: str, data: str, images: str, strategy: str) -> RunSpec:
     """The arm "W64 digits 100 attn"; `scratch` has the labels and steps of `full`, and no trunk."""
-    # The trunk's six classes share the profile's number of images equally.
-    own = replace(p, data=TRUNK_DATA, width=int(width[1:]), images=p.images and p.images // 6 * 6)
+    # The trunk's classes share the profile's number of images equally.
+    classes = facts(p.trunk_data).num_classes
+    own = replace(p, data=p.trunk_data, width=int(width[1:]), images=p.images and p.images // classes * classes)
     trunk = _supervised(own, _model(own, p.pairs, layer_scale=LAYER_SCALE))
-    model = _model(replace(own, data=data), p.pairs, layer_scale=LAYER_SCALE)
-    base = recipes.TRANSFER_HEAD if strategy == "head" else recipes.TRANSFER
+    there = replace(own, data=data)
+    model = _model(there, p.pairs, layer_scale=LAYER_SCALE)
     epochs = next(epochs for most, epochs in recipes.TRANSFER_EPOCHS.items() if int(images) <= most)
     # A mirrored digit is another sign or none.
+    base = recipes.TRANSFER["full" if strategy == "scratch" else strategy]
     recipe = replace(base, epochs=min(epochs, p.few_labels_epochs), flip=data != "digits")
-    spec = RunSpec("supervised", model, data, recipe, images=int(images), execution=p.execution)
-    return spec if strategy == "scratch" else replace(spec, protocol="finetune", parent=trunk, strategy=strategy)
+    if strategy == "scratch":
+        return _spec(there, "supervised", model, recipe, images=int(images))
+    return _spec(there, "finetune", model, recipe, images=int(images), parent=trunk, strategy=strategy)
 
 
 # The rows of Table 7: what each stem is. "linear+1" is the linear stem with one pair more, in the role of ViT-B13.
@@ -262,18 +283,15 @@ def stem_model(p: Profile, name: str) -> ViTConfig:
 
 
 def _masked(p: Profile, model: ViTConfig, targets: str) -> RunSpec:
-    return RunSpec(
-        "masked", model, p.data, replace(recipes.MASKED, epochs=p.masked_epochs), images=p.images, targets=targets,
+    return _spec(
+        p, "masked", model, replace(recipes.MASKED, epochs=p.masked_epochs), images=p.images, targets=targets,
         tokenizer=tokenizer(p) if targets == "dvae" else None, masked=round(MASKED_SHARE * model.grid**2),
-        execution=p.execution,
     )  # fmt: skip
 
 
 def _few_labels(p: Profile, model: ViTConfig, parent: RunSpec | None, recipe: Recipe = recipes.FEW_LABELS) -> RunSpec:
-    return RunSpec(
-        "finetune" if parent else "supervised", model, p.data, replace(recipe, epochs=p.few_labels_epochs),
-        images=p.few_labels, parent=parent, execution=p.execution,
-    )  # fmt: skip
+    recipe = replace(recipe, epochs=p.few_labels_epochs)
+    return _spec(p, "finetune" if parent else "supervised", model, recipe, images=p.few_labels, parent=parent)
 
 
 def stems(p: Profile) -> dict[str, RunSpec]:
@@ -332,6 +350,19 @@ def experiment(notebook: str, profile_name: str) -> Experiment:
     if arms is None:
         raise UsageError(f"notebook {NOTEBOOKS[number][0]} has no runs of its own")
     return Experiment(number, scale, arms(scale))
+
+
+def available(profile_name: str, notebooks: list[str]) -> tuple[list[str], list[DataAbsent]]:
+    """Of these notebooks those whose data is there, and what is said of the others' data, each data set once."""
+    there, absent = [], {}
+    for number in notebooks:
+        try:
+            if NOTEBOOKS[number][1]:
+                experiment(number, profile_name)
+            there.append(number)
+        except DataAbsent as fault:
+            absent[str(fault)] = fault
+    return there, list(absent.values())
 
 
 def all_specs(profile_name: str, notebooks: list[str]) -> list[RunSpec]:

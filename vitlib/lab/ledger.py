@@ -28,8 +28,25 @@ OVERRIDES = ("contrast", "sizes", "margin", "images", "control", "paper", "paper
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
 EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
 
-# Table 6 at this scale: data set -> its numbers of labelled images, class-balanced, the last one all that it has
+# Table 6: data set -> its numbers of labelled images, class-balanced, the last one all that it has; and the widths
 TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)}
+TRANSFER = {
+    "study": ((32, 64), TRANSFER_IMAGES),
+    "gpu": ((96, 192), {"cifar-10": (500, 5000, 45_000)}),
+}
+
+
+def transfer_arms(profile: str) -> tuple[str, ...]:
+    """ "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only."""
+    widths, data = TRANSFER[profile]
+    return tuple(
+        f"W{width} {name} {images} {strategy}"
+        for width in widths
+        for name, counts in data.items()
+        for images in counts
+        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] else ()))
+    )
+
 
 # check -> the arms that it needs besides those of the contrast and the control: see Part.check_arms
 CHECKS = {
@@ -50,20 +67,16 @@ ARMS = {
         *(f"{pairs // k}x{k}" for pairs in (12, 36) for k in (1, 2, 3, 4)),
         *(f"{layers}+LS" for layers in ("12x1", "6x2", "4x3", "3x4", "36x1", "18x2")),
     ),
-    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96) for layers in ("12x1", "6x2")),
+    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96, 192, 288) for layers in ("12x1", "6x2")),
     "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2"),
     "34": tuple(f"{n}{scale}{long}" for n in ("12x1", "6x2") for scale in ("", "+LS") for long in ("", " longer")),
-    "35": ("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
+    "35": (
+        *("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
+        *("W192 36x1+LS", "W192 18x2+LS", "W288 16x1+LS"),
+    ),
     "36": ("seq", "par", "streams", "fused", "timm"),
     "41": ("full", "attn", "ffn", "head", "trunk"),
-    # "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only
-    "42": tuple(
-        f"W{width} {data} {images} {strategy}"
-        for width in (32, 64)
-        for data, counts in TRANSFER_IMAGES.items()
-        for images in counts
-        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] else ()))
-    ),
+    "42": tuple(arm for profile in TRANSFER for arm in transfer_arms(profile)),
     "51": (),
     "52": (
         *(f"{stem} {training}" for stem in _STEMS for training in ("scratch", "pretrained", "supervised")),

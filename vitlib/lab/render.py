@@ -30,7 +30,7 @@ from vitlib.lab import report, runs
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
 from vitlib.lab.compare import moved
-from vitlib.lab.experiments import NOTEBOOKS, all_specs
+from vitlib.lab.experiments import NOTEBOOKS, all_specs, available
 from vitlib.lab.experiments import profile as scale
 from vitlib.lab.launch import cores, launch
 from vitlib.lab.runs import RunSpec
@@ -108,7 +108,7 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: list[str]
 
 def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
     """What a notebook reads: the results of its runs and the timings; of all notebooks for 00, which collects them."""
-    specs = all_specs(profile, list(NOTEBOOKS)) if number == "00" else specs
+    specs = all_specs(profile, available(profile, list(NOTEBOOKS))[0]) if number == "00" else specs
     found = {spec.hash: runs.find(spec) for spec in specs}
     results = sorted([name, result.record()] for name, result in found.items() if result)
     return [results, [runner.read(runner.path_of(name, profile)) for name in runner.BENCHES]]

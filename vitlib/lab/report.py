@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from vitlib import paths
 from vitlib.data import load_resized, normalise
-from vitlib.data.registry import card
+from vitlib.data.external import DataAbsent
+from vitlib.data.registry import card, facts
 from vitlib.lab import exact, measure, plan, runs, tuning
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
@@ -421,9 +422,8 @@ def splits() -> pd.DataFrame:
         for row in paper_table("table9").itertuples()
     ]  # fmt: skip
     for name in dict.fromkeys(m.data for s in experiment("42", "study").arms.values() for m in s.family()):
-        about = card(name)
-        sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
-        rows.append({"data set": name, "in": "this notebook", **sizes, "classes": about["vitlib"]["num_classes"]})
+        known = facts(name)
+        rows.append({"data set": name, "in": "this notebook", **known.sizes, "classes": known.num_classes})
     table = pd.DataFrame(rows)[["data set", "in", "train", "validation", "test", "classes"]]
     return table.map(lambda n: "–" if pd.isna(n) else f"{n:,.0f}" if isinstance(n, int | float) else n)
 
@@ -959,11 +959,18 @@ def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
 
 
 def _verdict(entry: Part, profile_name: str) -> Verdict:
+    if entry.kind == "exact":
+        return judge(entry, {}, profile_name, 0, 0, holds=exact.exact_outcomes()[entry.id])
+    try:
+        return _trained_verdict(entry, profile_name)
+    except DataAbsent as fault:
+        return replace(judge(entry, {}, profile_name, profile(profile_name).pairs, 0), note=str(fault))
+
+
+def _trained_verdict(entry: Part, profile_name: str) -> Verdict:
     p = profile(profile_name)
     part = entry.at_profile(p.name)
     classes = _classes(part, p.name)
-    if part.kind == "exact":
-        return judge(entry, {}, p.name, p.pairs, classes, holds=exact.exact_outcomes()[part.id])
     if part.kind == "ratio":
         rows = _timed(part, p.name)
         if not rows:
@@ -996,7 +1003,7 @@ def _classes(part: Part, profile_name: str) -> int:
     p = profile(profile_name)
     arms = experiment(part.notebook, p.name).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
     control = arms.get(arm_at(part.control, p.pairs)) if arms else None
-    return card(control.data if control else p.data)["vitlib"]["num_classes"]
+    return facts(control.data if control else p.data).num_classes
 
 
 def _timed(part: Part, profile_name: str) -> list[dict]:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from vitlib import paths
 from vitlib.data import load_resized, subset
-from vitlib.data.registry import card, data_checksum
+from vitlib.data.registry import data_checksum, facts
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
 from vitlib.model import ViT, ViTConfig, set_execution
@@ -144,8 +144,7 @@ class RunSpec:
 
     @property
     def training_images(self) -> int:
-        splits = {split["name"]: split["num_examples"] for split in card(self.data)["dataset_info"]["splits"]}
-        return self.images or splits["train"]
+        return self.images or facts(self.data).sizes["train"]
 
     @property
     def steps(self) -> int:

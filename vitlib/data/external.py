@@ -1,0 +1,195 @@
+"""Data that is not embedded: a folder in $VITLIB_DATA, else the Hugging Face Hub by name; decoded into arrays.
+
+A folder holds parquet files (`train.parquet`, or shards `train-*.parquet`, also under `data/`) or class folders
+(`train/<class>/*.png`). A card's `vitlib:` block says under which names a folder is looked for, the Hub's name, and which
+names the splits have. Validation images are held out of the training images: of each class the last tenth, in file order.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from vitlib import paths
+from vitlib.errors import UsageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+HELD_OUT = 10  # of each class, one image in ten
+COLUMNS = {"image": ("image", "img"), "label": ("label", "fine_label", "labels")}
+
+
+class DataAbsent(UsageError):
+    """A data set that is nowhere to be found: where it was looked for, and how to get it."""
+
+
+def root() -> Path:
+    """Where data of one's own lies: $VITLIB_DATA, or `data` in the project's folder."""
+    return paths.ROOT / os.environ.get("VITLIB_DATA", "data")
+
+
+def locate(name: str, about: dict) -> Path | None:
+    """The folder of a data set, or None where only the Hub may have it."""
+    places = [root() / folder for folder in about["vitlib"].get("folders", [name])]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def read(name: str, about: dict) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """Split -> images uint8 (N, C, H, W), labels int64 (N,), class names; train, validation, test. Raises DataAbsent."""
+    facts, folder = about["vitlib"], locate(name, about)
+    found = {}
+    for split, names in facts["splits"].items():
+        found[split] = _folder(folder, names, name, facts) if folder else _hub(name, names, facts)
+    if found["train"][2] != found["test"][2]:
+        raise UsageError(
+            f"{name}: the training images have {len(found['train'][2])} classes and the test images "
+            f"{len(found['test'][2])}, or others: both must name the same"
+        )
+    images, labels, classes = found["train"]
+    held = held_out(labels)
+    return {
+        "train": (images[~held], labels[~held], classes),
+        "validation": (images[held], labels[held], classes),
+        "test": found["test"],
+    }
+
+
+def held_out(labels: np.ndarray) -> np.ndarray:
+    """bool (N,): of each class the last tenth."""
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        held[rows[len(rows) - len(rows) // HELD_OUT :]] = True
+    return held
+
+
+def signature(name: str, about: dict) -> str:
+    """What says, without decoding, that a data set is still the same: its files' names, sizes and times, or the Hub's name."""
+    folder = locate(name, about)
+    files = [] if folder is None else [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    text = json.dumps([name, str(folder), stats, about["vitlib"]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _folder(folder: Path, names: list[str], name: str, facts: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """One split of a folder, under the first of its names that is there."""
+    for split in names:
+        shards = sorted({*folder.glob(f"**/{split}.parquet"), *folder.glob(f"**/{split}-*.parquet")})
+        if shards:
+            return _parquet(shards, facts["channels"])
+        if (folder / split).is_dir():
+            return _class_folders(folder / split, facts["channels"])
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise UsageError(
+        f"data set {name!r}: {folder} has no split {' or '.join(names)} (parquet files or class folders); it holds {there}"
+    )
+
+
+def _parquet(shards: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    images, labels, classes = [], [], None
+    for path in shards:
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as fault:
+            raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault
+        image, label = (_column(table, kind, path) for kind in ("image", "label"))
+        cells = (cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image].to_pylist())
+        images += [decode(io.BytesIO(cell), channels, f"{path}, row {row}") for row, cell in enumerate(cells)]
+        labels.append(table[label].to_numpy())
+        classes = classes or _named(table.schema.metadata or {}, label)
+    numbers = np.concatenate(labels).astype(np.int64)
+    return _stack(images, shards[0].parent), numbers, classes or [str(k) for k in range(int(numbers.max()) + 1)]
+
+
+def _column(table: pa.Table, kind: str, path: Path) -> str:
+    for column in COLUMNS[kind]:
+        if column in table.column_names:
+            return column
+    wanted = " or ".join(COLUMNS[kind])
+    raise UsageError(f"{path} has no column {wanted}: it has {', '.join(table.column_names)}")
+
+
+def _named(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
+    """The class names in a parquet file of the `datasets` library."""
+    info = json.loads(metadata.get(b"huggingface", b"{}"))
+    return info.get("info", {}).get("features", {}).get(label, {}).get("names")
+
+
+def _class_folders(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if not classes:
+        raise UsageError(f"{folder} has no class folders: allowed is {folder.name}/<class>/<image>")
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        files = [p for p in sorted((folder / name).rglob("*")) if p.suffix.lower() in SUFFIXES]
+        if not files:
+            raise UsageError(f"the class folder {folder / name} has no image: allowed are {', '.join(SUFFIXES)}")
+        images += [decode(path, channels, str(path)) for path in files]
+        labels += [label] * len(files)
+    return _stack(images, folder), np.array(labels, dtype=np.int64), classes
+
+
+def _hub(name: str, names: list[str], facts: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """One split from the Hub, or from what `datasets` has stored of it before."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(facts["hub"])
+    except Exception as fault:  # its errors have no common class: no network, no such name, no permission
+        folders = " or ".join(f"{root() / folder}" for folder in facts.get("folders", [name]))
+        raise DataAbsent(
+            f"data set {name!r} is not there: looked for {folders} (VITLIB_DATA names the folder above) and for "
+            f"{facts['hub']} on the Hugging Face Hub ({type(fault).__name__}); data_cards/{name}.md says how to get it"
+        ) from None
+    split = next((split for split in names if split in found), None)
+    if split is None:
+        raise UsageError(f"{facts['hub']} has no split {' or '.join(names)}: it has {', '.join(found)}")
+    rows = found[split]
+    image, label = (next(c for c in COLUMNS[kind] if c in rows.column_names) for kind in ("image", "label"))
+    pixels = (_array(picture, facts["channels"]) for picture in rows[image])
+    classes = getattr(rows.features[label], "names", None)
+    numbers = np.array(rows[label], dtype=np.int64)
+    return _stack(pixels, facts["hub"]), numbers, classes or [str(k) for k in range(int(numbers.max()) + 1)]
+
+
+def decode(file: object, channels: int, where: str) -> np.ndarray:
+    """An image file as uint8 (C, H, W); grey ones get the channels that the data set has."""
+    try:
+        with Image.open(file) as picture:
+            return _array(picture, channels)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as fault:
+        raise UsageError(f"the image {where} cannot be read ({type(fault).__name__})") from fault
+
+
+def _array(picture: Image.Image, channels: int) -> np.ndarray:
+    pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+
+
+def _stack(images: Iterable[np.ndarray], where: object) -> np.ndarray:
+    images = list(images)
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        some = ", ".join(f"{w}x{h}" for _, h, w in sorted(shapes)[:3])
+        raise UsageError(
+            f"the images of {where} have {len(shapes)} sizes ({some}, ...): allowed is one size throughout"
+        )
+    return np.stack(images)
+
+
+@functools.lru_cache(maxsize=4)
+def arrays(name: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """`read`, once a process; `key` is the data set's `signature`."""
+    from vitlib.data.registry import card
+
+    return read(name, card(name))
