@@ -90,7 +90,7 @@ def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(
 
 def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits", w32_full=0.8, w64_attn=0.77), profile="study")
-    found = report.correct(report.Runs(setting := experiments.experiment("42", "study"), report._finished(setting)))
+    found = report.correct(report.Runs(setting := experiments.experiment("42", "study"), report.finished(setting)))
     gap = [
         100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
     ]
@@ -118,7 +118,7 @@ def test_full_must_beat_the_head_of_its_own_setting(monkeypatch):
 
 def transfer_page(profile: str):
     setting = experiments.experiment("42", profile)
-    return report.transfer_table(report.Runs(setting, report._finished(setting)))
+    return report.transfer_table(report.Runs(setting, report.finished(setting)))
 
 
 def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_reference(monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82})
     assert words("32")["P3"] == "same direction"
     setting = experiments.experiment("32", "cpu")
-    table = report.gaps(report.Runs(setting, report._finished(setting)), "width")
+    table = report.gaps(report.Runs(setting, report.finished(setting)), "width")
     assert list(table["width"]) == ["32", "64", "96"]
     assert list(table["points"].astype(float)) == pytest.approx([-2, 0, 2], abs=0.6)
     assert (table["low, points"].astype(float) <= table["points"].astype(float)).all()
@@ -252,7 +252,7 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
 
     page, pictures = open_page("41", "cpu"), []
     setting = experiments.experiment("41", "cpu")
-    found = report.Runs(setting, report._finished(setting))
+    found = report.Runs(setting, report.finished(setting))
     for _ in range(2):
         page.figure(report.difference_figure(found, "full", "x"), alt="words")
         folder = tmp_path / "outputs" / "cpu" / "figures"
@@ -279,7 +279,7 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
 def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
     setting = experiments.experiment("41", "cpu")
-    table = report.accuracies(report.Runs(setting, report._finished(setting)), "full", report.paper_resolution())
+    table = report.accuracies(report.Runs(setting, report.finished(setting)), "full", report.paper_resolution())
     row = table.set_index("arm").loc["attn"]
     assert row["paper (ImageNet)"] == "84.3" and row["committed reference"] == "not run"
     assert "(n=5)" in row["top1, this run (cpu)"] and row["minus full, points"].startswith("-0.")

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, run, reproduce, refresh):
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    reproduce.add_argument("--finished", action="store_true", help="train nothing: render what is finished")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
     tune.add_argument("--group", action="append", default=[], help="only this one, e.g. supervised; may be repeated")
@@ -132,7 +133,8 @@ def reproduce_(arguments) -> None:
         print(f"vitlib: {fault}", file=sys.stderr)
     arguments.notebook = notebooks
     if notebooks:
-        render.reproduce(arguments.profile, notebooks, _specs(arguments), arguments.jobs, arguments.set)
+        specs = _specs(arguments)
+        render.reproduce(arguments.profile, notebooks, specs, arguments.jobs, arguments.set, not arguments.finished)
     if absent:
         raise UsageError(f"{len(absent)} data set(s) of profile {arguments.profile} are not there, see above")
 

@@ -7,6 +7,7 @@ each goes to outputs/<profile>/tables (CSV) and outputs/<profile>/figures (SVG, 
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -33,8 +34,10 @@ class Page:
         return experiment(self.number, self.profile)
 
     def run(self, jobs: int = 0) -> Runs:
-        """Train what is missing, read all results, and say where they come from."""
-        found = self.experiment.run(jobs)
+        """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
+        setting = self.experiment
+        train = os.environ.get("VITLIB_TRAIN") != "0"
+        found = setting.run(jobs) if train else Runs(setting, report.finished(setting))
         said = report.provenance(found) if found.results else f"No runs at `{self.profile}`: {report.WITHOUT_RUNS}"
         display(Markdown(said))
         return found

@@ -48,15 +48,21 @@ def source(number: str) -> Path:
     return paths.NOTEBOOKS / f"{NOTEBOOKS[number][0]}.ipynb"
 
 
-def reproduce(profile: str, notebooks: list[str], specs: list[RunSpec], jobs: int, settings: list[str]) -> None:
+def reproduce(
+    profile: str, notebooks: list[str], specs: list[RunSpec], jobs: int, settings: list[str], train: bool = True
+) -> None:
     """Train what is missing, render `notebooks` into outputs/<profile>/notebooks, print the claims table.
+
+    train=False: render what is finished; what is not reads `not run`.
 
     A notebook whose code, parameters and runs have not changed since it was rendered is left as it is. A failed one is
     kept under failed/, the others are rendered all the same, and then NotebookFailed is raised.
     """
     parameters = {n: _parameters(source(n), {"profile": profile, "jobs": jobs}, settings) for n in notebooks}
     print(report.plan_table(specs, jobs))
-    launch(specs, jobs)
+    if train:
+        launch(specs, jobs)
+    os.environ["VITLIB_TRAIN"] = "1" if train else "0"
     if "41" in notebooks and scale(profile).judged:
         finetune_bench.at_profile(profile)  # alone on the machine, before kernels start
     folder = paths.outputs() / profile / "notebooks"

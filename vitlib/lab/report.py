@@ -191,26 +191,23 @@ def _arms(setting: Experiment) -> dict[str, RunSpec]:
 
 def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.DataFrame:
     """One row an arm: the paper | the committed reference | this run, with its difference to the reference arm."""
-    p = arm_runs.experiment.profile
-    if not arm_runs.results:
-        committed = _committed(arm_runs.experiment.notebook)
-        return pd.DataFrame([
-            {"arm": arm, "paper (ImageNet)": paper.get(arm, "–"), "committed reference": committed.get(arm, NOT_RUN),
-             f"this run ({p.name})": NOT_RUN} for arm in _arms(arm_runs.experiment)
-        ])  # fmt: skip
-    committed = _committed(arm_runs.experiment.notebook)
-    rows = []
-    for arm, results in arm_runs.results.items():
-        metrics = pd.DataFrame([r.metrics for r in results]).mean()
-        row = {
-            "arm": arm, "paper (ImageNet)": paper.get(arm, "–"), "committed reference": committed.get(arm, NOT_RUN),
-            f"top1, this run ({p.name})": top1(results),
-        }  # fmt: skip
+    p, seen = arm_runs.experiment.profile, arm_runs.results
+    committed, rows = _committed(arm_runs.experiment.notebook), []
+    for arm in _arms(arm_runs.experiment):
+        row = {"arm": arm, "paper (ImageNet)": paper.get(arm, "–"), "committed reference": committed.get(arm, NOT_RUN)}
+        if not seen:
+            rows.append(row | {f"this run ({p.name})": NOT_RUN})
+            continue
+        row[f"top1, this run ({p.name})"] = top1(seen[arm]) if arm in seen else NOT_RUN
         if len(p.seeds) > 1:
-            row[f"minus {reference}, points"] = "–" if arm == reference else points(contrast(arm_runs, arm, reference))
-        row |= {"first_loss": f"{metrics['first_loss']:.5f}", "train_loss": f"{metrics['train_loss']:.3f}"}
-        rows.append(row | {"trained_params": f"{int(metrics['trained_params']):,}"})
-    return pd.DataFrame(rows)
+            apart = arm != reference and {arm, reference} <= seen.keys()
+            row[f"minus {reference}, points"] = points(contrast(arm_runs, arm, reference) if apart else None)
+        if arm in seen:
+            metrics = pd.DataFrame([r.metrics for r in seen[arm]]).mean()
+            row |= {"first_loss": f"{metrics['first_loss']:.5f}", "train_loss": f"{metrics['train_loss']:.3f}"}
+            row["trained_params"] = f"{int(metrics['trained_params']):,}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
 
 
 def blocked_model(arm_runs: Runs) -> str:
@@ -273,7 +270,7 @@ def gaps(arm_runs: Runs, size: str) -> pd.DataFrame:
         one, two = arms[value, 1], arms[value, 2]
         row = {size: str(value), "contrast": f"{two} - {one}", "points": NOT_RUN}
         row |= {"low, points": "–", "high, points": "–"}
-        if arm_runs.results:
+        if {one, two} <= arm_runs.results.keys():
             e = contrast(arm_runs, two, one)
             seen = correct(arm_runs)
             row["points"] = f"{100 * (seen[two].mean() - seen[one].mean()):+.2f}"
@@ -453,8 +450,10 @@ def transfer_table(arm_runs: Runs) -> pd.DataFrame:
         found = {s: arm_runs.results.get(f"{setting} {s}") for s in (*STRATEGIES, "scratch")}
         row = {"measured": own, "data set": data, "images": f"{int(images):,}", "model": f"{width}-12x1"}
         row |= {f"top1, {s}": top1(results) if results else "–" for s, results in found.items()}
-        row |= {"attn - full, points": _transfer_gap(arm_runs, setting)}
-        rows.append(row | {"first_loss": f"{found['full'][0].metrics['first_loss']:.5f}"})
+        whole = found["attn"] and found["full"]
+        row["attn - full, points"] = _transfer_gap(arm_runs, setting) if whole else "–"
+        first = next(results for results in found.values() if results)[0]
+        rows.append(row | {"first_loss": f"{first.metrics['first_loss']:.5f}"})
     committed = _committed_rows("42") or [{"measured": f"committed reference: {NOT_RUN}"}]
     return pd.DataFrame(committed + (rows or [{"measured": f"{own}: {NOT_RUN}"}])).fillna("–")
 
@@ -762,9 +761,9 @@ def gap_figure(table: pd.DataFrame, paper: pd.DataFrame, size: str) -> Figure:
 def difference_figure(arm_runs: Runs, reference: str, xlabel: str) -> Figure:
     """Points above the reference arm: one dot a seed, the mean with its 95 % interval over seeds and images.
 
-    Without runs: only that sentence.
+    Without these runs: only that sentence.
     """
-    if not arm_runs.results:
+    if reference not in arm_runs.results or len(arm_runs.results) < 2:
         figure = plt.figure(figsize=(6, 0.6))
         figure.text(0.5, 0.5, f"no runs at {arm_runs.experiment.profile.name}", ha="center", va="center")
         return figure
@@ -795,7 +794,7 @@ def stem_figure(arm_runs: Runs) -> Figure:
     """
     seen = correct(arm_runs)
     stems = [stem for stem in STEM_ARMS if stem != "linear"]
-    across = [training for training in ("supervised", "scratch") if f"linear {training}" in seen]
+    across = [c for c in ("supervised", "scratch") if {f"linear {c}", "linear pretrained"} <= seen.keys()]
     figure, axes = plt.subplots(1, 1 + len(across), figsize=(3 * (1 + len(across)) + 1.4, 3.4), layout="constrained")
     paper = {arm: float(value) for arm, value in paper_stems().items()}
     for colour, marker, stem in zip(sns.color_palette("colorblind", len(stems)), "os^vDP*Xp", stems, strict=True):
@@ -803,7 +802,7 @@ def stem_figure(arm_runs: Runs) -> Figure:
         x, y = (paper[f"{stem} {c}"] - paper[f"linear {c}"] for c in ("supervised", "pretrained"))
         axes[0].plot(x, y, label=stem, **look)
         for cell, training in zip(axes[1:], across, strict=True):
-            if f"{stem} {training}" in seen:
+            if {f"{stem} {training}", f"{stem} pretrained"} <= seen.keys():
                 (x, left, right), (y, down, up) = (_gap(arm_runs, stem, c) for c in (training, "pretrained"))
                 cell.errorbar(x, y, xerr=[[left], [right]], yerr=[[down], [up]], elinewidth=0.8, **look)
     titles = {"supervised": "all labels", "scratch": "the same few labels"}
@@ -907,7 +906,7 @@ def masking_figure(profile_name: str, count: int = 4) -> Figure:
 def tokenizers_of(arm_runs: Runs) -> list[RunSpec]:
     """The tokenizers that these runs had trained, one a seed; none where they predict k-means tokens or pixels."""
     family = (member for spec in arm_runs.experiment.specs() for member in spec.family())
-    return list(dict.fromkeys(member for member in family if member.protocol == "tokenizer"))
+    return [m for m in dict.fromkeys(family) if m.protocol == "tokenizer" and runs.find(m) is not None]
 
 
 def codebook_use(specs: Sequence[RunSpec]) -> pd.DataFrame:
@@ -983,7 +982,7 @@ def _trained_verdict(entry: Part, profile_name: str) -> Verdict:
         return judge(entry, {}, p.name, p.pairs, classes)
     setting = experiment(part.notebook, p.name)
     sizes = (p.pairs, part.min_pairs or p.pairs)
-    found = _finished(setting, {arm for pairs in sizes for arm in (*part.arms(pairs), part.parent)})
+    found = finished(setting, {arm for pairs in sizes for arm in (*part.arms(pairs), part.parent)})
     pairs = _pairs(part, p.pairs, found)
     arms = [arm for arm in part.arms(pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
@@ -1019,7 +1018,7 @@ def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:
     return wanted if all(arm in found for arm in part.contrast_at(wanted)) else own
 
 
-def _finished(setting: Experiment, chosen: Collection[str] | None = None) -> dict[str, list[runs.Result]]:
+def finished(setting: Experiment, chosen: Collection[str] | None = None) -> dict[str, list[runs.Result]]:
     """Arm -> results at exactly the profile's seeds, of all arms or the chosen ones; one with a seed missing is left out."""
     found = {}
     for arm, spec in setting.arms.items():
