@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -275,10 +275,11 @@ def alive(pid: int) -> bool:
     return True
 
 
-def export_runs(path: Path) -> int:
-    """Write every run of the store to a `runs.jsonl`, sorted by hash, without weights; how many."""
+def export_runs(path: Path, names: Collection[str] | None = None) -> int:
+    """Write every run of the store, or those of these hashes, to a `runs.jsonl`, by hash, without weights; how many."""
     records = []
-    for folder in sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json")):
+    folders = sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json"))
+    for folder in folders if names is None else [f for f in folders if f.name in names]:
         try:
             spec, result = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result"))
             Result.from_record(result)

@@ -53,7 +53,6 @@ GROUPS = {
         "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
         (5e-4, 1e-3, 2e-3),
     ),
-    "supervised stems": Group("52", tuple(f"{s} supervised" for s in ("linear", "hmlp", "conv")), (5e-4, 1e-3, 2e-3)),
     **{f"transfer {s}": _transfer(s) for s in ("full", "attn", "ffn", "head")},
 }  # fmt: skip
 

@@ -1,0 +1,204 @@
+"""The committed reference: what was run at a profile, as files, a page and the README's claims table.
+
+    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/README.md   what held, what did not, what could not be seen and what it would take
+    README.md                     the claims table, between two marks
+
+Page and table are written from claims.csv alone, so that a test can hold them against it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from vitlib import paths
+from vitlib.errors import UsageError
+from vitlib.lab import claims, runs
+from vitlib.lab.experiments import NOTEBOOKS, all_specs, available
+from vitlib.lab.ledger import ledger
+
+PAGE = paths.REFERENCE / "README.md"
+MARKS = ("<!-- claims: written by `python -m vitlib report` -->", "<!-- end of claims -->")
+
+
+def write(profile: str) -> list[Path]:
+    """Copy what `reproduce` made of a profile into the committed reference, and write page and README from it.
+
+    Raises UsageError where nothing was rendered.
+    """
+    made, kept = paths.outputs() / profile, paths.REFERENCE / profile
+    if not (made / "claims.csv").is_file():
+        raise UsageError(
+            f"there is no {made / 'claims.csv'}: run `python -m vitlib reproduce --profile {profile}` first"
+        )
+    specs = all_specs(profile, available(profile, list(NOTEBOOKS))[0])
+    names = {member.hash for spec in specs for member in spec.family()}
+    runs.export_runs(kept / "runs.jsonl", names)
+    for file in ("claims.csv", "tuning.csv"):
+        if (made / file).is_file():
+            shutil.copyfile(made / file, kept / file)
+    for folder, suffix in (("tables", ".csv"), ("figures", ".png")):
+        shutil.rmtree(kept / folder, ignore_errors=True)
+        (kept / folder).mkdir(parents=True)
+        for file in sorted((made / folder).glob(f"*{suffix}")):
+            shutil.copyfile(file, kept / folder / file.name)
+    for file in sorted((kept / "tables").glob("*.csv")):
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        file.with_suffix(".md").write_text(
+            f"{table.to_markdown(index=False, disable_numparse=True)}\n", encoding="utf-8"
+        )
+    PAGE.write_text(page(), encoding="utf-8")
+    readme = paths.ROOT / "README.md"
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
+    return [kept, PAGE, readme]
+
+
+def profiles() -> list[str]:
+    """The profiles that have a committed claims table, largest first."""
+    return [name for name in ("imagenet", "gpu", "study") if (paths.REFERENCE / name / "claims.csv").is_file()]
+
+
+def table(profile: str) -> pd.DataFrame:
+    return pd.read_csv(paths.REFERENCE / profile / "claims.csv", dtype={"notebook": str}, keep_default_na=True)
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` between the two marks. Raises UsageError where they are not there."""
+    first, last = (text.find(mark) for mark in MARKS)
+    if first < 0 or last < first:
+        raise UsageError(f"README.md lacks the marks {MARKS[0]} and {MARKS[1]}")
+    return f"{text[: first + len(MARKS[0])]}\n\n{block}\n{text[last:]}"
+
+
+# ---------------------------------------------------------------------------------------------------- the README's table
+
+
+def readme_block() -> str:
+    """One row a claim: what the paper says, what each part measured, and the stance of the claim."""
+    parts = []
+    for profile in profiles():
+        rows = table(profile)
+        lines = [_claim_row(claim, rows[rows["claim"] == claim], profile) for claim in dict.fromkeys(rows["claim"])]
+        frame = pd.DataFrame(lines)
+        parts.append(
+            f"Profile `{profile}`, {_about(profile)}.\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n"
+        )
+    return "\n".join(parts)
+
+
+def _claim_row(claim: str, rows: pd.DataFrame, profile: str) -> dict[str, str]:
+    stance = "contradicts" if "contradicts" in set(rows["stance"]) else "open"
+    if set(rows["stance"]) == {"supports"}:
+        stance = "supports"
+    words = "; ".join(
+        dict.fromkeys(f"{row.part}: {said(row)}" if len(rows) > 1 else said(row) for row in rows.itertuples())
+    )
+    notebook = NOTEBOOKS[rows["notebook"].iloc[0]][0]
+    first = rows["title"].iloc[0].rstrip(".")
+    return {"claim": claim, "the paper says": first, "measured": words, "the claim": stance,
+            "notebook": f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"}  # fmt: skip
+
+
+def said(row) -> str:
+    """A part in a few words: the verdict, and the difference with its interval where one was measured."""
+    if pd.isna(row.ours):
+        return str(row.verdict)
+    ratio = ledger()[row.part].kind == "ratio"
+    sign, unit = ("", "") if ratio else ("+", " points")
+    return f"{row.verdict}, {row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{unit}"
+
+
+def _about(profile: str) -> str:
+    """What the numbers were measured on: n, devices, dates, number of runs, from runs.jsonl."""
+    import json
+
+    path = paths.REFERENCE / profile / "runs.jsonl"
+    records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
+    devices = ", ".join(sorted({r["device"] for r in records}))
+    dates = sorted({r["date"] for r in records})
+    hours = sum(r["cpu_s"] for r in records) / 3600
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{len(records)} runs, {hours:.1f} CPU hours, n = 5 seeds a verdict, {devices}, {when}"
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+HEAD = """# What was measured, and what it says
+
+Written by `python -m vitlib report` from the claims table of each profile; no sentence here is typed by hand. Every number is a
+difference of top-1 in points with its 95 % interval over seeds and test images, or a ratio; the words are those of
+"How to read a verdict" in the project's README. A small scale is no reproduction of the paper.
+"""
+
+
+def page() -> str:
+    parts = [HEAD]
+    for profile in profiles():
+        rows = table(profile)
+        count = rows["verdict"].nunique()
+        parts.append(
+            f"\n## Profile `{profile}`\n\n{_about(profile)[0].upper()}{_about(profile)[1:]}. {len(rows)} parts of claims, "
+            f"{count} different verdicts. Files: [claims]({profile}/claims.csv), [runs]({profile}/runs.jsonl), "
+            f"[tables]({profile}/tables), [figures]({profile}/figures).\n"
+        )
+        for title, chosen, line in SECTIONS:
+            mine = rows[[chosen(row) for row in rows.itertuples()]]
+            body = "\n".join(line(row) for row in mine.itertuples()) or "Nothing."
+            parts.append(f"\n### {title} ({len(mine)})\n\n{body}\n")
+    return "".join(parts)
+
+
+def _line(row) -> str:
+    of = f" The paper: {row.paper:+.2f}." if not pd.isna(row.paper) and row.test != "ratio" else ""
+    note = f" ({row.note})" if isinstance(row.note, str) and row.note else ""
+    n = "" if pd.isna(row.n) else f", n = {row.n:.0f}"
+    return f"- **{row.part}** {row.title} {_capital(said(row))}{n}{note}.{of}"
+
+
+def _open_line(row) -> str:
+    needed = row.seeds_needed
+    takes = "" if pd.isna(needed) else f" To see the paper's difference: {_seeds(needed)}."
+    visible = (
+        ""
+        if pd.isna(row.smallest_visible)
+        else f" The smallest difference that this run could have seen: {row.smallest_visible:.2f}."
+    )
+    return f"{_line(row)}{visible}{takes}"
+
+
+def _seeds(needed: object) -> str:
+    try:
+        return f"{float(needed):,.0f} seeds"
+    except ValueError:
+        return str(needed)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _not_run(row) -> bool:
+    return row.verdict == claims.NOT_RUN
+
+
+SECTIONS: tuple[tuple[str, Callable, Callable], ...] = (
+    ("What held", lambda row: row.stance == "supports", _line),
+    ("What did not", lambda row: row.stance == "contradicts", _line),
+    (
+        "What could not be seen, and what it would take",
+        lambda row: row.stance == "open" and not _not_run(row),
+        _open_line,
+    ),
+    ("Not run", _not_run, lambda row: f"- **{row.part}** {row.title}{_why(row)}"),
+)
+
+
+def _why(row) -> str:
+    note = row.note if isinstance(row.note, str) and row.note else ""
+    scope = ledger()[row.part].scope if row.part in ledger() else ""
+    needs = {"gpu": "needs a GPU", "imagenet": "needs ImageNet"}.get(scope, "")
+    return f" ({needs or note})" if needs or note else ""
