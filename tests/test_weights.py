@@ -144,8 +144,10 @@ def test_what_our_model_has_not_is_refused_in_one_sentence(why):
 
 
 def test_other_classes_and_distilled_models_are_refused():
-    with pytest.raises(UsageError, match=r"timm's ResNet cannot be read: allowed is timm's VisionTransformer"):
-        from_timm(timm.create_model("resnet10t"))
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", depth=1)
+    for other, name in ((timm.create_model("resnet10t"), "ResNet"), (hybrid, "VisionTransformer")):
+        with pytest.raises(UsageError, match=f"timm's {name} cannot be read: allowed is .* with its linear stem"):
+            from_timm(other)
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
     with pytest.raises(UsageError, match="is a distilled model"):
         from_timm(distilled)
@@ -272,6 +274,16 @@ def test_heads_are_known_at_the_papers_widths_alone(tmp_path):
     with pytest.raises(UsageError, match=r"width 192, attention 384: .*give heads"):
         read_checkpoint(tmp_path / "fused.safetensors")
     assert read_checkpoint(tmp_path / "fused.safetensors", heads=6).config.inner == 384
+
+
+def test_a_file_does_not_show_what_the_head_reads(tmp_path):
+    theirs = small(global_pool="avg", fc_norm=False)
+    save_file(theirs.state_dict(), tmp_path / "mean.safetensors")
+    assert_same_logits(read_checkpoint(tmp_path / "mean.safetensors", heads=2, pool="mean").eval(), theirs)
+    assert read_checkpoint(tmp_path / "mean.safetensors", heads=2).config.pool == "cls"
+    save_file(small(global_pool="avg").state_dict(), tmp_path / "behind.safetensors")
+    with pytest.raises(UsageError, match=r"fc_norm\.weight \(64, not known\), .*norm\.weight \(missing, not 64\)"):
+        read_checkpoint(tmp_path / "behind.safetensors", heads=2, pool="mean")
 
 
 # --- what does not fit ---

@@ -52,7 +52,10 @@ def save(model: ViT, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> ViT:
-    """The model that `save` wrote. Raises UsageError for a file that is none, and for weights that do not fit."""
+    """The model that `save` wrote, in its precision.
+
+    Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ.
+    """
     state, metadata = _safetensors(Path(path))
     if "vitlib" not in metadata:
         raise UsageError(f"{path} was not written by vitlib.model.weights.save: it names no configuration")
@@ -168,12 +171,12 @@ def from_timm(model: VisionTransformer) -> ViT:
     Plain and parallel blocks, with or without LayerScale and a position for the class token, read by class token or
     mean. Dropout and stochastic depth are left off. Raises UsageError for everything that our ViT has not.
     """
-    from timm.layers import Attention, LayerScale
+    from timm.layers import Attention, LayerScale, PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     what = f"timm's {type(model).__name__}"
-    if not isinstance(model, VisionTransformer):
-        raise UsageError(f"{what} cannot be read: allowed is timm's VisionTransformer")
+    if not isinstance(model, VisionTransformer) or not isinstance(model.patch_embed, PatchEmbed):
+        raise UsageError(f"{what} cannot be read: allowed is timm's VisionTransformer with its linear stem")
     _check_parts(model, what)
     state = {re.sub(r"^fc_norm\.", "norm.", name): tensor.clone() for name, tensor in model.state_dict().items()}
     names, branches = find_names(state)
@@ -228,8 +231,8 @@ def read_checkpoint(
     key          which of a .pth file's states is read, e.g. "model_ema"; a file may also be a bare state
 
     LayerNorm's eps 1e-6 and GELU are DeiT's and timm's. Stochastic depth is off; fine-tuning sets it with
-    `dataclasses.replace(config, drop_path=...)`. Raises UsageError for a file that is damaged, holds code, or is of another
-    model, with the keys that differ; nothing is loaded then.
+    `dataclasses.replace(config, drop_path=...)`. Raises UsageError for a file that is damaged, holds code, or is of
+    another model, with the keys that differ; nothing is loaded then.
     """
     if Path(source).suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         return from_timm(_download(str(source)))
@@ -308,7 +311,7 @@ def _first(fault: Exception) -> str:
 
 
 def infer_config(
-    state: State, names: Names, branches: int, what: str, heads: int | None, pool: str, layer_scale: float
+    state: State, names: Names, branches: int, what: str, heads: int | None, pool: str, layer_scale: float | None
 ) -> ViTConfig:
     """The configuration that the tensors' shapes say; `heads`, `pool` and `layer_scale` are not among them.
 
@@ -333,8 +336,8 @@ def infer_config(
             "square patches, with or without a position for the class token"
         )
     config = ViTConfig(
-        width=width, depth=_depth(state), branches=branches, patch_size=side, image_size=grid * side, in_chans=patch[1],
-        heads=heads or _heads(width, inner, what), num_classes=_classes(state),
+        width=width, depth=_depth(state), branches=branches, in_chans=patch[1], patch_size=side, image_size=grid * side,
+        heads=_heads(width, inner, what) if heads is None else heads, num_classes=_classes(state),
         layer_scale=layer_scale if f"blocks.0.{names['mhsa.0.gamma']}" in state else None, pool=pool,
         pos="all" if positions[1] > grid * grid else "patches",
         inner=inner if inner != width else None, ffn_width=fc1[0] if fc1[0] != 4 * width else None,
@@ -370,7 +373,10 @@ def _empty(config: ViTConfig) -> ViT:
 
 
 def _fill(model: ViT, state: State, names: Names, what: str) -> ViT:
-    """The model with the tensors of `state` for its own, not copied. Raises UsageError with the keys that differ."""
+    """The model with the tensors of `state` for its own, not copied; without `names` they are ours.
+
+    Raises UsageError with the keys that differ.
+    """
     own = model.state_dict()
     theirs = {name: their_name(name, names) if names else name for name in own}
     wanted = {theirs[name]: _kind(tensor) for name, tensor in own.items()}
