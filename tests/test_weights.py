@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import DiffAttention
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -110,6 +111,7 @@ def test_a_model_keeps_its_mode_and_precision_and_shares_no_memory_with_timms():
     with torch.no_grad():
         ours.head.weight.zero_()
     assert theirs.head.weight.any()
+    assert not from_timm(theirs.eval()).training
 
 
 def test_a_fused_model_comes_back_from_timm_with_its_heads_and_widths():
@@ -124,6 +126,8 @@ REFUSED = {
     "activation is GELU(approximate='tanh')": {"act_layer": partial(nn.GELU, approximate="tanh")},
     "pooling is avg, then fc_norm": {"global_pool": "avg"},
     "pooling is max": {"global_pool": "max"},
+    "pool_include_prefix is True": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True},
+    "attention is DiffAttention": {"attn_layer": DiffAttention},
     "blocks is ResPostBlock": {"block_fn": ResPostBlock},
     "blocks is ParallelScalingBlock": {"block_fn": ParallelScalingBlock},
     "image size is (18, 18), allowed is (16, 16)": {"img_size": 18},
