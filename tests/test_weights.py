@@ -1,0 +1,429 @@
+"""Checkpoints of DeiT, DeiT III and timm become our ViT with the same logits, and timm's layout is written back."""
+
+import argparse
+import re
+from functools import partial
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import DiffAttention
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import nn
+
+from vitlib.errors import UsageError
+from vitlib.model import ViT, fuse, vit_config
+from vitlib.model.weights import (
+    find_names,
+    from_timm,
+    load,
+    read_checkpoint,
+    save,
+    save_timm,
+    their_name,
+    timm_state,
+    to_timm,
+)
+from vitlib.train.finetune import at_image_size, freeze, start_from
+
+torch.set_num_threads(1)
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
+PARALLEL = {"block_fn": partial(ParallelThingsBlock, num_parallel=3)}
+MODELS = {
+    "plain": {},
+    "LayerScale": {"init_values": 1e-5},
+    "DeiT III: LayerScale, no position for the class token": {"init_values": 1e-6, "no_embed_class": True},
+    "class token behind fc_norm": {"fc_norm": True},
+    "mean": {"global_pool": "avg", "fc_norm": False},
+    "two branches": {"block_fn": ParallelThingsBlock},
+    "three branches, LayerScale": {"init_values": 1e-5, **PARALLEL},
+    "one channel, narrow FFN, no head": {"in_chans": 1, "mlp_ratio": 2, "num_classes": 0},
+}
+
+
+def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every tensor random, so that no norm, gamma or bias is at a value that hides a mistake."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=random) + (p.ndim == 1))
+    return model.eval()
+
+
+def noise(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def small(**options) -> VisionTransformer:
+    return filled(VisionTransformer(**SMALL | options))
+
+
+@torch.no_grad()
+def assert_same_logits(ours: nn.Module, theirs: nn.Module, channels: int = 3, size: int = 16) -> None:
+    """To 1e-5 of logits of size one in float32, and to rounding in float64, where an eps of 1e-5 would show."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        x = noise(2, channels, size, size, dtype=dtype)
+        torch.testing.assert_close(ours.to(dtype)(x), theirs.to(dtype)(x), rtol=tolerance, atol=tolerance)
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- from timm, and back ---
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_timms_model_becomes_ours_with_the_same_logits_and_goes_back_tensor_by_tensor(case):
+    theirs = small(**MODELS[case])
+    before = {name.replace("fc_norm", "norm"): t.clone() for name, t in theirs.state_dict().items()}
+    ours = from_timm(theirs)
+    assert ours.config.branches == {"two": 2, "three": 3}.get(case.split()[0], 1)
+    assert ours.config.layer_scale == MODELS[case].get("init_values")
+    assert same_tensors(before, to_timm(ours).state_dict()) and same_tensors(before, timm_state(ours))
+    assert_same_logits(ours, theirs, theirs.in_chans)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "deit3_small_patch16_224", "deit_small_patch16_224"])
+def test_timms_registered_models_of_the_paper_and_of_deit_are_read(name):
+    theirs = filled(timm.create_model(name, img_size=32, depth=2, num_classes=5))
+    ours = from_timm(theirs)
+    c = ours.config
+    assert (c.name, c.heads, c.pos, c.layer_scale) == {
+        "vit_small_patch16_18x2_224": ("S2x2/16", 6, "all", 1e-5),
+        "deit3_small_patch16_224": ("S2x1/16", 6, "patches", 1e-6),
+        "deit_small_patch16_224": ("S2x1/16", 6, "all", None),
+    }[name]
+    assert_same_logits(ours, theirs, size=32)
+    assert same_tensors(to_timm(ours).state_dict(), theirs.state_dict())
+
+
+def test_a_model_keeps_its_mode_and_precision_and_shares_no_memory_with_timms():
+    theirs = small().half().train()
+    ours = from_timm(theirs)
+    assert ours.training and ours.head.weight.dtype == torch.float16 and ours.head.weight.requires_grad
+    with torch.no_grad():
+        ours.head.weight.zero_()
+    assert theirs.head.weight.any()
+    assert not from_timm(theirs.eval()).training
+
+
+def test_a_fused_model_comes_back_from_timm_with_its_heads_and_widths():
+    fused = fuse(filled(ViT(vit_config("W64-2x2/4", image_size=16, num_classes=7))))
+    again = from_timm(to_timm(fused))
+    assert again.config == fused.config.__class__(**vars(fused.config) | {"init_std": 0.02})
+    assert same_tensors(again.state_dict(), fused.state_dict())
+
+
+REFUSED = {
+    "eps is 1e-05": {"norm_layer": nn.LayerNorm},
+    "activation is GELU(approximate='tanh')": {"act_layer": partial(nn.GELU, approximate="tanh")},
+    "pooling is avg, then fc_norm": {"global_pool": "avg"},
+    "pooling is max": {"global_pool": "max"},
+    "pool_include_prefix is True": {"global_pool": "avg", "fc_norm": False, "pool_include_prefix": True},
+    "attention is DiffAttention": {"attn_layer": DiffAttention},
+    "blocks is ResPostBlock": {"block_fn": ResPostBlock},
+    "blocks is ParallelScalingBlock": {"block_fn": ParallelScalingBlock},
+    "image size is (18, 18), allowed is (16, 16)": {"img_size": 18},
+    "image size is (8, 32)": {"img_size": (8, 32)},
+    "q_norm.weight (32, not known)": {"qk_norm": True},
+    "reg_token (1x1x64, not known)": {"reg_tokens": 1, "no_embed_class": True},
+    "blocks.0.attn.qkv.bias (missing, not 192)": {"qkv_bias": False},
+    "cls_token is missing": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "norm.weight (missing, not 64)": {"final_norm": False},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_our_model_has_not_is_refused_in_one_sentence(why):
+    with pytest.raises(UsageError, match=re.escape(why)) as refusal:
+        from_timm(VisionTransformer(**SMALL | REFUSED[why]))
+    assert "\n" not in str(refusal.value)
+
+
+def test_other_classes_and_distilled_models_are_refused():
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", depth=1)
+    for other, name in ((timm.create_model("resnet10t"), "ResNet"), (hybrid, "VisionTransformer")):
+        with pytest.raises(UsageError, match=f"timm's {name} cannot be read: allowed is .* with its linear stem"):
+            from_timm(other)
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    with pytest.raises(UsageError, match="is a distilled model"):
+        from_timm(distilled)
+
+
+def test_a_file_in_timms_layout_loads_into_timms_model(tmp_path):
+    ours = filled(ViT(vit_config("W64-2x2/4", image_size=16, num_classes=7, layer_scale=0.1)))
+    save_timm(ours, tmp_path / "timm.safetensors")
+    theirs = VisionTransformer(**SMALL, init_values=1e-5, no_embed_class=True, block_fn=ParallelThingsBlock).eval()
+    timm.models.load_checkpoint(theirs, str(tmp_path / "timm.safetensors"))
+    assert_same_logits(ours, theirs)
+    with pytest.raises(UsageError, match="timm has no such model: stem hmlp"):
+        save_timm(ViT(vit_config("W64-2x2/4", image_size=16, stem="hmlp")), tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+# --- DeiT's layouts ---
+
+
+class DeiT(nn.Module):
+    """The released code's parameter names, written out, with eq. (1) or (2) over them: (B, 3, 16, 16) -> (B, 7)."""
+
+    def __init__(self, two: bool = False, scale: bool = True, positions: int = 16, width: int = 64, depth: int = 2):
+        super().__init__()
+        norm = partial(nn.LayerNorm, width, eps=1e-6)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 4, 4)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            block = nn.Module()
+            for tail, inner in (("", ""), ("1", "_1"))[: 1 + two]:
+                for part, first, last, wide in (("attn", "qkv", "proj", 3), ("mlp", "fc1", "fc2", 4)):
+                    back = width if part == "attn" else 4 * width
+                    f = {first: nn.Linear(width, wide * width), last: nn.Linear(back, width)}
+                    block.add_module(f"{part}{tail}", nn.ModuleDict(f))
+                    number = 1 if part == "attn" else 2
+                    block.add_module(f"norm{number}{tail}", norm())
+                    if scale:
+                        block.register_parameter(f"gamma_{number}{inner}", nn.Parameter(torch.empty(width)))
+            self.blocks.append(block)
+        self.norm, self.head = norm(), nn.Linear(width, 7)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).mT
+        cls = self.cls_token.expand(len(x), -1, -1)
+        if self.pos_embed.shape[1] == x.shape[1]:
+            x = torch.cat([cls, x + self.pos_embed], 1)
+        else:
+            x = torch.cat([cls, x], 1) + self.pos_embed
+        for b in self.blocks:
+            two = hasattr(b, "attn1")
+            g = [getattr(b, name, 1.0) for name in ("gamma_1", "gamma_1_1", "gamma_2", "gamma_2_1")]
+            heard = g[0] * self.attention(b.attn, b.norm1(x))
+            x = x + heard + (g[1] * self.attention(b.attn1, b.norm11(x)) if two else 0)
+            made = g[2] * self.mlp(b.mlp, b.norm2(x))
+            x = x + made + (g[3] * self.mlp(b.mlp1, b.norm21(x)) if two else 0)
+        return self.head(self.norm(x)[:, 0])
+
+    def attention(self, f, x, heads=2):
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in f["qkv"](x).chunk(3, -1))
+        heard = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return f["proj"](heard.transpose(1, 2).flatten(2))
+
+    def mlp(self, f, x):
+        return f["fc2"](nn.functional.gelu(f["fc1"](x)))
+
+
+def deit(**options) -> DeiT:
+    return filled(DeiT(**options))
+
+
+DEITS = {
+    "DeiT": {"scale": False, "positions": 17},
+    "DeiT III": {},
+    "x2": {"two": True, "scale": False},
+    "x2, LayerScale": {"two": True},
+}
+
+
+@pytest.mark.parametrize("case", DEITS)
+def test_a_checkpoint_in_deits_layout_becomes_ours_with_the_same_logits(case, tmp_path):
+    theirs = deit(**DEITS[case])
+    torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")
+    ours = read_checkpoint(tmp_path / "deit.pth", heads=2).eval()
+    c = ours.config
+    assert (c.branches, c.pos) == (2 if "x2" in case else 1, "all" if case == "DeiT" else "patches")
+    assert c.layer_scale == (1e-4 if DEITS[case].get("scale", True) else None)
+    assert (c.width, c.depth, c.heads, c.patch_size, c.image_size, c.num_classes) == (64, 2, 2, 4, 16, 7)
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("case", DEITS)
+def test_each_of_deits_tensors_is_used_once(case):
+    state = deit(**DEITS[case]).state_dict()
+    names, branches = find_names(state)
+    scale = 1.0 if DEITS[case].get("scale", True) else None
+    ours = ViT(vit_config(f"W64-2x{branches}/4", image_size=16, num_classes=7, layer_scale=scale))
+    assert sorted(their_name(name, names) for name in ours.state_dict()) == sorted(state)
+
+
+def test_each_kind_of_file_gives_the_same_model(tmp_path):
+    state = deit(two=True).state_dict()
+    for name in ("bare.pth", "bare.pt", "bare.bin"):
+        torch.save(state, tmp_path / name)
+    save_file(state, tmp_path / "deit.safetensors")
+    other = deit(two=True, depth=1).state_dict()
+    torch.save({"model": state, "model_ema": other, "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "run.pth")
+    save_timm(read_checkpoint(tmp_path / "bare.pth", heads=2), tmp_path / "timm.safetensors")
+    read = [read_checkpoint(path, heads=2) for path in sorted(tmp_path.iterdir())]
+    assert len(read) == 6 and all(same_tensors(read[0].state_dict(), vit.state_dict()) for vit in read)
+    assert read_checkpoint(tmp_path / "run.pth", heads=2, key="model_ema").config.depth == 1
+    assert load_file(tmp_path / "timm.safetensors")["blocks.1.attns.1.ls.gamma"].equal(state["blocks.1.gamma_1_1"])
+
+
+def test_heads_are_known_at_the_papers_widths_alone(tmp_path):
+    torch.save(deit(width=192, depth=1).state_dict(), tmp_path / "Ti.pth")
+    assert read_checkpoint(tmp_path / "Ti.pth").config.name == "Ti1x1/4"
+    assert read_checkpoint(tmp_path / "Ti.pth", heads=6).config.heads == 6
+    torch.save(deit().state_dict(), tmp_path / "64.pth")
+    with pytest.raises(UsageError, match=r"width 64, .*heads are known at 192, 384, 768, 1024 alone, give heads"):
+        read_checkpoint(tmp_path / "64.pth")
+    save_timm(fuse(filled(ViT(vit_config("Ti1x2/4", image_size=16)))), tmp_path / "fused.safetensors")
+    with pytest.raises(UsageError, match=r"width 192, attention 384: .*give heads"):
+        read_checkpoint(tmp_path / "fused.safetensors")
+    assert read_checkpoint(tmp_path / "fused.safetensors", heads=6).config.inner == 384
+
+
+def test_a_file_does_not_show_what_the_head_reads(tmp_path):
+    theirs = small(global_pool="avg", fc_norm=False)
+    save_file(theirs.state_dict(), tmp_path / "mean.safetensors")
+    assert_same_logits(read_checkpoint(tmp_path / "mean.safetensors", heads=2, pool="mean").eval(), theirs)
+    assert read_checkpoint(tmp_path / "mean.safetensors", heads=2).config.pool == "cls"
+    save_file(small(global_pool="avg").state_dict(), tmp_path / "behind.safetensors")
+    with pytest.raises(UsageError, match=r"fc_norm\.weight \(64, not known\), .*norm\.weight \(missing, not 64\)"):
+        read_checkpoint(tmp_path / "behind.safetensors", heads=2, pool="mean")
+
+
+# --- what does not fit ---
+
+
+def test_a_checkpoint_that_does_not_fit_lists_the_keys_that_differ(tmp_path):
+    state = deit(two=True).state_dict()
+    del state["blocks.1.norm21.bias"], state["norm.weight"]
+    state |= {"blocks.0.attn1.proj.weight": torch.zeros(64, 32), "extra": torch.zeros(3)}
+    state["head.weight"] = torch.zeros(7, 64, dtype=torch.int8)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UsageError) as refusal:
+        read_checkpoint(tmp_path / "odd.pth", heads=2)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'odd.pth'} does not fit W64-2x2/4: blocks.0.attn1.proj.weight (64x32, not 64x64), "
+        "blocks.1.norm21.bias (missing, not 64), extra (3, not known), head.weight (7x64 of int8, not 7x64), "
+        "norm.weight (missing, not 64); nothing was loaded"
+    )
+
+
+def test_our_own_file_that_does_not_fit_lists_its_keys_too(tmp_path):
+    vit = ViT(vit_config("W64-1x1/4", image_size=16, num_classes=7))
+    vit.head = nn.Linear(64, 8)
+    save(vit, tmp_path / "ours.safetensors")
+    with pytest.raises(UsageError, match=r"head\.bias \(8, not 7\), head\.weight \(8x64, not 7x64\); nothing was"):
+        load(tmp_path / "ours.safetensors")
+
+
+STATES = {
+    "distilled model (dist_token)": lambda state: state | {"dist_token": torch.zeros(1, 1, 64)},
+    "distilled model (head_dist.weight)": lambda state: state | {"head_dist.weight": torch.zeros(7, 64)},
+    "no ViT in DeiT's or timm's layout: cls_token, pos_embed, patch_embed": lambda state: {"x": torch.zeros(2)},
+    "has 18 positions and patches of 4x4": lambda state: state | {"pos_embed": torch.zeros(1, 18, 64)},
+    "has 16 positions and patches of 2x4": lambda s: s | {"patch_embed.proj.weight": torch.zeros(64, 3, 2, 4)},
+    "has no tensors under key 'model': allowed are state_dict": lambda state: {"state_dict": state, "epoch": 1},
+    "holds a list": lambda state: list(state),
+    "needs pickled code (torch.nn.modules.linear.Linear)": lambda state: {"model": nn.Linear(2, 2)},
+}
+
+
+@pytest.mark.parametrize("why", STATES)
+def test_a_file_of_something_else_is_refused_in_one_sentence(why, tmp_path):
+    torch.save(STATES[why](deit().state_dict()), tmp_path / "file.pth")
+    with pytest.raises(UsageError, match=re.escape(why)) as refusal:
+        read_checkpoint(tmp_path / "file.pth", heads=2)
+    assert str(tmp_path / "file.pth") in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+class Code:
+    """Unpickling an instance would set `ran`."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Code, "ran", True)
+
+
+def test_pickled_code_is_never_run(tmp_path):
+    torch.save({"model": Code()}, tmp_path / "evil.pth")
+    with pytest.raises(UsageError, match=r"needs pickled code \(.*setattr\), which is never run"):
+        read_checkpoint(tmp_path / "evil.pth")
+    assert not Code.ran
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "one bit", "old format, cut"])
+def test_a_damaged_file_is_one_sentence(damage, tmp_path):
+    path = tmp_path / "deit.pth"
+    torch.save(deit().state_dict(), path, _use_new_zipfile_serialization="old" not in damage)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    path.write_bytes({"empty": b"", "text": b"hello world", "one bit": flipped}.get(damage, whole[:half]))
+    with pytest.raises(UsageError, match=r"is damaged or was not written by torch\.save") as refusal:
+        read_checkpoint(path, heads=2)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_damaged_or_missing_safetensors_file_is_one_sentence(tmp_path):
+    save_file(deit().state_dict(), tmp_path / "deit.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "deit.safetensors").read_bytes()[:5000])
+    with pytest.raises(UsageError, match=r"cut\.safetensors cannot be read as a safetensors file"):
+        read_checkpoint(tmp_path / "cut.safetensors")
+    with pytest.raises(UsageError, match=r"gone\.safetensors is not there: give a"):
+        read_checkpoint(tmp_path / "gone.safetensors")
+
+
+def test_a_name_is_read_through_timm_or_refused_in_one_sentence(monkeypatch):
+    wanted = []
+
+    def online(name, pretrained):
+        wanted.append((name, pretrained))
+        return small(init_values=1e-6)
+
+    def offline(name, pretrained):
+        raise OSError("no network\nretrying")
+
+    monkeypatch.setattr(timm, "create_model", online)
+    assert read_checkpoint("deit3_small_patch16_224.fb_in1k").config.layer_scale == 1e-6
+    assert wanted == [("deit3_small_patch16_224.fb_in1k", True)]
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UsageError, match=r"weights of deit3_small_patch16_224 \(no network\): give a file$"):
+        read_checkpoint("deit3_small_patch16_224")
+    with pytest.raises(UsageError, match=r"^deit4 is no file .* and no model of timm: allowed are"):
+        read_checkpoint("deit4")
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match=r"No pretrained weights exist for vit_small_patch16_18x2_224.*: give a file$"):
+        read_checkpoint("vit_small_patch16_18x2_224")
+
+
+# --- attention-only fine-tuning from a checkpoint ---
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_attention_only_fine_tuning_starts_from_a_checkpoint_at_a_higher_resolution(two, tmp_path):
+    """Released code: --attn-only would train attn, not attn1."""
+    torch.save({"model": deit(two=two).state_dict()}, tmp_path / "deit_3.pth")
+    trunk = read_checkpoint(tmp_path / "deit_3.pth", heads=2)
+    model = start_from(trunk.state_dict(), at_image_size(trunk.config, 24), seed=0)
+    assert freeze(model, "attn") == [
+        "pos_embed",
+        *(f"layers.{i}.mhsa.{k}.f.{f}.{kind}" for i in range(2) for k in range(1 + two)
+          for f in ("qkv", "proj") for kind in ("weight", "bias")),
+        "head.weight",
+        "head.bias",
+    ]  # fmt: skip
+    assert (trunk.pos_embed.shape, model.pos_embed.shape) == ((1, 16, 64), (1, 36, 64))
+    for name, tensor in trunk.state_dict().items():
+        assert name == "pos_embed" or torch.equal(tensor, model.state_dict()[name])
+    model(noise(2, 3, 24, 24)).square().sum().backward()
+    assert all((p.grad is not None and p.grad.any()) == p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_of_other_classes_starts_with_a_fresh_head(tmp_path):
+    torch.save({"model": deit().state_dict()}, tmp_path / "deit_3.pth")
+    trunk = read_checkpoint(tmp_path / "deit_3.pth", heads=2)
+    model = start_from(
+        trunk.state_dict(), vit_config("W64-2", patch_size=4, image_size=24, num_classes=3, layer_scale=1.0), 0
+    )
+    assert model.head.weight.shape == (3, 64) and torch.equal(model.cls_token, trunk.cls_token)
