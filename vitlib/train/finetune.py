@@ -70,7 +70,7 @@ def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_hea
 
     The trunk may be a classifier at another image size or with other classes, or a masked pre-trained model without
     a head. new_head: the head is fresh though its shape is the same, because the trunk's classes were others.
-    Raises ValueError with the list of keys if anything else differs; nothing is loaded loosely.
+    Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     model = ViT(config, seed)
     own = model.state_dict()
@@ -81,7 +81,7 @@ def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_hea
         weights |= {name: own[name] for name in ("head.weight", "head.bias")}
     differ = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
     if differ:
-        raise ValueError(f"the trunk does not fit {config.name}: {', '.join(differ)}; nothing was loaded")
+        raise UsageError(f"the trunk does not fit {config.name}: {', '.join(differ)}; nothing was loaded")
     model.load_state_dict(weights)
     return model
 
