@@ -90,6 +90,11 @@ class Page:
 
 
 def open_page(number: str, profile_name: str) -> Page:
-    """Raises UsageError for a notebook or a profile that does not exist, before anything is trained."""
+    """A notebook's page; says its scale and what its columns are.
+
+    Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
+    """
     report.theme()
-    return Page(notebook_number(number), profile(profile_name).name)
+    page = Page(notebook_number(number), profile(profile_name).name)
+    display(Markdown(report.legend(page.profile)))
+    return page

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,32 @@ def stem_sizes(profile_name: str | None = None) -> pd.DataFrame:
 
 def _more(config: ViTConfig, base: ViTConfig) -> str:
     return f"{100 * (exact.size(config).macs / exact.size(base).macs - 1):+.2f} %"
+
+
+# ---------------------------------------------------------------------------------------------------- what is what
+
+
+def legend(profile_name: str) -> str:
+    """The scale of a profile, and what the three kinds of columns are, in a few sentences."""
+    p = profile(profile_name)
+    seeds = ", ".join(map(str, p.seeds))
+    dates = reference_dates("study")
+    kept = f"profile `study`, n = 5, made {dates}" if dates else "none yet"
+    return (
+        f"**Profile `{p.name}`**: {card(p.data)['pretty_name']} at {p.image_size} pixels, patches of {p.patch_size}, width "
+        f"{p.width}, {p.pairs} pairs unless an arm says otherwise, {p.epochs} epochs, seeds {seeds}.\n\n"
+        f"Columns: *paper* is ImageNet as printed; *committed reference* is what this project measured ({kept}); *this run* is "
+        f"what this page's own runs say."
+    )
+
+
+@functools.cache
+def reference_dates(profile_name: str) -> str:
+    """The first and the last day of the committed runs of a profile; empty where there are none."""
+    path = paths.REFERENCE / profile_name / "runs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    days = sorted({json.loads(line)["result"]["date"] for line in lines})
+    return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 
 # ---------------------------------------------------------------------------------------------------- accuracies

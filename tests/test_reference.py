@@ -1,0 +1,113 @@
+"""The committed reference: page and README's table say what claims.csv says, and claims.csv what runs.jsonl says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitlib import paths
+from vitlib.errors import UsageError
+from vitlib.lab import reference, report, runs
+from vitlib.lab.ledger import ledger
+from vitlib.lab.runs import Result
+
+README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def committed(profile: str) -> pd.DataFrame:
+    return reference.table(profile).set_index("part")
+
+
+def test_the_readmes_claims_table_is_the_committed_one():
+    assert reference.profiles()
+    assert reference.with_block(README, reference.readme_block()) == README, "python -m vitlib report"
+
+
+def test_the_page_is_written_from_the_committed_tables():
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "python -m vitlib report"
+
+
+def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
+    for profile in reference.profiles():
+        rows = reference.table(profile)
+        assert set(rows["part"]) == {part.id for part in ledger().values() if part.belongs(profile)}
+        for row in rows.itertuples():
+            sections = [title for title, chosen, _ in reference.SECTIONS if chosen(row)]
+            assert len(sections) == 1, row.part
+            assert reference.PAGE.read_text(encoding="utf-8").count(f"- **{row.part}** ") == len(reference.profiles())
+
+
+def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp_path):
+    """The runs are read into an empty store, and every part that was judged on runs is judged again."""
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    for profile in set(reference.profiles()) & {"study"}:  # other profiles' data is not here
+        runs.import_runs(paths.REFERENCE / profile / "runs.jsonl")
+        again = {v.part.id: v for v in report.verdicts(profile)}
+        for id, row in committed(profile).iterrows():
+            if ledger()[id].kind != "ratio":
+                assert again[id].text == row["verdict"], id
+            if isinstance(row["runs"], str) and row["runs"]:
+                assert " ".join(again[id].runs) == row["runs"]
+                assert again[id].ours == pytest.approx(tuple(row[["ours", "low", "high"]]), abs=1e-9)
+
+
+def test_the_differences_of_the_claims_table_come_out_by_plain_arithmetic_on_the_runs():
+    """Not by the code that judges: the bits are unpacked here, and a superiority's mean is a mean of means."""
+    for profile in reference.profiles():
+        lines = (paths.REFERENCE / profile / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+        results = {r["result"]["hash"]: Result.from_record(r["result"]) for r in map(json.loads, lines)}
+        for id, row in committed(profile).iterrows():
+            part = ledger()[id].at_profile(profile)
+            if not (isinstance(row["runs"], str) and row["runs"]) or part.sizes:
+                continue
+            assert set(row["runs"].split()) <= results.keys(), id
+            assert row["low"] < row["ours"] < row["high"]
+            assert row["seed_se"] ** 2 * row["n"] == pytest.approx(row["sd"] ** 2)
+
+
+def made_up() -> pd.DataFrame:
+    from vitlib.lab import claims
+    from vitlib.lab.claims import judge
+
+    rng = np.random.default_rng(0)
+    part = ledger()["A1"]
+    arms = {arm: rng.random((5, 400)) < 0.8 for arm in part.contrast_at(12)}
+    from vitlib.lab.ledger import ledger_hashes
+
+    judged = judge(part, arms, "study", 12, 10, hashes=[ledger_hashes()])
+    return claims.verdict_table([judged, judge(ledger()["P5"], {}, "study", 12, 10)])
+
+
+def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(UsageError, match="run `python -m vitlib reproduce --profile study` first"):
+        reference.write("study")
+    made = tmp_path / "outputs" / "study"
+    (made / "tables").mkdir(parents=True)
+    (made / "figures").mkdir()
+    made_up().to_csv(made / "claims.csv", index=False)
+    (made / "tables" / "31_x.csv").write_text("a,b\n1.50,–\n", encoding="utf-8")
+    (made / "figures" / "31_x.png").write_bytes(b"png")
+    (made / "figures" / "31_x.svg").write_bytes(b"svg")
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(reference, "PAGE", tmp_path / "reference" / "README.md")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(
+        f"before\n{reference.MARKS[0]}\nold\n{reference.MARKS[1]}\nafter\n", encoding="utf-8"
+    )
+    monkeypatch.setattr(reference, "_about", lambda profile: "10 runs")
+    reference.write("study")
+    kept = tmp_path / "reference" / "study"
+    assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [
+        "31_x.csv", "31_x.md", "31_x.png", "claims.csv", "runs.jsonl",
+    ]  # fmt: skip
+    assert "|" in (kept / "tables" / "31_x.md").read_text() and "1.50" in (kept / "tables" / "31_x.md").read_text()
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert "| A1 " in readme and "not run" in readme
+    page = reference.PAGE.read_text(encoding="utf-8")
+    assert "- **P5** " in page[page.index("### Not run") :] and "- **A1** " in page
