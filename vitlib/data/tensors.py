@@ -108,7 +108,8 @@ class Batch:
         if count == 1:
             yield self
             return
-        ends = np.cumsum([len(own) for own in np.array_split(self.index, min(count, len(self.index)))])
+        sizes = [len(own) for own in np.array_split(self.index, min(count, len(self.index)))]
+        ends = np.cumsum(sizes).tolist()
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             own, view = slice(start, end), None if self.view is None else self.view[start:end]
             yield replace(

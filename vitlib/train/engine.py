@@ -133,6 +133,8 @@ def this_shard() -> Shard:
 def processes(device: str) -> Iterator[Shard]:
     """Join the processes that torchrun started, as its environment says: NCCL between GPUs, gloo between CPUs."""
     if device == "cuda":
+        if (wanted := int(os.environ["LOCAL_WORLD_SIZE"])) > (there := torch.cuda.device_count()):
+            raise UsageError(f"{wanted} processes of one run need a GPU each, and this machine has {there}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     yield this_shard()
