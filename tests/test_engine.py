@@ -8,19 +8,24 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import threading
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
 from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, load_resized, subset, tensors
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
-from vitlib.lab import runs
+from vitlib.lab import cluster, launch, runs
 from vitlib.lab.ledger import ledger_hashes
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, vit_config
@@ -36,7 +41,9 @@ from vitlib.train.state import Checkpoints
 torch.set_num_threads(1)
 RECIPE = Recipe(epochs=2, batch_size=16, lr=1e-3)
 MODEL = vit_config("W32-2x1/4", image_size=16, in_chans=1, num_classes=10, drop_path=0.2, layer_scale=0.1)
-TINY = RunSpec("supervised", MODEL, "fashion-mnist", RECIPE, seed=1000, images=60)  # 4 steps an epoch, the last one short
+TINY = RunSpec(
+    "supervised", MODEL, "fashion-mnist", RECIPE, seed=1000, images=60
+)  # 4 steps an epoch, the last one short
 TUNED = replace(TINY, protocol="finetune", parent=TINY, strategy="attn", model=replace(MODEL, image_size=20))
 TOKENIZER = replace(TINY, protocol="tokenizer", model=DVAEConfig(16, 4, 1, vocabulary=16, width=8))
 MASKED = replace(TINY, protocol="masked", targets="pixels", masked=6)
@@ -68,7 +75,7 @@ def in_double(model, batch, draws):
     return cross_entropy(model, replace(batch, images=batch.images.double()), draws)
 
 
-def gradients(vit: ViT, batch: Batch, engine: Engine = Engine()) -> dict[str, torch.Tensor]:
+def gradients(vit: ViT, batch: Batch, engine: Engine = engines.CPU) -> dict[str, torch.Tensor]:
     """Of one step of the loop, in float64."""
     vit = engine.place(copy.deepcopy(vit).double(), len(batch.index)).train()
     for part in engine.move(batch).parts(engine.accumulate):
@@ -272,7 +279,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_an_uninterrupted_one(store,
         runs.execute(spec.parent)
     runs.execute(spec)
     expected = kept(store, spec)
-    steps = random.Random(name).sample(range(1, spec.steps), 2) + [spec.steps]
+    steps = [*random.Random(name).sample(range(1, spec.steps), 2), spec.steps]
     for step in sorted(steps):  # killed three times, the last time when nothing but the evaluation was left
         monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
         if spec.parent and not runs.find(spec.parent):
@@ -370,7 +377,7 @@ def test_without_room_on_disk_the_older_checkpoint_stays_and_one_sentence_says_s
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UsageError, match="no room on disk .* the one of step 3 stays") as error:
+    with pytest.raises(UsageError, match=r"no room on disk .* the one of step 3 stays") as error:
         runs.execute(TINY, every_s=0)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
@@ -405,6 +412,221 @@ def test_a_process_that_was_really_killed_is_gone_on_from(store, tmp_path, monke
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
     runs.execute(spec)
     assert kept(tmp_path / "again", spec) == expected
+
+
+# ---- several processes
+
+
+def started(world: int, work, folder, *arguments) -> list:
+    """What `work(shard, *arguments)` gives in each of `world` processes that are joined by gloo."""
+
+    def one(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+        torch.save(work(Shard(rank, world), *arguments), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
+    """In float64: losses, gradients of the first step, weights after the fifth. The fourth batch is a single image."""
+    vit = ViT(replace(MODEL, stem=stem, stem_norm="ln" if stem == "hmlp" else "none"), 3).double()
+    seen = {}
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 1:
+            seen["gradients"] = {name: p.grad.clone() for name, p in vit.named_parameters()}
+        if step == 5:
+            seen["weights"] = {name: p.detach().clone() for name, p in vit.named_parameters()}
+
+    engine, recipe = Engine(shard=shard, accumulate=accumulate), replace(RECIPE, mixup=0.2)
+    history = loop.train(vit, recipe, images, np.arange(49), 5, in_double, on_step, engine)
+    correct, loss = loop.evaluate(vit.float(), images.take(np.arange(101)), 10, engine)
+    return seen | {"losses": [s.loss for s in history], "correct": correct, "loss": loss}
+
+
+@pytest.mark.parametrize(("stem", "accumulate"), [("linear", 3), ("hmlp", 1)])
+def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(images, tmp_path, stem, accumulate):
+    alone = five_steps(Shard(), stem, images)
+    for found in started(2, five_steps, tmp_path, stem, images, accumulate):
+        assert_close(found["gradients"], alone["gradients"])
+        assert_close(found["weights"], alone["weights"], 1e-9)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+        assert np.array_equal(found["correct"], alone["correct"]) and found["loss"] == pytest.approx(alone["loss"])
+
+
+def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(store, tmp_path):
+    def interrupted(shard: Shard):
+        killed_at(3, TINY)
+
+    def whole(shard: Shard):
+        result = runs.execute(TINY)
+        return result.metrics, result.about["world"]
+
+    started(2, interrupted, tmp_path)
+    assert torch.load(runs.checkpoint_path(TINY), weights_only=True)["history"].shape == (3, 4)
+    one, two = started(2, whole, tmp_path)
+    assert one == two and one[1] == 2 == runs.find(TINY).about["world"]
+    assert one[0] == runs.find(TINY).metrics and list((store / ".checkpoints").iterdir()) == []
+
+
+def test_processes_that_read_different_checkpoints_are_refused(images, tmp_path):
+    killed_at(3, TINY)
+
+    def work(shard: Shard):
+        path = runs.checkpoint_path(TINY) if shard.rank else tmp_path / "none.pt"
+        with pytest.raises(UsageError, match="read different checkpoints"):
+            rows = subset(images, 60, 1000)
+            loop.train(ViT(MODEL, 1000), RECIPE, images, rows, 1000, cross_entropy, engine=Engine(shard=shard),
+                       checkpoints=Checkpoints(path))  # fmt: skip
+
+    started(2, work, tmp_path)
+
+
+def test_what_several_processes_cannot_do_is_refused_before_training():
+    with pytest.raises(UsageError, match="a batch of 16 images cannot be shared equally by 3 processes"):
+        Engine(shard=Shard(0, 3)).place(model(), 16)
+    two = Engine(shard=Shard(0, 2))
+    with pytest.raises(UsageError, match="batch norm does not train on several CPU processes"):
+        two.place(model(stem="hmlp", stem_norm="bn"), 16)
+    frozen = two.place(model("attn", stem="hmlp", stem_norm="bn"), 16)  # its statistics stay those of the trunk
+    for vit in (frozen, torch.nn.SyncBatchNorm.convert_sync_batchnorm(frozen)):
+        loop.set_train_mode(vit)
+        assert not any(m.training for m in vit.stem if isinstance(m, engines.BatchNorm)) and vit.training
+    with pytest.raises(UsageError, match="processes is 0"):
+        launch.distributed(TINY, 0)
+
+
+def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(store):
+    spec = replace(TINY, recipe=replace(RECIPE, epochs=2000))
+    killed = []
+
+    def kill() -> None:
+        while not runs.checkpoint_path(spec).is_file():
+            time.sleep(0.05)
+        killed.append(workers()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(launch.RunsFailed, match=rf"2 processes that train the run {spec.hash} .* last lines") as error:
+        launch.distributed(spec, 2, every_s=0)
+    said = str(error.value)
+    assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
+    assert workers() == [] and not runs.find(spec)
+    assert torch.load(runs.checkpoint_path(spec), weights_only=True)["notes"] == ledger_hashes()
+
+
+def workers() -> list[int]:
+    """The processes of a distributed run that this process asked for."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            own = f"VITLIB_PARENT={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if own and b"vitlib.lab.launch" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def test_what_the_processes_refuse_reaches_the_one_who_asked(store, monkeypatch):
+    """Without starting them: torchrun's place is taken by a process that is one of them."""
+    monkeypatch.setattr(launch, "joined", lambda device: nullcontext(Shard()))
+
+    def one(command, log, threads):
+        log.touch()
+        with pytest.raises(SystemExit):
+            launch.main(Path(command[-1]))
+        return 1
+
+    monkeypatch.setattr(launch, "_until_it_ends", one)
+    monkeypatch.setattr(launch, "_watch", lambda asker: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="'cuda' needs a GPU"):
+        launch.distributed(replace(TINY, device="cuda"), 2)
+    bad = replace(TINY, recipe=replace(RECIPE, lr=1e38, clip=None, warmup=0.0))
+    with pytest.raises(launch.RunsFailed, match=r"the loss is .* no checkpoint is kept"):
+        launch.distributed(bad, 2)
+
+
+def test_a_run_that_another_process_holds_is_not_waited_for_by_several(store):
+    with runs.lock(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
+        runs.held(TINY.hash, Shard(0, 2))
+
+
+# ---- side by side, and on a cluster
+
+
+def test_processes_take_turns_in_getting_a_gpu(monkeypatch):
+    assert launch.assign(5, ["0", "1"]) == ["0", "1", "0", "1", "0"]
+    assert launch.assign(2, ["3", "GPU-5f", "7"]) == ["3", "GPU-5f"]
+    assert launch.assign(2, []) == [None, None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for named, found in ((None, ["0", "1"]), ("4,6", ["4", "6"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named) if named else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert launch.gpus() == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launch.gpus() == []
+
+
+@pytest.mark.parametrize(("device", "jobs", "expected"), [
+    ("auto", 0, (2, ["0", "1"])), ("auto", 5, (3, ["0", "1"])), ("cpu", 2, (2, [])),
+])  # fmt: skip
+def test_there_is_a_process_for_each_gpu_unless_more_are_asked_for(monkeypatch, device, jobs, expected):
+    seen = []
+    monkeypatch.setattr(launch, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(launch, "_train", lambda todo, *rest: seen.append(rest))
+    launch.launch([replace(TINY, device=device).with_seed(s) for s in (1000, 1001, 1002)], jobs)
+    assert seen == [expected]
+
+
+def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="there is no command sbatch") as error:
+        cluster.submit([TINY], tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"unknown cluster 'slrum'.*did you mean 'slurm'"):
+        cluster.submit([TINY], tmp_path, cluster="slrum")
+    with pytest.raises(UsageError, match="hours above 0"):
+        cluster.submit([TINY], tmp_path, hours=0)
+
+
+def test_a_job_trains_its_run_and_gives_its_metrics(store, tmp_path):
+    pytest.importorskip("submitit")
+    jobs = cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
+    assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [runs.find(TINY).metrics]}
+    assert cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
+
+
+def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(store, monkeypatch, tmp_path):
+    pytest.importorskip("submitit")
+    # A queue that keeps what it is given and starts nothing.
+    for name in ("sbatch", "srun", "scontrol"):
+        (tmp_path / name).write_text(FAKE_SLURM.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    other = TINY.with_seed(1001)
+    jobs = cluster.submit([TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5)
+    assert [(spec, job.job_id) for spec, job in jobs.items()] == [(TINY, "1"), (TUNED, "2"), (other, "3")]
+    scripts = [(tmp_path / f"job-{number}").read_text() for number in (1, 2, 3)]
+    for script in scripts:
+        for line in ("--partition=a100", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=90"):
+            assert f"#SBATCH {line}\n" in script
+    assert ["#SBATCH --dependency=afterok:1\n" in script for script in scripts] == [False, True, False]
+
+
+FAKE_SLURM = """#!/bin/sh
+number=$(($(ls {folder}/job-* 2>/dev/null | wc -l) + 1))
+cp "$1" {folder}/job-$number
+echo "Submitted batch job $number"
+"""
 
 
 # ---- specs on their way to other processes

@@ -13,7 +13,7 @@ import numpy as np
 from vitlib.data import tensors
 from vitlib.data.augment import Augment
 from vitlib.data.registry import DataSet, load
-from vitlib.data.tensors import Batch, Shard, load_resized, normalise, resize, subset
+from vitlib.data.tensors import WHOLE, Batch, Shard, load_resized, normalise, resize, subset
 from vitlib.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = [
 
 def epoch_batches(
     data: DataSet | Images, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float,
-    augment: Augment | None = None, cutmix: float = 0.0, repeats: int = 1, shard: Shard = Shard(), skip: int = 0,
+    augment: Augment | None = None, cutmix: float = 0.0, repeats: int = 1, shard: Shard = WHOLE, skip: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """One epoch's global batches in its order, of each the part of `shard`, without the first `skip`.
 
@@ -42,12 +42,10 @@ def epoch_batches(
         return tensors.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, shard, skip)
     from vitlib.data import images
 
-    return images.epoch_batches(
-        data, rows, seed, epoch, batch_size, flip, mixup, augment, cutmix, repeats, shard, skip
-    )
+    return images.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, augment, cutmix, repeats, shard, skip)
 
 
-def evaluation_batches(data: DataSet | Images, batch_size: int, shard: Shard = Shard()) -> Iterator[Batch]:
+def evaluation_batches(data: DataSet | Images, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
     """The split in its order, of which a process gets the part of `shard`; targets are labels."""
     if isinstance(data, DataSet):
         return tensors.evaluation_batches(data, batch_size, shard)

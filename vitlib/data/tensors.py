@@ -84,6 +84,9 @@ class Shard:
         return (own, len(own) * self.world / len(index)) if len(own) else (index[:1], 0.0)
 
 
+WHOLE = Shard()  # of a process that trains alone
+
+
 @dataclass(frozen=True)
 class Batch:
     """`index` (B,) says which images of the split these are; every further draw is made from it."""
@@ -93,7 +96,9 @@ class Batch:
     index: np.ndarray  # int64 (B,)
     flipped: Tensor  # bool (B,)
     epoch: int
-    weight: float = 1.0  # of this part's mean, where the batch is shared by processes or goes through the model in parts
+    weight: float = (
+        1.0  # of this part's mean, where the batch is shared by processes or goes through the model in parts
+    )
     view: Tensor | None = None  # float (B, C, h, w): the same crops at another size, for a tokenizer
     last: bool = True  # no further part of this step's batch follows
 
@@ -125,7 +130,7 @@ def normalise(images: Tensor, data: DataSet) -> Tensor:
 
 def epoch_batches(
     data: DataSet, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float,
-    shard: Shard = Shard(), skip: int = 0,
+    shard: Shard = WHOLE, skip: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """All of `rows` once, in this epoch's order; the last batch may be smaller.
 
@@ -143,7 +148,7 @@ def epoch_batches(
         yield Batch(images, targets, index, flipped, epoch, weight)
 
 
-def evaluation_batches(data: DataSet, batch_size: int, shard: Shard = Shard()) -> Iterator[Batch]:
+def evaluation_batches(data: DataSet, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
     """The images as they are, in the split's order; a process gets a contiguous part of the split, perhaps none."""
     rows = shard.own(np.arange(len(data)))
     for start in range(0, len(rows), batch_size):

@@ -35,7 +35,7 @@ from vitlib.errors import UsageError
 from vitlib.lab import runs
 from vitlib.lab.plan import cpu_seconds
 from vitlib.lab.runs import Result, RunSpec
-from vitlib.train.engine import processes, resolve
+from vitlib.train.engine import joined, resolve
 from vitlib.train.loop import NonFiniteLoss
 
 # How the GNU C library hands out memory to a training process: large pages, and nothing given back between steps, since
@@ -198,7 +198,7 @@ def _work(spec: RunSpec, need_weights: bool) -> None:
 
 # ---------------------------------------------------------------------------------------------------- one run, shared
 
-LAST_LINES = 40  # of the log, in the message of a run that failed: a traceback and torchrun's summary
+LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what stood before
 PATIENCE_S = 10.0  # for processes that are asked to end
 
 
@@ -222,9 +222,10 @@ def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every
                 usage, text = json.loads(said.read_text(encoding="utf-8"))
                 raise UsageError(text) if usage else RunsFailed(text)
         if code:
-            last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
-            what = f"{processes} processes that train the run {spec.hash} ({runs.describe(spec)}) ended with code {code}"
-            raise RunsFailed(f"the {what}; the last lines of {log}:\n{last}")
+            what = (
+                f"{processes} processes that train the run {spec.hash} ({runs.describe(spec)}) ended with code {code}"
+            )
+            raise RunsFailed(f"the {what}; the last lines of {log}:\n{last_lines(log)}")
     return runs.find(spec)
 
 
@@ -238,6 +239,14 @@ def write_order(spec: RunSpec, path: Path, need_weights: bool = False, every_s: 
 def _said(order: Path) -> Path:
     """Where a process leaves the one sentence that it ended with."""
     return order.with_suffix(".said")
+
+
+def last_lines(log: Path) -> str:
+    """What the processes printed last, and torchrun's word on the first that failed; its own traceback stands between."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    end = next((i for i, line in enumerate(lines) if " torch/distributed/elastic/" in line), len(lines))
+    cause = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
+    return "\n".join(lines[max(end - LAST_LINES, 0) : end] + lines[cause:])
 
 
 def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
@@ -265,7 +274,7 @@ def main(order: Path) -> None:
     wanted = json.loads(order.read_text(encoding="utf-8"))
     try:
         spec = RunSpec.from_fields(wanted["spec"])
-        with processes(resolve(spec.device)) as shard:
+        with joined(resolve(spec.device)) as shard:
             runs.execute(spec, wanted["need_weights"], _printed(shard.rank == 0), wanted["every_s"])
     except (UsageError, NonFiniteLoss) as fault:
         _said(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")

@@ -22,9 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +31,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 
 from vitlib import paths
-from vitlib.data import DataSet, load_resized, subset
+from vitlib.data import DataSet, Shard, load_resized, subset
 from vitlib.data.augment import Augment
 from vitlib.data.registry import card, data_checksum
 from vitlib.errors import UsageError, unknown
@@ -264,6 +263,14 @@ def lock(name: str) -> FileLock:
     return FileLock(folder / f"{name}.lock")
 
 
+def held(name: str, shard: Shard) -> AbstractContextManager:
+    """The lock, waited for. Raises UsageError where it cannot be: the other processes of a distributed run would give up."""
+    try:
+        return lock(name).acquire(timeout=-1 if shard.world == 1 else 0)
+    except Timeout:
+        raise UsageError(f"the run {name} is held by another process: a distributed run does not wait for it") from None
+
+
 def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[str, torch.Tensor]) -> None:
     """Write a run into a temporary folder and move it into place."""
     draft = _draft(spec.hash)
@@ -402,7 +409,7 @@ def execute(
     """
     engine = engine_of(spec)
     first = engine.shard.rank == 0
-    with lock(spec.hash) if first else nullcontext():
+    with held(spec.hash, engine.shard) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
         done = find(spec)
         if done is not None and not (need_weights and not weights_path(spec).is_file()):
@@ -450,7 +457,9 @@ def execute(
 
 def engine_of(spec: RunSpec) -> Engine:
     """What the run is computed with here. Raises UsageError for a GPU that is not there."""
-    own = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "channels_last", "checkpointing")}
+    own = {
+        name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "channels_last", "checkpointing")
+    }
     return Engine(resolve(spec.device), **own, shard=this_shard())
 
 

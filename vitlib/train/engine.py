@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.data import Batch, Shard
+from vitlib.data.tensors import WHOLE
 from vitlib.errors import UsageError
 from vitlib.model import ViT
 
@@ -36,7 +37,7 @@ class Engine:
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False
-    shard: Shard = Shard()
+    shard: Shard = WHOLE
 
     def place(self, model: nn.Module, batch_size: int) -> nn.Module:
         """The model as it is trained: on its device, with the switches on; parameters keep their names.
@@ -65,7 +66,7 @@ class Engine:
         """(batch, draws) -> loss; with several processes the backward pass averages the gradients over them."""
         loss = Loss(model, loss_function)
         # Buffers need no broadcast: they are constant, or equal in all processes (SyncBatchNorm, counters).
-        return DistributedDataParallel(loss, broadcast_buffers=False) if self.shard.world > 1 else loss
+        return DistributedDataParallel(loss, forward_sync_buffers=False) if self.shard.world > 1 else loss
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -100,6 +101,9 @@ class Engine:
         return everyones
 
 
+CPU = Engine()
+
+
 class Loss(nn.Module):
     """A loss function and its model as one module: what wraps modules then sees one forward pass, whatever the loss
     asks of the model.
@@ -118,19 +122,21 @@ def trains(module: nn.Module) -> bool:
 
 
 def resolve(device: str) -> str:
-    """"auto" is a GPU where there is one. Raises UsageError for "cuda" where there is none."""
+    """ "auto" is a GPU where there is one. Raises UsageError for "cuda" where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device 'cuda' needs a GPU that torch can see, and there is none: allowed are 'cpu' and 'auto'")
+        raise UsageError(
+            "device 'cuda' needs a GPU that torch can see, and there is none: allowed are 'cpu' and 'auto'"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def this_shard() -> Shard:
     """This process's place among those of its run; the only one where none were started together."""
-    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Shard()
+    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Shard]:
+def joined(device: str) -> Iterator[Shard]:
     """Join the processes that torchrun started, as its environment says: NCCL between GPUs, gloo between CPUs."""
     if device == "cuda":
         if (wanted := int(os.environ["LOCAL_WORLD_SIZE"])) > (there := torch.cuda.device_count()):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitlib import draws
 from vitlib.data import Batch, DataSet, epoch_batches, evaluation_batches
 from vitlib.errors import UsageError
-from vitlib.train.engine import BatchNorm, Engine, trains
+from vitlib.train.engine import CPU, BatchNorm, Engine, trains
 from vitlib.train.recipes import Recipe
 from vitlib.train.state import Checkpoints, Step
 
@@ -38,7 +38,7 @@ def train(
     seed: int,
     loss_function: LossFunction,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
-    engine: Engine = Engine(),
+    engine: Engine = CPU,
     ema: ModelEmaV3 | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Step]:
@@ -57,7 +57,9 @@ def train(
     state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
     history = checkpoints.read(state) if checkpoints else []
     if len(set(engine.gather(len(history)))) > 1:
-        raise UsageError("the processes of this run read different checkpoints: its store must be a folder that all share")
+        raise UsageError(
+            "the processes of this run read different checkpoints: its store must be a folder that all share"
+        )
     loss_of = engine.loss_of(model, loss_function)
     set_train_mode(model)
     for epoch in range(recipe.epochs * len(history) // steps, recipe.epochs):
@@ -152,7 +154,7 @@ def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: DataSet | Images, batch_size: int = 500, engine: Engine = Engine()
+    model: nn.Module, data: DataSet | Images, batch_size: int = 500, engine: Engine = CPU
 ) -> tuple[np.ndarray, float]:
     """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy.
 

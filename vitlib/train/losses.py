@@ -14,9 +14,7 @@ from vitlib.errors import UsageError
 from vitlib.train.recipes import Recipe
 
 
-def cross_entropy(
-    model: torch.nn.Module, batch: Batch, draws: Tensor | None = None, smoothing: float = 0.0
-) -> Tensor:
+def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
     """Mean over images; targets are labels, or class shares under mixup and cutmix, of which `smoothing` is spread evenly."""
     return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)
 

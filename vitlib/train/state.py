@@ -126,7 +126,15 @@ class Checkpoints:
             return state
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as fault:
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            EOFError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as fault:
             if self.writes:
                 os.replace(self.path, self.path.with_suffix(".damaged"))
             warnings.warn(
@@ -144,7 +152,9 @@ class Checkpoints:
 
     def __str__(self) -> str:
         """For the message of a run that cannot go on."""
-        return f"the last good checkpoint, of step {self.step}, is {self.path}" if self.step else "no checkpoint is kept"
+        return (
+            f"the last good checkpoint, of step {self.step}, is {self.path}" if self.step else "no checkpoint is kept"
+        )
 
 
 def generators() -> dict:
