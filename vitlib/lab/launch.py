@@ -1,20 +1,33 @@
-"""Train what is missing, several runs side by side, each in a single-thread process of its own.
+"""Train what is missing: several runs side by side (`launch`), or one run by several processes (`distributed`).
 
-On few cores two single-thread processes are as fast in total as one with two threads, and far steadier.
+Side by side, each run has a single-thread process of its own: on few cores two of them are as fast in total as one with two
+threads, and far steadier. Where there are GPUs, the processes take turns in getting one.
+
+One run over the GPUs of several machines, whose store is a folder that all see (a file from `write_order`):
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m vitlib.lab.launch run.json
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from vitlib import paths
@@ -22,6 +35,8 @@ from vitlib.errors import UsageError
 from vitlib.lab import runs
 from vitlib.lab.plan import cpu_seconds
 from vitlib.lab.runs import Result, RunSpec
+from vitlib.train.engine import joined, resolve
+from vitlib.train.loop import NonFiniteLoss
 
 # How the GNU C library hands out memory to a training process: large pages, and nothing given back between steps, since
 # the same tensors come again. Read when a process starts, without effect elsewhere; the numbers stay the same. A step of
@@ -37,19 +52,21 @@ class RunsFailed(RuntimeError):
 
 
 def launch(specs: Iterable[RunSpec], jobs: int = 0) -> dict[RunSpec, Result]:
-    """The results of all specs, in their order; missing runs are trained first, `jobs` at a time (0 = one a core).
+    """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
-    Runs start in the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then
-    RunsFailed names it. Raises UsageError if `jobs` is negative.
+    jobs: 0 = one a core, or one a GPU where a run may use one; with more, several share a GPU. Runs start in the order of
+    `specs`, so seeds belong outermost. A run that fails does not stop the others; then RunsFailed names it. Raises
+    UsageError if `jobs` is negative.
     """
     specs = list(specs)
     if jobs < 0:
-        raise UsageError(f"jobs is {jobs}: allowed are 0 (one a core) and up")
+        raise UsageError(f"jobs is {jobs}: allowed are 0 (one a core or GPU) and up")
     todo = runs.missing(specs)
     if todo:
         runs.sweep()
         paths.runs().mkdir(parents=True, exist_ok=True)
-        _train(todo, min(jobs or cores(), len(todo)))
+        own = gpus() if any(spec.device != "cpu" for spec in todo) else []
+        _train(todo, min(jobs or len(own) or cores(), len(todo)), own)
     return {spec: runs.find(spec) for spec in specs}
 
 
@@ -58,14 +75,27 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train(todo: dict[RunSpec, bool], jobs: int) -> None:
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
+
+
+def assign(jobs: int, gpus: Sequence[str]) -> list[str | None]:
+    """The GPU of each of `jobs` processes, in turn; None where there is none."""
+    return [gpus[job % len(gpus)] if gpus else None for job in range(jobs)]
+
+
+def _train(todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str]) -> None:
     """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
     context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
     if sys.platform != "win32":
         context.set_forkserver_preload(["vitlib.lab.runs"])  # torch and timm are imported once, not once a worker
         with _environment(MEMORY):
             multiprocessing.forkserver.ensure_running()
-    steps = context.SimpleQueue()
+    steps, own = context.SimpleQueue(), context.SimpleQueue()
+    for gpu in assign(jobs, gpus):  # each process takes one when it begins
+        own.put(gpu)
     cost = {spec.hash: cpu_seconds(spec) for spec in todo}
     waiting, failed, going = list(todo), {}, {}
     bar = tqdm(
@@ -75,7 +105,7 @@ def _train(todo: dict[RunSpec, bool], jobs: int) -> None:
     )  # fmt: skip
     finished, reached = 0, dict.fromkeys(cost, 0.0)
     pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_begin, initargs=(steps, os.environ.copy(), os.getpid())
+        jobs, mp_context=context, initializer=_begin, initargs=(steps, own, os.environ.copy(), os.getpid())
     )
     try:
         while waiting or going:
@@ -143,11 +173,13 @@ _steps = None
 _parent = 0
 
 
-def _begin(steps, environment: dict[str, str], parent: int) -> None:
-    """In each worker: the caller's environment (the fork server keeps an older one), and the way to report."""
+def _begin(steps, own, environment: dict[str, str], parent: int) -> None:
+    """In each worker: the caller's environment (the fork server keeps an older one), its GPU, and the way to report."""
     global _steps, _parent
     _steps, _parent = steps, parent
     os.environ.update(environment)
+    if (gpu := own.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
 def _work(spec: RunSpec, need_weights: bool) -> None:
@@ -162,3 +194,117 @@ def _work(spec: RunSpec, need_weights: bool) -> None:
                 os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
 
     runs.execute(spec, need_weights, on_step)
+
+
+# ---------------------------------------------------------------------------------------------------- one run, shared
+
+LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what stood before
+PATIENCE_S = 10.0  # for processes that are asked to end
+
+
+def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every_s: float = 300.0) -> Result:
+    """The result of one run that `processes` processes of this machine train together, started by torchrun.
+
+    What it needs must be finished, with weights. What the processes print goes to <store>/.logs/<hash>.log. Raises
+    UsageError for what they refuse, and RunsFailed, with the log's last lines, when one of them fails or is killed; the
+    others are ended then, and the same call goes on from the last checkpoint.
+    """
+    if processes < 1:
+        raise UsageError(f"processes is {processes}: allowed are 1 and up")
+    if runs.find(spec) is None or (need_weights and not runs.weights_path(spec).is_file()):
+        log = paths.runs() / ".logs" / f"{spec.hash}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
+            order = write_order(spec, Path(folder, "run.json"), need_weights, every_s)
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            code = _until_it_ends([*command, "-m", "vitlib.lab.launch", str(order)], log, spec.threads)
+            if (said := _said(order)).is_file():
+                usage, text = json.loads(said.read_text(encoding="utf-8"))
+                raise UsageError(text) if usage else RunsFailed(text)
+        if code:
+            what = (
+                f"{processes} processes that train the run {spec.hash} ({runs.describe(spec)}) ended with code {code}"
+            )
+            raise RunsFailed(f"the {what}; the last lines of {log}:\n{last_lines(log)}")
+    return runs.find(spec)
+
+
+def write_order(spec: RunSpec, path: Path, need_weights: bool = False, every_s: float = 300.0) -> Path:
+    """The file that tells the processes of a distributed run what to train."""
+    order = {"spec": asdict(spec), "need_weights": need_weights, "every_s": every_s}
+    path.write_text(json.dumps(order), encoding="utf-8")
+    return path
+
+
+def _said(order: Path) -> Path:
+    """Where a process leaves the one sentence that it ended with."""
+    return order.with_suffix(".said")
+
+
+def last_lines(log: Path) -> str:
+    """What the processes printed last, and torchrun's word on the first that failed; its own traceback stands between."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    end = next((i for i, line in enumerate(lines) if " torch/distributed/elastic/" in line), len(lines))
+    cause = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
+    return "\n".join(lines[max(end - LAST_LINES, 0) : end] + lines[cause:])
+
+
+def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
+    """The exit code of a command whose lines go to `log`. Nothing of it is left, whatever ends this function."""
+    path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "VITLIB_PARENT": str(os.getpid())}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env=MEMORY | os.environ | own,
+        )  # fmt: skip
+        try:
+            return process.wait()
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                process.terminate()  # torchrun ends its processes
+                process.wait(PATIENCE_S)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it did not end sees that it is gone: `_watch`
+
+
+def main(order: Path) -> None:
+    """One of the processes that torchrun started: train the run of `order` together with the others."""
+    _watch(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
+    wanted = json.loads(order.read_text(encoding="utf-8"))
+    try:
+        spec = RunSpec.from_fields(wanted["spec"])
+        with joined(resolve(spec.device)) as shard:
+            runs.execute(spec, wanted["need_weights"], _printed(shard.rank == 0), wanted["every_s"])
+    except (UsageError, NonFiniteLoss) as fault:
+        _said(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
+        sys.exit(str(fault))
+
+
+def _watch(asker: int) -> None:
+    """End this process when torchrun or the process that asked for the run is gone, even while it waits for others."""
+    torchrun = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchrun and runs.alive(asker):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _printed(first: bool, every_s: float = 10.0) -> Callable[[int, int], None]:
+    """Says how far the run is, in the log."""
+    last = 0.0
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal last
+        if first and time.monotonic() - last > every_s:
+            last = time.monotonic()
+            print(f"step {step} of {steps}", flush=True)
+
+    return on_step
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

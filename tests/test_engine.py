@@ -1,0 +1,640 @@
+"""The engine of the loop: parts and processes give the whole batch's step, switches change no mathematics, and a run that was
+killed ends where an uninterrupted one ends.
+"""
+
+import copy
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+
+from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, load_resized, subset, tensors
+from vitlib.data.augment import Augment
+from vitlib.errors import UsageError
+from vitlib.lab import cluster, launch, runs
+from vitlib.lab.ledger import ledger_hashes
+from vitlib.lab.runs import RunSpec
+from vitlib.model import ViT, vit_config
+from vitlib.train import engine as engines
+from vitlib.train import loop
+from vitlib.train.dvae import DVAEConfig
+from vitlib.train.engine import Engine
+from vitlib.train.finetune import freeze
+from vitlib.train.losses import cross_entropy, loss_of
+from vitlib.train.recipes import Recipe
+from vitlib.train.state import Checkpoints
+
+torch.set_num_threads(1)
+RECIPE = Recipe(epochs=2, batch_size=16, lr=1e-3)
+MODEL = vit_config("W32-2x1/4", image_size=16, in_chans=1, num_classes=10, drop_path=0.2, layer_scale=0.1)
+TINY = RunSpec(
+    "supervised", MODEL, "fashion-mnist", RECIPE, seed=1000, images=60
+)  # 4 steps an epoch, the last one short
+TUNED = replace(TINY, protocol="finetune", parent=TINY, strategy="attn", model=replace(MODEL, image_size=20))
+TOKENIZER = replace(TINY, protocol="tokenizer", model=DVAEConfig(16, 4, 1, vocabulary=16, width=8))
+MASKED = replace(TINY, protocol="masked", targets="pixels", masked=6)
+AVERAGED = replace(TINY, recipe=replace(RECIPE, ema=0.8, mixup=0.2, optimizer="lamb"), accumulate=3)
+RUNS = {
+    "supervised": TINY, "fine-tuned": TUNED, "masked": MASKED, "tokenizer": replace(TOKENIZER, accumulate=2),
+    "averaged, in parts": AVERAGED,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_resized("fashion-mnist", "train", 16)
+
+
+def model(strategy="full", **fields) -> ViT:
+    vit = ViT(replace(MODEL, **fields), 3)
+    freeze(vit, strategy)
+    return vit
+
+
+def in_double(model, batch, draws):
+    return cross_entropy(model, replace(batch, images=batch.images.double()), draws)
+
+
+def gradients(vit: ViT, batch: Batch, engine: Engine = engines.CPU) -> dict[str, torch.Tensor]:
+    """Of one step of the loop, in float64."""
+    vit = engine.place(copy.deepcopy(vit).double(), len(batch.index)).train()
+    for part in engine.move(batch).parts(engine.accumulate):
+        (in_double(vit, part, loop.drop_path_draws(vit, 5, part)) * part.weight).backward()
+    return {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict, expected: dict, tolerance: float = 1e-12) -> None:
+    assert found.keys() == expected.keys() and expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- parts of a batch
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("images", [1, 2, 12, 13])
+def test_the_parts_of_all_processes_make_the_batch_and_their_weighted_means_its_mean(world, images):
+    index = np.arange(100, 100 + images)
+    parts = [Shard(rank, world).part(index) for rank in range(world)]
+    assert np.array_equal(np.concatenate([own for own, weight in parts if weight]), index)
+    assert np.mean([weight * own.mean() for own, weight in parts]) == pytest.approx(index.mean(), rel=1e-12)
+    assert max(len(own) for own, _ in parts) - min(len(own) for own, _ in parts) <= 1
+    assert all(np.array_equal(own, index[:1]) for own, weight in parts if not weight)
+
+
+def test_skipped_batches_are_left_out_and_not_computed(images, monkeypatch):
+    rows, made = subset(images, 60, 1), []
+    flipped = tensors._flipped
+    monkeypatch.setattr(tensors, "_flipped", lambda data, index, *rest: made.append(1) or flipped(data, index, *rest))
+    for skip in (0, 1, 3, 4):
+        made.clear()
+        rest = list(epoch_batches(images, rows, 1, 2, 16, True, 0.0, skip=skip))
+        assert len(made) == len(rest) == 4 - skip
+    whole = list(epoch_batches(images, rows, 1, 2, 16, True, 0.0))
+    (last,) = epoch_batches(images, rows, 1, 2, 16, True, 0.0, skip=3)
+    assert torch.equal(last.images, whole[3].images) and np.array_equal(last.index, whole[3].index)
+
+
+def test_processes_see_the_parts_of_the_same_batches_also_mixed(images):
+    rows = subset(images, 60, 1)
+    whole = list(epoch_batches(images, rows, 1, 0, 16, True, 0.3))
+    parts = [list(epoch_batches(images, rows, 1, 0, 16, True, 0.3, shard=Shard(rank, 3))) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        for field in ("images", "targets", "flipped"):
+            assert torch.equal(torch.cat([getattr(own[step], field) for own in parts]), getattr(batch, field))
+
+
+def test_evaluation_covers_the_split_once_in_its_order_whatever_the_processes(images):
+    data = images.take(np.arange(23))
+    for world in (1, 3, 40):
+        batches = [b for rank in range(world) for b in evaluation_batches(data, 5, Shard(rank, world))]
+        assert np.concatenate([b.index for b in batches]).tolist() == list(range(23))
+        assert torch.equal(torch.cat([b.targets for b in batches]), data.labels)
+        assert torch.equal(torch.cat([b.images for b in batches]), tensors.normalise(data.images, data))
+
+
+def test_images_in_memory_are_not_cropped_or_cut_silently(images):
+    for change in ({"augment": Augment()}, {"cutmix": 1.0}, {"repeats": 3}):
+        with pytest.raises(UsageError, match="fashion-mnist is held in memory"):
+            epoch_batches(images, np.arange(9), 0, 0, 3, True, 0.0, **change)
+
+
+# ---- switches
+
+
+@pytest.mark.parametrize("parts", [2, 3, 16, 50])
+def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(images, parts):
+    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.2))
+    assert_close(gradients(model(), batch, Engine(accumulate=parts)), gradients(model(), batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("checkpointing", "full"), ("checkpointing", "attn"), ("channels_last", "full"), ("compile", "attn")],
+)
+def test_a_switch_leaves_the_gradients_as_they_are(images, monkeypatch, name, strategy):
+    monkeypatch.setattr(engines, "BACKEND", "eager")
+    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    vit = model(strategy, stem="hmlp", stem_norm="ln", stem_act="gelu")
+    assert_close(gradients(vit, batch, Engine(**{name: True})), gradients(vit, batch))
+
+
+def test_activations_are_computed_again_also_when_stem_and_positions_are_frozen(images):
+    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    vit = model("attn")
+    vit.pos_embed.requires_grad = False
+    passes = []
+    vit.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    plain = gradients(vit, batch)
+    assert passes == [1]
+    assert_close(gradients(vit, batch, Engine(checkpointing=True)), plain)
+    assert len(passes) == 3
+
+
+def test_compiling_keeps_names_and_really_compiles(images, monkeypatch):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(engines, "BACKEND", backend)
+    names = list(model().state_dict())
+    vit = Engine(compile=True).place(model(), 16)
+    loop.evaluate(vit, images.take(np.arange(20)), 20)
+    assert seen and list(vit.state_dict()) == names and list(copy.deepcopy(vit).state_dict()) == names
+
+
+def test_bf16_computes_in_bfloat16_and_keeps_weights_and_gradients_in_float32(images):
+    vit, seen = model(), []
+    vit.layers[0].ffn[0].f.fc1.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    rows, history = subset(images, 60, 1), {}
+    for precision in ("float32", "bf16"):
+        own = copy.deepcopy(vit)
+        history[precision] = loop.train(own, RECIPE, images, rows, 1, cross_entropy, engine=Engine(precision=precision))
+        assert {p.dtype for p in own.parameters()} == {p.grad.dtype for p in own.parameters()} == {torch.float32}
+    assert set(seen[:8]) == {torch.float32} and set(seen[8:]) == {torch.bfloat16}
+    losses = [[s.loss for s in h] for h in history.values()]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    seen.clear()
+    loop.evaluate(own, images.take(np.arange(20)), engine=Engine(precision="bf16"))
+    assert seen == [torch.bfloat16]
+
+
+def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, store):
+    weights = []
+    vit = model()
+    ema = ModelEmaV3(vit, 0.8)
+    expected = vit.head.weight.detach().clone()
+    watch = lambda step, steps: weights.append(vit.head.weight.detach().clone())  # noqa: E731
+    loop.train(vit, RECIPE, images, subset(images, 60, 1), 1, cross_entropy, watch, ema=ema)
+    for after in weights:
+        expected = 0.8 * expected + 0.2 * after
+    torch.testing.assert_close(ema.module.head.weight, expected)
+    raw, averaged = (runs.execute(replace(TINY, recipe=replace(RECIPE, ema=ema))) for ema in (None, 0.8))
+    both = averaged.metrics
+    assert {k: both[k] for k in raw.metrics} == raw.metrics and set(both) - set(raw.metrics) == {"top1_ema", "loss_ema"}
+    assert both["loss_ema"] != both["loss"] and np.array_equal(raw.correct, averaged.correct)
+
+
+def test_smoothing_spreads_a_share_evenly_and_is_refused_where_every_class_would_be_positive():
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    batch = Batch(None, torch.tensor([1, 2, 3, 4]), None, None, 0)
+    shares = torch.nn.functional.one_hot(batch.targets, 10).float()
+    loss = loss_of(replace(RECIPE, smoothing=0.1))
+    by_hand = -((0.9 * shares + 0.01) * logits.log_softmax(1)).sum(1).mean()
+    for targets in (batch.targets, shares):
+        found = loss(lambda images, draws: logits, replace(batch, targets=targets))
+        assert found.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    with pytest.raises(UsageError, match=r"smoothing is 0\.1 with loss 'bce'"):
+        replace(TINY, recipe=replace(RECIPE, smoothing=0.1, loss="bce"))
+
+
+def test_a_device_that_is_not_there_is_refused_and_auto_is_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert engines.resolve("auto") == engines.resolve("cpu") == "cpu"
+    with pytest.raises(UsageError, match="'cuda' needs a GPU"):
+        runs.execute(replace(TINY, device="cuda"))
+    found = runs.execute(replace(TINY, device="auto")).about
+    assert found["device"].endswith("cores") and found["world"] == 1 and "gpu_mem_mb" not in found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engines.resolve("auto") == "cuda"
+
+
+@pytest.mark.parametrize("parts", [0, 17, 1.5])
+def test_parts_that_a_batch_does_not_have_are_refused(parts):
+    with pytest.raises(UsageError, match="allowed are 1 to 16 parts"):
+        replace(TINY, accumulate=parts)
+
+
+# ---- going on
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int, spec: RunSpec, every_s: float = 0.0) -> None:
+    def on_step(now: int, steps: int) -> None:
+        if now == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        runs.execute(spec, on_step=on_step, every_s=every_s)
+
+
+def kept(store, spec: RunSpec):
+    """Everything that a run's numbers are in."""
+    folder = store / spec.hash
+    result = json.loads((folder / "result.json").read_text())
+    weights = {name: w.numpy().tobytes() for name, w in load_file(folder / "weights.safetensors").items()}
+    return weights, (folder / "history.csv").read_text(), result["metrics"], result["correct"], result["ledger"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_killed_ends_bit_for_bit_like_an_uninterrupted_one(store, monkeypatch, tmp_path, name):
+    spec = RUNS[name]
+    if spec.parent:
+        runs.execute(spec.parent)
+    runs.execute(spec)
+    expected = kept(store, spec)
+    steps = [*random.Random(name).sample(range(1, spec.steps), 2), spec.steps]
+    for step in sorted(steps):  # killed three times, the last time when nothing but the evaluation was left
+        monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
+        if spec.parent and not runs.find(spec.parent):
+            runs.execute(spec.parent)
+        killed_at(step, spec)
+    seen = []
+    runs.execute(spec, on_step=lambda step, steps: seen.append(step))
+    assert seen == [] and kept(tmp_path / "again", spec) == expected
+    assert list((tmp_path / "again" / ".checkpoints").iterdir()) == []
+
+
+def test_what_a_run_took_before_it_was_killed_counts_and_its_ledger_is_that_of_its_first_start(store, monkeypatch):
+    killed_at(2, TINY)
+    path = runs.checkpoint_path(TINY)
+    state = torch.load(path, weights_only=True)
+    assert state["notes"] == ledger_hashes() and state["wall_s"] > 0 and state["cpu_s"] > 0
+    torch.save(state | {"wall_s": 5000.0, "cpu_s": 4000.0}, path)
+    monkeypatch.setattr(runs, "ledger_hashes", lambda: {"P1": "another"})
+    seen = []
+    result = runs.execute(TINY, on_step=lambda step, steps: seen.append(step))
+    assert seen == list(range(3, 9))
+    assert result.ledger == ledger_hashes()
+    assert result.about["wall_s"] > 5000 and 4000 < result.about["cpu_s"] < 4100
+
+
+def test_generators_go_on_where_they_were(store):
+    def draw():
+        return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
+
+    after = []
+
+    def on_step(step, steps):
+        if step == 3:
+            after.append(draw())
+            raise Killed
+
+    with pytest.raises(Killed):
+        runs.execute(TINY, on_step=on_step, every_s=0)
+    for _ in range(5):
+        draw()
+    parts = {"model": model()}
+    checkpoints = Checkpoints(runs.checkpoint_path(TINY))
+    assert len(checkpoints.read(parts)) == 3 and draw() == after[0]
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_by_one_process_only(store, tmp_path):
+    killed_at(4, TINY, every_s=1000)
+    assert not (store / ".checkpoints").exists()
+    assert not Checkpoints(tmp_path / "a.pt", every_s=0, writes=False).due() and Checkpoints(tmp_path / "a.pt", 0).due()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty", "another model"])
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(store, damage):
+    runs.execute(TINY)
+    expected = kept(store, TINY)
+    (store / TINY.hash / "result.json").unlink()
+    killed_at(5, TINY)
+    path = runs.checkpoint_path(TINY)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    bad = {"cut": whole[:half], "flipped": whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :], "empty": b""}
+    if damage in bad:
+        path.write_bytes(bad[damage])
+    elif damage == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"model": {"w": torch.zeros(3)}}, path)
+    left, seen = path.read_bytes(), []
+    with pytest.warns(UserWarning, match=f"the checkpoint .*{TINY.hash}.pt is damaged") as warned:
+        runs.execute(TINY, on_step=lambda step, steps: seen.append(step))
+    assert "\n" not in str(warned[0].message) and seen[0] == 1
+    assert path.with_suffix(".damaged").read_bytes() == left and kept(store, TINY) == expected
+
+
+def test_a_checkpoint_runs_no_code_when_it_is_read(store, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run by pickle"),)
+
+    killed_at(2, TINY)
+    torch.save({"model": Evil()}, runs.checkpoint_path(TINY))
+    with pytest.warns(UserWarning, match="is damaged"):
+        runs.execute(TINY)
+    assert not (tmp_path / "run by pickle").exists()
+
+
+def test_without_room_on_disk_the_older_checkpoint_stays_and_one_sentence_says_so(store, monkeypatch):
+    killed_at(3, TINY)
+    path = runs.checkpoint_path(TINY)
+    before = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UsageError, match=r"no room on disk .* the one of step 3 stays") as error:
+        runs.execute(TINY, every_s=0)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_and_says_where(store):
+    bad = replace(TINY, recipe=replace(RECIPE, lr=1e38, clip=None, warmup=0.5))  # finite for some steps
+    with pytest.raises(loop.NonFiniteLoss, match=r"last good checkpoint, of step \d, is .*\.pt$") as error:
+        runs.execute(bad, every_s=0)
+    assert str(runs.checkpoint_path(bad)) in str(error.value)
+    state = torch.load(runs.checkpoint_path(bad), weights_only=True)
+    assert all(t.isfinite().all() for t in state["model"].values())
+    with pytest.raises(loop.NonFiniteLoss, match="no checkpoint is kept"):
+        runs.execute(bad.with_seed(1001))
+
+
+def test_a_process_that_was_really_killed_is_gone_on_from(store, tmp_path, monkeypatch):
+    spec = replace(TINY, recipe=replace(RECIPE, epochs=25))
+    process = multiprocessing.get_context("fork").Process(target=runs.execute, args=(spec,), kwargs={"every_s": 0})
+    process.start()
+    deadline = time.monotonic() + 60
+    while not runs.checkpoint_path(spec).is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # somewhere in the middle of a step or of the writing
+    process.kill()
+    process.join()
+    assert runs.checkpoint_path(spec).is_file() and not runs.find(spec)
+    seen = []
+    runs.execute(spec, on_step=lambda step, steps: seen.append(step))
+    assert 1 < seen[0] and seen[-1] == 100
+    expected = kept(store, spec)
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
+    runs.execute(spec)
+    assert kept(tmp_path / "again", spec) == expected
+
+
+# ---- several processes
+
+
+def started(world: int, work, folder, *arguments) -> list:
+    """What `work(shard, *arguments)` gives in each of `world` processes that are joined by gloo."""
+
+    def one(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+        torch.save(work(Shard(rank, world), *arguments), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
+    """In float64: losses, gradients of the first step, weights after the fifth. The fourth batch is a single image."""
+    vit = ViT(replace(MODEL, stem=stem, stem_norm="ln" if stem == "hmlp" else "none"), 3).double()
+    seen = {}
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 1:
+            seen["gradients"] = {name: p.grad.clone() for name, p in vit.named_parameters()}
+        if step == 5:
+            seen["weights"] = {name: p.detach().clone() for name, p in vit.named_parameters()}
+
+    engine, recipe = Engine(shard=shard, accumulate=accumulate), replace(RECIPE, mixup=0.2)
+    history = loop.train(vit, recipe, images, np.arange(49), 5, in_double, on_step, engine)
+    correct, loss = loop.evaluate(vit.float(), images.take(np.arange(101)), 10, engine)
+    return seen | {"losses": [s.loss for s in history], "correct": correct, "loss": loss}
+
+
+@pytest.mark.parametrize(("stem", "accumulate"), [("linear", 3), ("hmlp", 1)])
+def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(images, tmp_path, stem, accumulate):
+    alone = five_steps(Shard(), stem, images)
+    for found in started(2, five_steps, tmp_path, stem, images, accumulate):
+        assert_close(found["gradients"], alone["gradients"])
+        assert_close(found["weights"], alone["weights"], 1e-9)
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+        assert np.array_equal(found["correct"], alone["correct"]) and found["loss"] == pytest.approx(alone["loss"])
+
+
+def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(store, tmp_path):
+    def interrupted(shard: Shard):
+        killed_at(3, TINY)
+
+    def whole(shard: Shard):
+        result = runs.execute(TINY)
+        return result.metrics, result.about["world"]
+
+    started(2, interrupted, tmp_path)
+    assert torch.load(runs.checkpoint_path(TINY), weights_only=True)["history"].shape == (3, 4)
+    one, two = started(2, whole, tmp_path)
+    assert one == two and one[1] == 2 == runs.find(TINY).about["world"]
+    assert one[0] == runs.find(TINY).metrics and list((store / ".checkpoints").iterdir()) == []
+
+
+def test_processes_that_read_different_checkpoints_are_refused(images, tmp_path):
+    killed_at(3, TINY)
+
+    def work(shard: Shard):
+        path = runs.checkpoint_path(TINY) if shard.rank else tmp_path / "none.pt"
+        with pytest.raises(UsageError, match="read different checkpoints"):
+            rows = subset(images, 60, 1000)
+            loop.train(ViT(MODEL, 1000), RECIPE, images, rows, 1000, cross_entropy, engine=Engine(shard=shard),
+                       checkpoints=Checkpoints(path))  # fmt: skip
+
+    started(2, work, tmp_path)
+
+
+def test_what_several_processes_cannot_do_is_refused_before_training():
+    with pytest.raises(UsageError, match="a batch of 16 images cannot be shared equally by 3 processes"):
+        Engine(shard=Shard(0, 3)).place(model(), 16)
+    two = Engine(shard=Shard(0, 2))
+    with pytest.raises(UsageError, match="batch norm does not train on several CPU processes"):
+        two.place(model(stem="hmlp", stem_norm="bn"), 16)
+    frozen = two.place(model("attn", stem="hmlp", stem_norm="bn"), 16)  # its statistics stay those of the trunk
+    for vit in (frozen, torch.nn.SyncBatchNorm.convert_sync_batchnorm(frozen)):
+        loop.set_train_mode(vit)
+        assert not any(m.training for m in vit.stem if isinstance(m, engines.BatchNorm)) and vit.training
+    with pytest.raises(UsageError, match="processes is 0"):
+        launch.distributed(TINY, 0)
+
+
+def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(store):
+    spec = replace(TINY, recipe=replace(RECIPE, epochs=2000))
+    killed = []
+
+    def kill() -> None:
+        while not runs.checkpoint_path(spec).is_file():
+            time.sleep(0.05)
+        killed.append(workers()[-1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(launch.RunsFailed, match=rf"2 processes that train the run {spec.hash} .* last lines") as error:
+        launch.distributed(spec, 2, every_s=0)
+    said = str(error.value)
+    assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
+    assert workers() == [] and not runs.find(spec)
+    assert torch.load(runs.checkpoint_path(spec), weights_only=True)["notes"] == ledger_hashes()
+
+
+def workers() -> list[int]:
+    """The processes of a distributed run that this process asked for."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            own = f"VITLIB_PARENT={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if own and b"vitlib.lab.launch" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def test_what_the_processes_refuse_reaches_the_one_who_asked(store, monkeypatch):
+    """Without starting them: torchrun's place is taken by a process that is one of them."""
+    monkeypatch.setattr(launch, "joined", lambda device: nullcontext(Shard()))
+
+    def one(command, log, threads):
+        log.touch()
+        with pytest.raises(SystemExit):
+            launch.main(Path(command[-1]))
+        return 1
+
+    monkeypatch.setattr(launch, "_until_it_ends", one)
+    monkeypatch.setattr(launch, "_watch", lambda asker: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="'cuda' needs a GPU"):
+        launch.distributed(replace(TINY, device="cuda"), 2)
+    bad = replace(TINY, recipe=replace(RECIPE, lr=1e38, clip=None, warmup=0.0))
+    with pytest.raises(launch.RunsFailed, match=r"the loss is .* no checkpoint is kept"):
+        launch.distributed(bad, 2)
+
+
+def test_a_run_that_another_process_holds_is_not_waited_for_by_several(store):
+    with runs.lock(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
+        runs.held(TINY.hash, Shard(0, 2))
+
+
+# ---- side by side, and on a cluster
+
+
+def test_processes_take_turns_in_getting_a_gpu(monkeypatch):
+    assert launch.assign(5, ["0", "1"]) == ["0", "1", "0", "1", "0"]
+    assert launch.assign(2, ["3", "GPU-5f", "7"]) == ["3", "GPU-5f"]
+    assert launch.assign(2, []) == [None, None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for named, found in ((None, ["0", "1"]), ("4,6", ["4", "6"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named) if named else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert launch.gpus() == found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launch.gpus() == []
+
+
+@pytest.mark.parametrize(("device", "jobs", "expected"), [
+    ("auto", 0, (2, ["0", "1"])), ("auto", 5, (3, ["0", "1"])), ("cpu", 2, (2, [])),
+])  # fmt: skip
+def test_there_is_a_process_for_each_gpu_unless_more_are_asked_for(monkeypatch, device, jobs, expected):
+    seen = []
+    monkeypatch.setattr(launch, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(launch, "_train", lambda todo, *rest: seen.append(rest))
+    launch.launch([replace(TINY, device=device).with_seed(s) for s in (1000, 1001, 1002)], jobs)
+    assert seen == [expected]
+
+
+def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="there is no command sbatch") as error:
+        cluster.submit([TINY], tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"unknown cluster 'slrum'.*did you mean 'slurm'"):
+        cluster.submit([TINY], tmp_path, cluster="slrum")
+    with pytest.raises(UsageError, match="hours above 0"):
+        cluster.submit([TINY], tmp_path, hours=0)
+
+
+def test_a_job_trains_its_run_and_gives_its_metrics(store, tmp_path):
+    pytest.importorskip("submitit")
+    jobs = cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
+    assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [runs.find(TINY).metrics]}
+    assert cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
+
+
+def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(store, monkeypatch, tmp_path):
+    pytest.importorskip("submitit")
+    # A queue that keeps what it is given and starts nothing.
+    for name in ("sbatch", "srun", "scontrol"):
+        (tmp_path / name).write_text(FAKE_SLURM.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    other = TINY.with_seed(1001)
+    jobs = cluster.submit([TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5)
+    assert [(spec, job.job_id) for spec, job in jobs.items()] == [(TINY, "1"), (TUNED, "2"), (other, "3")]
+    scripts = [(tmp_path / f"job-{number}").read_text() for number in (1, 2, 3)]
+    for script in scripts:
+        for line in ("--partition=a100", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=90"):
+            assert f"#SBATCH {line}\n" in script
+    assert ["#SBATCH --dependency=afterok:1\n" in script for script in scripts] == [False, True, False]
+
+
+FAKE_SLURM = """#!/bin/sh
+number=$(($(ls {folder}/job-* 2>/dev/null | wc -l) + 1))
+cp "$1" {folder}/job-$number
+echo "Submitted batch job $number"
+"""
+
+
+# ---- specs on their way to other processes
+
+
+def test_a_spec_goes_through_json_whole():
+    cropped = replace(AVERAGED, recipe=replace(AVERAGED.recipe, augment=Augment(view_size=112), betas=(0.9, 0.98)))
+    chain = replace(TUNED, parent=replace(MASKED, targets="dvae", tokenizer=TOKENIZER))
+    for spec in (TINY, TUNED, TOKENIZER, MASKED, cropped, chain):
+        again = RunSpec.from_fields(json.loads(json.dumps(asdict(spec))))
+        assert again == spec and again.hash == spec.hash
