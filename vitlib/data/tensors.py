@@ -73,6 +73,23 @@ class Batch:
     index: np.ndarray  # int64 (B,)
     flipped: Tensor  # bool (B,)
     epoch: int
+    weight: float = 1.0  # of this rank's mean in the mean over ranks
+    view: Tensor | None = None  # uint8 (B, C, V, V): the same crops for a tokenizer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process of several: which part of each global batch is its own."""
+
+    rank: int = 0
+    world: int = 1
+
+    def part(self, index: np.ndarray) -> tuple[np.ndarray, float]:
+        """The rank's contiguous part of a global batch, and the weight of its mean: mean over ranks of weight * local mean
+        is the global mean. A rank that would get nothing takes the first image with weight 0.
+        """
+        local = np.array_split(index, self.world)[self.rank]
+        return (local, len(local) * self.world / len(index)) if len(local) else (index[:1], 0.0)
 
 
 def normalise(images: Tensor, data: DataSet) -> Tensor:
