@@ -138,8 +138,8 @@ def epoch_batches(
 def evaluation_batches(
     data: Images, batch_size: int, shard: Shard = WHOLE, workers: int | None = None
 ) -> Iterator[Batch]:
-    """Every image once in the split's order, in the test view; a rank's part of each global batch."""
-    batches = Batches(data, np.arange(len(data)), batch_size, data.view(None), shard=shard)
+    """Every image once in the split's order, in the test view; a process gets a contiguous part of it, perhaps none."""
+    batches = Batches(data, shard.own(np.arange(len(data))), batch_size, data.view(None))
     yield from _load(batches, 0, data.workers if workers is None else workers)
 
 
@@ -169,7 +169,7 @@ class Batches(Dataset):
         return math.ceil(len(self.order) / self.batch_size)
 
     def numbers(self, b: int) -> np.ndarray:
-        """The samples of global batch b: first views, then second views..., so that an image is not mixed with itself."""
+        """The samples of global batch b: first views, then second views..., so that neighbours are different images."""
         numbers = self.order[b * self.batch_size : (b + 1) * self.batch_size]
         return numbers[np.argsort(numbers // len(self.data), kind="stable")]
 

@@ -111,7 +111,7 @@ class Table:
         cells = self.rows.with_format("arrow").select_columns([self.column])
         i = 0
         for part in cells.iter(batch_size=1000):
-            for size in pc.binary_length(pc.struct_field(part[self.column].combine_chunks(), "bytes")).to_pylist():
+            for size in pc.binary_length(pc.struct_field(part[self.column], "bytes")).to_pylist():
                 yield f"{i:08d}", size or 0
                 i += 1
 
