@@ -64,9 +64,9 @@ def class_folders(folder, names=("n01", "n02", "n03"), test="val"):
             write(folder / split / names[label] / f"{number:03d}.JPEG", number)
 
 
-def parquet(folder, image="image", label="label"):
+def parquet(folder, image="image", label="label", splits=(("train", TRAIN), ("test", TEST))):
     (folder / "data").mkdir(parents=True)
-    for split, labels in (("train", TRAIN), ("test", TEST)):
+    for split, labels in splits:
         for shard, part in enumerate(np.array_split(np.arange(len(labels)), 2)):
             cells = [{"bytes": encoded(i), "path": f"{i}.jpg"} for i in part]
             table = pa.table({image: cells, label: [labels[i] for i in part]})
@@ -276,6 +276,13 @@ def test_the_paper_trains_on_flowers_train_and_valid(opened):
     data = opened("flowers-102")
     numbers = [Path(data.rows.name(i)).stem for i in range(7)]
     assert numbers == [f"image_{n:05d}" for n in (10, 2, 3, 9, 5, 6, 7)] and len(data.classes) == 102
+
+
+def test_the_paper_trains_on_both_splits_of_flowers_in_parquet_too(tmp_path):
+    parquet(tmp_path / "flowers-102", splits=(("train", [0, 1]), ("validation", [2, 2, 2]), ("test", TEST)))
+    options = {"root": tmp_path, "check_counts": False, "cache_dir": tmp_path / "cache"}
+    assert open_images("flowers-102", "train", 16, **options).labels.tolist() == [0, 1, 2, 2, 2]
+    assert open_images("flowers-102", "test", 16, **options).labels.tolist() == TEST
 
 
 @pytest.mark.parametrize(
@@ -580,8 +587,8 @@ def test_the_ranks_share_an_evaluation_without_repeating_an_image(opened):
 def test_skipped_batches_are_not_decoded_and_the_rest_is_the_same(opened, monkeypatch):
     data = opened()
     full = list(epoch_batches(data, np.arange(7), 0, 2, 3, **EVERYTHING))
-    decoded, decode = [], readers.decode
-    monkeypatch.setattr(readers, "decode", lambda rows, i: (decoded.append(i), decode(rows, i))[1])
+    decoded, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda rows, i: (decoded.append(i), decode(rows, i))[1])
     rest = list(epoch_batches(data, np.arange(7), 0, 2, 3, skip=2, **EVERYTHING))
     assert len(rest) == 1 and torch.equal(rest[0].images, full[2].images) and len(decoded) == 1
 

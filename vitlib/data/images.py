@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitlib import draws
 from vitlib.data import readers
 from vitlib.data.augment import Augment
+from vitlib.data.rows import Found, Rows, decode, unreadable
 from vitlib.data.tensors import Batch, Shard
 from vitlib.data.views import TestView, TrainView, own_draws
 from vitlib.errors import UsageError
@@ -41,11 +42,11 @@ class Images:
     split: str
     labels: Tensor
     classes: tuple[str, ...]
-    checksum: str  # over names, sizes and labels: `readers.Found.checksum`
+    checksum: str  # over names, sizes and labels: `rows.Found.checksum`
     mean: Tensor  # float32 (3, 1, 1), of pixels / 255
     std: Tensor
     image_size: int
-    rows: readers.Rows
+    rows: Rows
     augment: Augment  # its `test_crop` and `interpolation` are those of evaluation
     workers: int = 0  # processes that decode; 0 = this one
     skipped: tuple[str, ...] = ()  # images left out because they cannot be read
@@ -94,9 +95,9 @@ def open_images(
     )  # fmt: skip
 
 
-def _readable(what: str, found: readers.Found, workers: int) -> tuple[readers.Found, tuple[str, ...]]:
+def _readable(what: str, found: Found, workers: int) -> tuple[Found, tuple[str, ...]]:
     """Without the images that cannot be read, and their names."""
-    faulty = readers.unreadable(found.rows, workers)
+    faulty = unreadable(found.rows, workers)
     if len(faulty) == len(found.labels):
         raise UsageError(f"none of the {len(faulty)} images of {what} can be read")
     names = tuple(found.rows.name(i) for i in faulty)
@@ -146,7 +147,7 @@ def evaluation_batches(
 def epoch_order(images: int, rows: np.ndarray, seed: int, epoch: int, repeats: int) -> np.ndarray:
     """The epoch's samples, image + images * repeat: n = len(rows) of them, the views of an image side by side."""
     position = draws.uniform(seed, "order", epoch, rows)[:, 0]
-    shuffled = rows[np.argsort(position, kind="stable")][: math.ceil(len(rows) / repeats)]
+    shuffled = rows[np.argsort(position, kind="stable")]
     return (shuffled[:, None] + images * np.arange(repeats)).reshape(-1)[: len(rows)]
 
 
@@ -195,7 +196,7 @@ class Batches(Dataset):
         return Batch(images[own], targets[own], numbers[own], flipped, self.epoch, weight=weight, view=view)
 
     def sample(self, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        image = readers.decode(self.data.rows, int(number) % len(self.data))
+        image = decode(self.data.rows, int(number) % len(self.data))
         return self.view(image, bool(flipped), draws.key(self.seed, "augment", self.epoch, int(number)))
 
     def mix(self, images: Tensor, labels: Tensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
