@@ -62,7 +62,9 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "recipe": replace(TINY, recipe=replace(TINY.recipe, lr=2e-3)), "seed": replace(TINY, seed=1001),
         "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
         "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
-        "threads": replace(TINY, threads=2), "tokenizer": MASKED,
+        "threads": replace(TINY, threads=2), "tokenizer": MASKED, "accumulate": replace(TINY, accumulate=2),
+        "compile": replace(TINY, compile=True), "channels_last": replace(TINY, channels_last=True),
+        "checkpointing": replace(TINY, checkpointing=True),
     }  # fmt: skip
     assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
     assert {"data", "data_checksum", "precision", "execution", "device", "training_version"} < set(TINY.record())

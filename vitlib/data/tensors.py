@@ -65,6 +65,26 @@ def subset(data: DataSet, count: int | None, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which part of the images belongs to this process. The order of an epoch and its batches do not depend on it."""
+
+    rank: int = 0
+    world: int = 1
+
+    def own(self, index: np.ndarray) -> np.ndarray:
+        """This process's contiguous part, perhaps empty; sizes differ by at most one and the parts make the whole."""
+        return np.array_split(index, self.world)[self.rank]
+
+    def part(self, index: np.ndarray) -> tuple[np.ndarray, float]:
+        """This process's part of a global batch, and the weight of its mean: the mean over processes of weight x mean of
+        the part is the mean of the whole. A process that would get nothing takes the first image with weight 0, since
+        all take every step together.
+        """
+        own = self.own(index)
+        return (own, len(own) * self.world / len(index)) if len(own) else (index[:1], 0.0)
+
+
+@dataclass(frozen=True)
 class Batch:
     """`index` (B,) says which images of the split these are; every further draw is made from it."""
 
@@ -73,6 +93,28 @@ class Batch:
     index: np.ndarray  # int64 (B,)
     flipped: Tensor  # bool (B,)
     epoch: int
+    weight: float = 1.0  # of this part's mean, where the batch is shared by processes or goes through the model in parts
+    view: Tensor | None = None  # float (B, C, h, w): the same crops at another size, for a tokenizer
+    last: bool = True  # no further part of this step's batch follows
+
+    def to(self, device: str, memory_format: torch.memory_format = torch.preserve_format) -> Batch:
+        """What the model reads on `device`. `flipped` stays: it looks up tokens, which lie in main memory."""
+        images = self.images.to(device, non_blocking=True, memory_format=memory_format)
+        view = None if self.view is None else self.view.to(device, non_blocking=True)
+        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True), view=view)
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """`count` parts in order, fewer where there are fewer images; their weights make the weight of the whole."""
+        if count == 1:
+            yield self
+            return
+        ends = np.cumsum([len(own) for own in np.array_split(self.index, min(count, len(self.index)))])
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            own, view = slice(start, end), None if self.view is None else self.view[start:end]
+            yield replace(
+                self, images=self.images[own], targets=self.targets[own], index=self.index[own], view=view,
+                flipped=self.flipped[own], weight=self.weight * (end - start) / ends[-1], last=end == ends[-1],
+            )  # fmt: skip
 
 
 def normalise(images: Tensor, data: DataSet) -> Tensor:
@@ -81,21 +123,33 @@ def normalise(images: Tensor, data: DataSet) -> Tensor:
 
 
 def epoch_batches(
-    data: DataSet, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float
-) -> Iterator[Batch]:
+    data: DataSet, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float,
+    shard: Shard = Shard(), skip: int = 0,
+) -> Iterator[Batch]:  # fmt: skip
     """All of `rows` once, in this epoch's order; the last batch may be smaller.
 
-    flip: mirror half of the images. mixup: alpha of the Beta distribution, 0 = off.
+    flip: mirror half of the images. mixup: alpha of the Beta distribution, 0 = off. skip: batches at the start that are
+    left out, and not computed. Of every batch a process gets the part that `shard` says.
     """
     position = draws.uniform(seed, "order", epoch, rows)[:, 0]
     shuffled = rows[np.argsort(position, kind="stable")]
-    for start in range(0, len(shuffled), batch_size):
-        index = shuffled[start : start + batch_size]
+    for start in range(skip * batch_size, len(shuffled), batch_size):
+        index, weight = shard.part(shuffled[start : start + batch_size])
         images, flipped = _flipped(data, index, seed, epoch, flip)
         targets = data.labels[torch.from_numpy(index)]
         if mixup > 0:
             images, targets = _mixed(data, rows, index, images, targets, seed, epoch, flip, mixup)
-        yield Batch(images, targets, index, flipped, epoch)
+        yield Batch(images, targets, index, flipped, epoch, weight)
+
+
+def evaluation_batches(data: DataSet, batch_size: int, shard: Shard = Shard()) -> Iterator[Batch]:
+    """The images as they are, in the split's order; a process gets a contiguous part of the split, perhaps none."""
+    rows = shard.own(np.arange(len(data)))
+    for start in range(0, len(rows), batch_size):
+        index = rows[start : start + batch_size]
+        own = slice(index[0], index[-1] + 1)
+        flipped = torch.zeros(len(index), dtype=torch.bool)
+        yield Batch(normalise(data.images[own], data), data.labels[own], index, flipped, 0)
 
 
 def _flipped(data: DataSet, index: np.ndarray, seed: int, epoch: int, flip: bool) -> tuple[Tensor, Tensor]:

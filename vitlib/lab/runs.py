@@ -4,6 +4,8 @@ A spec's hash covers everything that changes the numbers. Asking the store for a
 a missing one. A run directory is written whole or not at all:
 
     <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors
+
+While it is trained, a run that takes long keeps a checkpoint in <store>/.checkpoints/<hash>.pt and goes on from there.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 
 from vitlib import paths
-from vitlib.data import load_resized, subset
+from vitlib.data import DataSet, load_resized, subset
+from vitlib.data.augment import Augment
 from vitlib.data.registry import card, data_checksum
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
@@ -40,13 +46,19 @@ from vitlib.model import ViT, ViTConfig, set_execution
 from vitlib.train import dalle, finetune, loop, masked, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig, DVAELoss
 from vitlib.train.dvae import evaluate as evaluate_dvae
-from vitlib.train.losses import LOSSES
+from vitlib.train.engine import Engine, resolve, this_shard
+from vitlib.train.losses import loss_of
 from vitlib.train.recipes import Recipe
+from vitlib.train.state import Checkpoints
+
+if TYPE_CHECKING:
+    from vitlib.data.images import Images
 
 # Raised whenever training changes its numbers; tests/test_training.py holds twenty steps that notice.
 TRAINING_VERSION = 2  # 2: branches at once (`par`), unread tokens skipped
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
+LOADERS = 8  # processes, at most, that read and decode images which are not in memory
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
 ALLOWED = {
@@ -101,6 +113,10 @@ class RunSpec:
             own, theirs = ((m.image_size, m.patch_size, m.in_chans) for m in (self.model, self.tokenizer.model))
             if self.tokenizer.protocol != "tokenizer" or own != theirs:
                 raise UsageError(f"{self.tokenizer.model.name} gives no token to each patch of {self.model.name}")
+        if type(self.accumulate) is not int or not 1 <= self.accumulate <= self.recipe.batch_size:
+            batch = self.recipe.batch_size
+            raise UsageError(f"accumulate is {self.accumulate!r}: allowed are 1 to {batch} parts of a batch of {batch}")
+        loss_of(self.recipe)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -120,6 +136,23 @@ class RunSpec:
                 if part[name] == default:
                     del part[name]
         return record | {"data_checksum": data_checksum(self.data), "training_version": TRAINING_VERSION}
+
+    @classmethod
+    def from_fields(cls, whole: dict) -> RunSpec:
+        """A spec from `dataclasses.asdict` of one that went through JSON: how it reaches other processes.
+
+        (`record` holds the hashes of the runs it needs; this holds those runs.)
+        """
+
+        def plain(values: dict) -> dict:  # JSON has lists for our tuples
+            return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+        whole, recipe = dict(whole), plain(whole["recipe"])
+        recipe["augment"] = recipe["augment"] and Augment(**plain(recipe["augment"]))
+        kind = DVAEConfig if whole["protocol"] == "tokenizer" else ViTConfig
+        whole |= {"recipe": Recipe(**recipe), "model": kind(**plain(whole["model"]))}
+        whole |= {name: whole[name] and cls.from_fields(whole[name]) for name in ("parent", "tokenizer")}
+        return cls(**whole)
 
     def with_seed(self, seed: int) -> RunSpec:
         """The same run, and the same trunk and tokenizer, at another seed."""
@@ -160,7 +193,7 @@ class Result:
     metrics: dict[str, float]
     correct: np.ndarray | None  # bool (images of the split,), in the split's order; None for masked pre-training
     ledger: dict[str, str]  # hash of every part of a claim when the run began
-    about: dict  # split, wall_s, cpu_s, mem_mb, device, versions, commit, date
+    about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date
 
     def record(self) -> dict:
         correct = None
@@ -220,6 +253,10 @@ def weights_path(spec: RunSpec) -> Path:
     return paths.runs() / spec.hash / "weights.safetensors"
 
 
+def checkpoint_path(spec: RunSpec) -> Path:
+    return paths.runs() / ".checkpoints" / f"{spec.hash}.pt"
+
+
 def lock(name: str) -> FileLock:
     """Held while the run of that hash is trained or imported: a second process waits and then reads it."""
     folder = paths.runs() / ".locks"
@@ -236,7 +273,7 @@ def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[st
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
             table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
-        save_file({k: v.contiguous() for k, v in state.items()}, draft / "weights.safetensors")
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / "weights.safetensors")
         (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
         _into_place(draft, paths.runs() / spec.hash)
     finally:
@@ -352,27 +389,38 @@ def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
 
 
 def execute(
-    spec: RunSpec, need_weights: bool = False, on_step: Callable[[int, int], None] = lambda step, steps: None
+    spec: RunSpec,
+    need_weights: bool = False,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    every_s: float = 300.0,
 ) -> Result:
     """Train a run, or read it where it is finished. What it needs must be finished, with weights.
 
-    `need_weights` trains a run again of which only the metrics were imported. Raises NonFiniteLoss with the run's name;
-    nothing is kept then.
+    `need_weights` trains a run again of which only the metrics were imported. A checkpoint is written every `every_s`
+    seconds; a run that was killed goes on from it. Raises NonFiniteLoss with the run's name; the run is not kept then,
+    the last good checkpoint is. All processes of a distributed run call this; the first one writes.
     """
-    with lock(spec.hash):
+    engine = engine_of(spec)
+    first = engine.shard.rank == 0
+    with lock(spec.hash) if first else nullcontext():
+        engine.gather(None)  # the others look when the first one holds the lock
         done = find(spec)
         if done is not None and not (need_weights and not weights_path(spec).is_file()):
             return done
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
-        began, ledger = time.time(), ledger_hashes()
-        cpu = time.process_time()
-        data = load_resized(spec.data, "train", spec.model.image_size)
-        held_out = load_resized(spec.data, spec.split, spec.model.image_size)  # read now, so that a fault costs no time
+        checkpoints = Checkpoints(checkpoint_path(spec), every_s, ledger_hashes(), writes=first)
+        data = data_of(spec, "train")
+        held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
         rows = subset(data, spec.images, spec.seed)
         model, loss_function = prepare(spec, data)
+        ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
+        if engine.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
-            history = loop.train(model, spec.recipe, data, rows, spec.seed, loss_function, on_step)
+            history = loop.train(
+                model, spec.recipe, data, rows, spec.seed, loss_function, on_step, engine, ema, checkpoints
+            )
         except loop.NonFiniteLoss as fault:
             raise loop.NonFiniteLoss(f"run {spec.hash} ({describe(spec)}): {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
@@ -380,21 +428,48 @@ def execute(
         if spec.protocol == "tokenizer":
             metrics |= evaluate_dvae(model, held_out)
         elif spec.protocol != "masked":
-            correct, loss = loop.evaluate(model, held_out)
+            correct, loss = loop.evaluate(model, held_out, engine=engine)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
+            if ema is not None:
+                averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
+                metrics |= {"top1_ema": 100 * float(averaged.mean()), "loss_ema": loss}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(
-                f"run {spec.hash} ({describe(spec)}): the last step left weights that are not finite"
+                f"run {spec.hash} ({describe(spec)}): the last step left weights that are not finite; {checkpoints}"
             )
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-        about = {
-            "split": spec.split,
-            "wall_s": time.time() - began,
-            "cpu_s": time.process_time() - cpu,
-        } | surroundings(spec.device)
-        result = Result(spec.hash, metrics, correct, ledger, about)
-        keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
+        about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
+        about |= surroundings(engine.device) | {"world": engine.shard.world}
+        result = Result(spec.hash, metrics, correct, checkpoints.notes, about)
+        if first:
+            keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
+            checkpoints.remove()
+        engine.gather(None)  # nobody leaves before it is written
         return result
+
+
+def engine_of(spec: RunSpec) -> Engine:
+    """What the run is computed with here. Raises UsageError for a GPU that is not there."""
+    own = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "channels_last", "checkpointing")}
+    return Engine(resolve(spec.device), **own, shard=this_shard())
+
+
+def is_lazy(name: str) -> bool:
+    """Whether a data set's images are read from their files as they are needed: its card says `lazy: true`."""
+    return bool(card(name)["vitlib"].get("lazy"))
+
+
+def data_of(spec: RunSpec, split: str) -> DataSet | Images:
+    """A split at the size that the model reads: held in memory, or read as it is needed."""
+    if not is_lazy(spec.data):
+        return load_resized(spec.data, split, spec.model.image_size)
+    from vitlib.data import images
+
+    classes = spec.model.num_classes if spec.protocol in ("supervised", "finetune") else None
+    workers = min(LOADERS, os.cpu_count() or 1)
+    return images.open_images(
+        spec.data, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=workers
+    )
 
 
 def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
@@ -404,6 +479,7 @@ def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
     if spec.protocol == "masked":
         tokenizer = dalle.load(spec.model.grid) if spec.targets == "dalle" else None
         tokenizer = trained_tokenizer(spec.tokenizer) if spec.tokenizer else tokenizer
+        tokenizer = tokenizer and tokenizer.to(resolve(spec.device))
         targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed, tokenizer)
         model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
         set_execution(model.vit, spec.execution)
@@ -415,7 +491,7 @@ def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
     else:
         model = ViT(spec.model, spec.seed)
     set_execution(model, spec.execution)
-    return model, LOSSES[spec.recipe.loss]
+    return model, loss_of(spec.recipe)
 
 
 def trained_tokenizer(spec: RunSpec) -> DVAE:
@@ -437,7 +513,8 @@ def describe(spec: RunSpec) -> str:
 def surroundings(device: str) -> dict:
     """Where and with what a run was done."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {
+    gpu = {"gpu_mem_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
+    return gpu | {
         "mem_mb": round(peak), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
         "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip

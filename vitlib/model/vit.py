@@ -8,11 +8,13 @@ between the two halves of Table 7 that we do not follow.)
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitlib.draws import key
 from vitlib.model.config import ViTConfig
@@ -31,6 +33,9 @@ class ViT(nn.Module):
     # The last layer computes only the tokens that are read behind it, e.g. the class token: the same logits for up to
     # 10/12 of a layer less. False: every token, as the paper's multiply-adds are counted.
     skip_unread = True
+    # True: a layer's activations are not kept for the backward pass but computed again. Non-reentrant: the reentrant form
+    # finds nothing to differentiate in the first layer when the stem and the positions are frozen.
+    checkpointing = False
 
     def __init__(self, config: ViTConfig, seed: int = 0):
         super().__init__()
@@ -73,7 +78,8 @@ class ViT(nn.Module):
         K, last = self.config.branches, len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             own = None if draws is None else draws[i * K : (i + 1) * K]
-            x = layer(x, own, relative, rows if i == last and self.skip_unread else None)
+            run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpointing else layer
+            x = run(x, own, relative, rows if i == last and self.skip_unread else None)
         return self.norm(x) if self.skip_unread else take(self.norm(x), rows)
 
     def pool(self, x: Tensor) -> Tensor:

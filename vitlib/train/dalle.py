@@ -41,9 +41,12 @@ class DalleEncoder:
     def __init__(self, weights: dict[str, Tensor], grid: int):
         self.w, self.grid = weights, grid
 
+    def to(self, device: str) -> DalleEncoder:
+        return DalleEncoder({name: tensor.to(device) for name, tensor in self.w.items()}, self.grid)
+
     def look_up(self, images: Tensor, data: DataSet) -> Tensor:
         """Tokens of uint8 images: (B, C, H, W) -> int64 (B, patches). A single channel stands for all three."""
-        pixels = resize(images, PIXELS * self.grid).float() / 255
+        pixels = resize(images.to(self.w["blocks.input.w"].device), PIXELS * self.grid).float() / 255
         return self.logits(pixels.expand(-1, 3, -1, -1)).argmax(dim=1).flatten(1)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch, DataSet, normalise
+from vitlib.data import Batch, DataSet, evaluation_batches, normalise
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.train.tokenizers import codebook_use
@@ -108,7 +108,7 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def look_up(self, images: Tensor, data: DataSet) -> Tensor:
         """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
-        return self.tokens(normalise(images, data))
+        return self.tokens(normalise(images.to(self.codebook.device), data))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codebook vectors of every patch, (B, patches, D) -> (B, C, H, W)."""
@@ -139,12 +139,12 @@ class DVAELoss:
 
     def __call__(self, model: DVAE, batch: Batch, draws: Tensor | None = None) -> Tensor:
         logits = model.logits(batch.images)
-        noise = gumbel(self.seed, batch.epoch, batch.index, logits[0].numel()).view_as(logits)
+        noise = gumbel(self.seed, batch.epoch, batch.index, logits[0].numel()).view_as(logits).to(logits.device)
         sample = ((logits + noise) / self.temperature(model)).softmax(dim=-1)
         error = F.mse_loss(model.decode(sample @ model.codebook), batch.images)
         log_q = logits.log_softmax(dim=-1)
         kl = math.log(model.config.vocabulary) + (log_q.exp() * log_q).sum(-1).mean()
-        model.step += 1
+        model.step += batch.last  # a batch may come in parts
         return error + model.config.kl_weight * kl
 
 
@@ -157,10 +157,13 @@ def gumbel(seed: int, epoch: int, index: np.ndarray, n: int) -> Tensor:
 @torch.no_grad()
 def evaluate(model: DVAE, data: DataSet, batch_size: int = 500) -> dict[str, float]:
     """With hard tokens: mean squared error of pixels between 0 and 1 (`recon_mse`), and how much of the codebook is used."""
-    error, seen = 0.0, []
-    for part in data.images.split(batch_size):
-        images = normalise(part, data)
+    # Images in memory have one deviation for all channels, others one for each.
+    whole, each = (data.std, 1.0) if isinstance(data, DataSet) else (1.0, data.std.to(model.codebook.device))
+    error, pixels, seen = 0.0, 0, []
+    for batch in evaluation_batches(data, batch_size):
+        images = batch.images.to(model.codebook.device)
         seen.append(model.tokens(images))
-        error += F.mse_loss(model.decode(model.codebook[seen[-1]]), images, reduction="sum").item()
-    mse = error * data.std**2 / data.images.numel()
-    return {"recon_mse": mse} | codebook_use(torch.cat(seen), model.config.vocabulary)
+        made = model.decode(model.codebook[seen[-1]])
+        error += F.mse_loss(made * each, images * each, reduction="sum").item()
+        pixels += images.numel()
+    return {"recon_mse": error * whole**2 / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary)

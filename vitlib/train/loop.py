@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch, DataSet, epoch_batches, normalise
+from vitlib.data import Batch, DataSet, epoch_batches, evaluation_batches
 from vitlib.errors import UsageError
+from vitlib.train.engine import BatchNorm, Engine, trains
 from vitlib.train.recipes import Recipe
+from vitlib.train.state import Checkpoints, Step
+
+if TYPE_CHECKING:
+    from vitlib.data.images import Images
 
 LossFunction = Callable[[nn.Module, Batch, Tensor | None], Tensor]
 
@@ -24,52 +30,63 @@ class NonFiniteLoss(RuntimeError):
     """The loss became infinite or not a number; the message says at which step."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of a run's history."""
-
-    step: int  # from 1
-    epoch: int  # from 0
-    lr: float  # of the recipe; layer decay scales it down for what is not the head
-    loss: float
-
-
 def train(
     model: nn.Module,
     recipe: Recipe,
-    data: DataSet,
+    data: DataSet | Images,
     rows: np.ndarray,
     seed: int,
     loss_function: LossFunction,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    engine: Engine = Engine(),
+    ema: ModelEmaV3 | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[Step]:
     """Train `model` in place on the images `rows` of `data`; the history, one entry a step.
 
-    Bit for bit the same on one machine and one thread for the same seed. `on_step(step, steps)` is called behind every
-    step. Raises NonFiniteLoss at the first loss that is not finite.
+    Bit for bit the same on one machine's CPU and one thread for the same seed, also where it goes on from a checkpoint.
+    `ema`, the moving average, follows every step. `on_step(step, steps)` is called behind every step. Raises NonFiniteLoss
+    at the first loss that is not finite.
     """
     steps = count_steps(recipe, len(rows))
+    model = engine.place(model, recipe.batch_size)
     optimizer, schedule = make_optimizer(model, recipe, steps)
     trained = [p for p in model.parameters() if p.requires_grad]
-    history: list[Step] = []
+    if ema is not None:
+        ema.to(engine.device)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    history = checkpoints.read(state) if checkpoints else []
+    if len(set(engine.gather(len(history)))) > 1:
+        raise UsageError("the processes of this run read different checkpoints: its store must be a folder that all share")
+    loss_of = engine.loss_of(model, loss_function)
     set_train_mode(model)
-    for epoch in range(recipe.epochs):
-        for batch in epoch_batches(data, rows, seed, epoch, recipe.batch_size, recipe.flip, recipe.mixup):
-            step = len(history)
-            schedule.step_update(step)
-            loss = loss_function(model, batch, drop_path_draws(model, seed, batch))
-            if not math.isfinite(value := loss.item()):
-                raise NonFiniteLoss(
-                    f"the loss is {value} at step {step + 1} of {steps} (epoch {epoch + 1}, seed {seed})"
-                )
+    for epoch in range(recipe.epochs * len(history) // steps, recipe.epochs):
+        done = len(history) - epoch * (steps // recipe.epochs)
+        for batch in epoch_batches(
+            data, rows, seed, epoch, recipe.batch_size, recipe.flip, recipe.mixup,
+            recipe.augment, recipe.cutmix, recipe.repeats, engine.shard, skip=done,
+        ):  # fmt: skip
+            schedule.step_update(len(history))
             optimizer.zero_grad()
-            loss.backward()
+            total = torch.zeros((), device=engine.device)
+            for part in engine.move(batch).parts(engine.accumulate):
+                with engine.forward(loss_of, part.last):
+                    loss = loss_of(part, drop_path_draws(model, seed, part)) * part.weight
+                loss.backward()
+                total = total + loss.detach()
+            if not math.isfinite(value := engine.mean(total)):
+                where = f"step {len(history) + 1} of {steps} (epoch {epoch + 1}, seed {seed})"
+                raise NonFiniteLoss(f"the loss is {value} at {where}" + (f"; {checkpoints}" if checkpoints else ""))
             if recipe.clip is not None:
                 nn.utils.clip_grad_norm_(trained, recipe.clip)
             optimizer.step()
+            if ema is not None:
+                ema.update(model)
             first = optimizer.param_groups[0]
-            history.append(Step(step + 1, epoch, first["lr"] / first.get("lr_scale", 1.0), value))
-            on_step(step + 1, steps)
+            history.append(Step(len(history) + 1, epoch, first["lr"] / first.get("lr_scale", 1.0), value))
+            if checkpoints is not None and checkpoints.due():
+                checkpoints.write(state, history)
+            on_step(len(history), steps)
     return history
 
 
@@ -119,7 +136,7 @@ def set_train_mode(model: nn.Module) -> None:
     """Training mode, except for frozen batch norms: their statistics stay those of the parent model."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, BatchNorm) and not trains(module):
             module.eval()
 
 
@@ -129,17 +146,25 @@ def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
     if config.drop_path == 0:
         return None
     u = draws.uniform(seed, "drop-path", batch.epoch, batch.index, 2 * config.pairs)
-    return torch.from_numpy(u.T.reshape(config.pairs, 2, len(batch.index)).astype(np.float32))
+    draw = torch.from_numpy(u.T.reshape(config.pairs, 2, len(batch.index)).astype(np.float32))
+    return draw.to(batch.images.device, non_blocking=True)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, batch_size: int = 500) -> tuple[np.ndarray, float]:
-    """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy."""
+def evaluate(
+    model: nn.Module, data: DataSet | Images, batch_size: int = 500, engine: Engine = Engine()
+) -> tuple[np.ndarray, float]:
+    """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy.
+
+    Every process classifies its part, and all know the whole.
+    """
     model.eval()
-    correct, total = [], 0.0
-    for start in range(0, len(data), batch_size):
-        labels = data.labels[start : start + batch_size]
-        logits = model(normalise(data.images[start : start + batch_size], data))
-        correct.append(logits.argmax(dim=1) == labels)
-        total += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    return torch.cat(correct).numpy(), total / len(data)
+    correct, total = [np.zeros(0, bool)], 0.0
+    for batch in evaluation_batches(data, batch_size, engine.shard):
+        batch = engine.move(batch)
+        with engine.forward():
+            logits = model(batch.images)
+        correct.append((logits.argmax(dim=1) == batch.targets).cpu().numpy())
+        total += nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
+    everyones = engine.gather((np.concatenate(correct), total))
+    return np.concatenate([correct for correct, _ in everyones]), sum(total for _, total in everyones) / len(data)

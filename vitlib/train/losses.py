@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.data import Batch
+from vitlib.errors import UsageError
+from vitlib.train.recipes import Recipe
 
 
-def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
-    """Mean over images; targets are labels, or class shares under mixup."""
-    return F.cross_entropy(model(batch.images, draws), batch.targets)
+def cross_entropy(
+    model: torch.nn.Module, batch: Batch, draws: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Mean over images; targets are labels, or class shares under mixup and cutmix, of which `smoothing` is spread evenly."""
+    return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)
 
 
 def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
@@ -26,3 +33,13 @@ def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Te
 
 
 LOSSES = {"cross_entropy": cross_entropy, "bce": bce}
+
+
+def loss_of(recipe: Recipe) -> Callable[[torch.nn.Module, Batch, Tensor | None], Tensor]:
+    """The loss function of supervised training and fine-tuning. Raises UsageError for `bce` with label smoothing."""
+    if recipe.loss == "bce" and recipe.smoothing:
+        raise UsageError(
+            f"smoothing is {recipe.smoothing} with loss 'bce', which takes every share above 0 for a positive class: allowed "
+            "is 0 there, and smoothing with 'cross_entropy'"
+        )
+    return functools.partial(cross_entropy, smoothing=recipe.smoothing) if recipe.smoothing else LOSSES[recipe.loss]

@@ -103,5 +103,5 @@ class MaskedLoss:
         return torch.from_numpy(block_masks(self.seed, batch.epoch, batch.index, grid, self.masked))
 
     def __call__(self, model: MaskedViT, batch: Batch, draws: Tensor | None = None) -> Tensor:
-        mask = self.mask(model.config.grid, batch)
+        mask = self.mask(model.config.grid, batch).to(batch.images.device)
         return self.targets.loss(model(batch.images, mask, draws), self.targets(batch)[mask])

@@ -62,7 +62,7 @@ class Tokens:
         self.tokens, self.outputs = tokens, vocabulary
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self.tokens[batch.flipped.long(), torch.from_numpy(batch.index)]
+        return self.tokens[batch.flipped.long(), torch.from_numpy(batch.index)].to(batch.images.device)
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(predicted, target)

@@ -1,0 +1,139 @@
+"""What a run is computed with: device, precision, parts of a batch, several processes.
+
+None of it changes what is drawn or which images meet in a batch. What changes is rounding, and the statistics of batch
+norm: they are those of what one process sends through the model at a time, a part of the batch with `accumulate` or
+several processes; several GPUs use SyncBatchNorm, whose statistics are those of all processes' parts together (of the
+global batch, unless `accumulate` divides it). LayerNorm and the linear stem know no such difference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from vitlib.data import Batch, Shard
+from vitlib.errors import UsageError
+from vitlib.model import ViT
+
+BACKEND = "inductor"  # of torch.compile
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The fields are those of a `RunSpec`, and this process's place among the others."""
+
+    device: str = "cpu"  # or "cuda": the GPU that is this process's current one
+    precision: str = "float32"  # "bf16": forward pass and loss under autocast; weights and their gradients stay float32
+    accumulate: int = 1
+    compile: bool = False
+    channels_last: bool = False
+    checkpointing: bool = False
+    shard: Shard = Shard()
+
+    def place(self, model: nn.Module, batch_size: int) -> nn.Module:
+        """The model as it is trained: on its device, with the switches on; parameters keep their names.
+
+        Raises UsageError for a batch that the processes cannot share equally and for batch norm that would train on
+        several CPU processes.
+        """
+        world = self.shard.world
+        if batch_size % world:
+            raise UsageError(f"a batch of {batch_size} images cannot be shared equally by {world} processes")
+        if world > 1 and self.device == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif world > 1 and any(trains(m) for m in model.modules() if isinstance(m, BatchNorm)):
+            raise UsageError(
+                "batch norm does not train on several CPU processes, for torch synchronises it on GPUs only: allowed are "
+                "stem_norm 'ln' or 'none', one process, or GPUs"
+            )
+        model = model.to(self.device, memory_format=self.memory_format)
+        for vit in (m for m in model.modules() if isinstance(m, ViT)):
+            vit.checkpointing = self.checkpointing
+        if self.compile:
+            model.compile(backend=BACKEND)  # in place, so that names of parameters and copies of the model stay plain
+        return model
+
+    def loss_of(self, model: nn.Module, loss_function: Callable[..., Tensor]) -> nn.Module:
+        """(batch, draws) -> loss; with several processes the backward pass averages the gradients over them."""
+        loss = Loss(model, loss_function)
+        # Buffers need no broadcast: they are constant, or equal in all processes (SyncBatchNorm, counters).
+        return DistributedDataParallel(loss, broadcast_buffers=False) if self.shard.world > 1 else loss
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+    def move(self, batch: Batch) -> Batch:
+        return batch.to(self.device, self.memory_format)
+
+    @contextmanager
+    def forward(self, loss: nn.Module | None = None, last: bool = True) -> Iterator[None]:
+        """Around a forward pass. Gradients are averaged over processes once a step, with its last part.
+
+        bfloat16 has the range of float32, so small gradients do not vanish and the loss needs no scaler.
+        """
+        quiet = loss.no_sync() if self.shard.world > 1 and not last else nullcontext()
+        with quiet, torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over processes of a number that each of them has."""
+        if self.shard.world > 1:
+            dist.all_reduce(value)  # a sum: gloo has no mean
+            value = value / self.shard.world
+        return value.item()
+
+    def gather(self, mine: object) -> list:
+        """What every process has, in the order of ranks."""
+        if self.shard.world == 1:
+            return [mine]
+        everyones = [None] * self.shard.world
+        dist.all_gather_object(everyones, mine)
+        return everyones
+
+
+class Loss(nn.Module):
+    """A loss function and its model as one module: what wraps modules then sees one forward pass, whatever the loss
+    asks of the model.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return self.function(self.model, batch, draws)
+
+
+def trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def resolve(device: str) -> str:
+    """"auto" is a GPU where there is one. Raises UsageError for "cuda" where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' needs a GPU that torch can see, and there is none: allowed are 'cpu' and 'auto'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def this_shard() -> Shard:
+    """This process's place among those of its run; the only one where none were started together."""
+    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Shard()
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Shard]:
+    """Join the processes that torchrun started, as its environment says: NCCL between GPUs, gloo between CPUs."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    yield this_shard()
+    dist.destroy_process_group()  # not after a fault: it could wait for processes that are gone
