@@ -24,7 +24,7 @@ from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig
-from vitlib.train.losses import cross_entropy
+from vitlib.train.losses import loss_of
 from vitlib.train.masked import MaskedLoss, MaskedViT
 from vitlib.train.recipes import Recipe
 
@@ -207,8 +207,11 @@ def test_evaluation_of_every_layout_is_the_splits_pictures_in_order(name, opened
 def test_an_epoch_of_training_from_every_layout(name, opened):
     data = opened(name)
     model = ViT(vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=len(data.classes)))
-    history = loop.train(model, Recipe(epochs=1, batch_size=4, lr=1e-3), data, np.arange(7), 0, cross_entropy)
+    recipe = Recipe(epochs=1, batch_size=4, lr=1e-3, augment=WILD, mixup=0.8, cutmix=1.0, repeats=3, loss="bce")
+    history = loop.train(model, recipe, data, np.arange(7), 0, loss_of(recipe))
     assert [step.step for step in history] == [1, 2]
+    correct, loss = loop.evaluate(model, opened(name, STAND_INS[name][1]), batch_size=2)
+    assert correct.shape == (3,) and np.isfinite(loss)
 
 
 def test_labels_and_checksum_are_read_without_decoding_and_no_image_is_kept(opened, monkeypatch):
@@ -322,6 +325,21 @@ def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, mon
     assert str(tmp_path / "imagenet-1k") in said and "VITLIB_DATA" in said and "data_cards/imagenet-1k.md" in said
     class_folders(tmp_path / "birds")
     assert len(open_images("birds", "train", 16)) == 7
+
+
+def test_an_image_that_a_list_names_and_that_is_not_there_is_named(tmp_path):
+    inaturalist(tmp_path / "inaturalist-2018")
+    (tmp_path / "inaturalist-2018" / "train_val2018" / "Aves" / "0" / "train1.jpg").unlink()
+    assert (
+        "no file" in (said := refusal(name="inaturalist-2018", root=tmp_path, check_counts=False))
+        and "train1.jpg" in said
+    )
+
+
+def test_an_archive_beside_its_unpacked_folders_is_not_read(tmp_path):
+    class_folders(tmp_path / "birds")
+    (tmp_path / "birds" / "birds_train.tar").write_bytes(b"an archive")
+    assert len(open_images("birds", "train", 16, root=tmp_path)) == 7
 
 
 def test_a_missing_split_says_what_is_there(root):
@@ -660,10 +678,11 @@ def test_the_views_of_an_image_share_a_batch_and_are_not_mixed_with_each_other(o
 def test_pairs_are_mixed_with_each_other_and_an_odd_image_stays_as_it_is(opened):
     data = opened()
     options = {"augment": None, "flip": False}
-    (plain,) = epoch_batches(data, np.arange(7), 0, 0, 7, **options)
+    (plain,) = epoch_batches(data, np.arange(7), 0, 2, 7, **options)
+    assert plain.targets.tolist() == [0, 0, 2, 1, 0, 2, 1]  # pairs of one class and of two
     one_hot = torch.nn.functional.one_hot(plain.targets, 3).float()
     for mixing in ({"mixup": 1.0}, {"cutmix": 1.0}):
-        (mixed,) = epoch_batches(data, np.arange(7), 0, 0, 7, **options, **mixing)
+        (mixed,) = epoch_batches(data, np.arange(7), 0, 2, 7, **options, **mixing)
         assert mixed.targets.shape == (7, 3) and torch.allclose(mixed.targets.sum(1), torch.ones(7))
         assert torch.equal(mixed.images[6], plain.images[6]) and torch.equal(mixed.targets[6], one_hot[6])
         for k in (0, 2, 4):

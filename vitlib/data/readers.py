@@ -106,14 +106,16 @@ def read_class_folders(folder: Path, query: Query) -> Found | None:
             f"allowed are {', '.join(IMAGE_FILES)}"
         )
     classes = [str(k) for k in range(labels[-1] + 1)] if query.numbered else names
-    return _files(folder, [os.path.relpath(path, folder) for path, _ in samples], [s[1] for s in samples], classes)
+    start = len(str(folder)) + 1
+    return _files(folder, [path[start:] for path, _ in samples], [label for _, label in samples], classes)
 
 
 def _folder_labels(place: Path, names: list[str], query: Query) -> list[int]:
     """Raises UsageError where the rank of a name would mean one class in this split and another in train."""
     if query.numbered:
         if not all(name.isdigit() for name in names):
-            raise UsageError(f"the class folders of {query.name} are numbers, {place} holds {names[-1]!r}")
+            other = next(name for name in names if not name.isdigit())
+            raise UsageError(f"the class folders of {query.name} are numbers, {place} holds {other!r}")
         return [int(name) for name in names]
     train = place.parent / "train"
     if place != train and train.is_dir() and (differ := sorted(set(names) ^ set(_folders_in(train)))):
@@ -279,6 +281,8 @@ LAYOUTS = (
         lambda folder: folder if any(folder.glob("*20[0-9][0-9].json")) else None,
         read_inaturalist,
     ),
+    # Before the containers: an archive that was unpacked may still lie beside its folders.
+    Layout("class folders, <split>/<class>/*.jpg", _where_class_folders, read_class_folders),
     Layout(
         "parquet files named by their split",
         lambda folder: folder if _shards(folder, ".parquet") else None,
@@ -289,7 +293,6 @@ LAYOUTS = (
         lambda folder: folder if _shards(folder, ".tar") else None,
         functools.partial(_read_shards, ".tar", "webdataset"),
     ),
-    Layout("class folders, <split>/<class>/*.jpg", _where_class_folders, read_class_folders),
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -58,11 +59,11 @@ class Files:
         return Image.open(self.name(i))
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        for path in self.paths:
-            file = self.folder / path.as_py()
-            if not file.is_file():
-                raise UsageError(f"there is no file {file}, but the list of images names it")
-            yield path.as_py(), file.stat().st_size
+        for path in map(str, self.paths):
+            try:
+                yield path, os.stat(os.path.join(self.folder, path)).st_size
+            except OSError as fault:
+                raise UsageError(f"there is no file {self.folder / path}, but the list of images names it") from fault
 
     def take(self, index: np.ndarray) -> Files:
         return replace(self, paths=self.paths.take(pa.array(index)))
