@@ -64,10 +64,10 @@ def class_folders(folder, names=("n01", "n02", "n03"), test="val"):
             write(folder / split / names[label] / f"{number:03d}.JPEG", number)
 
 
-def parquet(folder, image="image", label="label", splits=(("train", TRAIN), ("test", TEST))):
+def parquet(folder, image="image", label="label", splits=(("train", TRAIN), ("test", TEST)), shards=2):
     (folder / "data").mkdir(parents=True)
     for split, labels in splits:
-        for shard, part in enumerate(np.array_split(np.arange(len(labels)), 2)):
+        for shard, part in enumerate(np.array_split(np.arange(len(labels)), shards)):
             cells = [{"bytes": encoded(i), "path": f"{i}.jpg"} for i in part]
             table = pa.table({image: cells, label: [labels[i] for i in part]})
             pq.write_table(table, folder / "data" / f"{split}-{shard:05d}-of-00002.parquet")
@@ -437,6 +437,10 @@ def test_the_checksum_knows_names_sizes_and_labels_and_not_the_order_of_shards(t
     assert checksum("a") != (longer := checksum("b"))
     (tmp_path / "b" / "train" / "n01" / "001.JPEG").rename(tmp_path / "b" / "train" / "n02" / "001.JPEG")
     assert checksum("b") not in (longer, checksum("a"))
+    parquet(tmp_path / "c")
+    parquet(tmp_path / "d", shards=3)
+    parquet(tmp_path / "e", splits=[("train", [*TRAIN[:-1], 0])])
+    assert checksum("c") == checksum("d") != checksum("e")
 
 
 WRONG = {
