@@ -5,6 +5,8 @@ dalle    the same in DALL-E's encoder (BEiT's way), where the weights are on dis
 tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
          light stand-in for both
 pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
+
+Images that are read as they are needed are another crop in every epoch: dvae and dalle then run on each batch.
 """
 
 from __future__ import annotations
