@@ -5,11 +5,14 @@ dalle    the same in DALL-E's encoder (BEiT's way), where the weights are on dis
 tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
          light stand-in for both
 pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
+
+Images that are read as they are needed are another crop in every epoch: dvae and dalle then run on each batch.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 from vitlib import draws
 from vitlib.data import Batch, DataSet
 from vitlib.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from vitlib.data.images import Images
 
 VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
 SAMPLED_PATCHES = 60_000
@@ -42,7 +48,7 @@ class Tokenizer(Protocol):
 
     outputs: int  # V, the size of its vocabulary
 
-    def look_up(self, images: Tensor, data: DataSet) -> Tensor:
+    def look_up(self, images: Tensor, data: DataSet | Images) -> Tensor:
         """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
 
 
@@ -77,15 +83,39 @@ class PatchTokens(Tokens):
         super().__init__(torch.stack(tokens), len(self.prototypes))
 
 
+class FreshTokens:
+    """Tokens of a frozen tokenizer, run on every batch as it comes: for images that are read as they are needed.
+
+    A random crop is another image in every epoch, so nothing can be looked up. The tokenizer sees `batch.view`, the same crop
+    at its own size (BEiT: 112 pixels for DALL-E's 8x8 patches beside 224 for 16x16), or else the images themselves.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, data: Images):
+        self.tokenizer, self.data, self.outputs = tokenizer, data, tokenizer.outputs
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        device = batch.images.device
+        data = replace(self.data, mean=self.data.mean.to(device), std=self.data.std.to(device))
+        seen = batch.view
+        if seen is None:
+            seen = ((batch.images * data.std + data.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return self.tokenizer.look_up(seen, data)
+
+    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(predicted, target)
+
+
 class NormalisedPixels:
     """A patch's pixels minus their mean, divided by their deviation.
 
     Released code of MAE: models_mae.py, unbiased variance, epsilon 1e-6, mean squared error.
     """
 
-    def __init__(self, data: DataSet, patch_size: int):
+    def __init__(self, data: DataSet | Images, patch_size: int):
         self.patch_size = patch_size
-        self.outputs = data.images.shape[1] * patch_size**2
+        channels = data.images.shape[1] if isinstance(data, DataSet) else len(data.mean)
+        self.outputs = channels * patch_size**2
 
     def __call__(self, batch: Batch) -> Tensor:
         pixels = patchify(batch.images, self.patch_size)
@@ -100,16 +130,26 @@ LEARNED = ("dvae", "dalle")  # these need a Tokenizer
 LOOKED_UP = 500  # images at a time
 
 
-def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Targets:
-    """Raises UsageError for an unknown kind, and for a learned one without its tokenizer."""
+def make_targets(
+    kind: str, data: DataSet | Images, patch_size: int, seed: int, tokenizer: Tokenizer | None = None
+) -> Targets:
+    """Raises UsageError for an unknown kind, for a learned one without its tokenizer, and for k-means on images that are
+    not in memory.
+    """
     if kind not in TARGETS:
         raise unknown("targets", kind, TARGETS)
     if kind in LEARNED:
         if tokenizer is None:
             raise UsageError(f"targets {kind!r} need a tokenizer")
+        if not isinstance(data, DataSet):
+            return FreshTokens(tokenizer, data)
         both = (data.images, data.images.flip(-1))
         tokens = [torch.cat([tokenizer.look_up(part, data) for part in images.split(LOOKED_UP)]) for images in both]
         return Tokens(torch.stack(tokens), tokenizer.outputs)
+    if kind == "tokens" and not isinstance(data, DataSet):
+        raise UsageError(
+            f"targets 'tokens' need images in memory, {data.name} is read from its files: allowed are dvae, dalle, pixels"
+        )
     return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
 
 
