@@ -36,8 +36,8 @@ def epoch_batches(
     if isinstance(data, DataSet):
         if augment is not None or cutmix or repeats != 1:
             raise UsageError(
-                f"{data.name} is held in memory as one tensor: a recipe with augment, cutmix or repeats needs a data set "
-                "whose card says `lazy: true`"
+                f"{data.name} is held in memory as one tensor: cutmix and repeats need a recipe with `augment`, which reads "
+                "images from their files"
             )
         return tensors.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, shard, skip)
     from vitlib.data import images

@@ -63,12 +63,12 @@ def read(name: str, about: dict) -> dict[str, tuple[np.ndarray, np.ndarray, list
     }
 
 
-def held_out(labels: np.ndarray) -> np.ndarray:
-    """bool (N,): of each class the last tenth."""
+def held_out(labels: np.ndarray, share: int = HELD_OUT) -> np.ndarray:
+    """bool (N,): of each class the last of so many."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        held[rows[len(rows) - len(rows) // HELD_OUT :]] = True
+        held[rows[len(rows) - len(rows) // share :]] = True
     return held
 
 

@@ -111,6 +111,8 @@ def facts(name: str) -> Facts:
     Raises external.DataAbsent where the data is not to be found.
     """
     about = card(name)
+    if "from_files" in about["vitlib"]:
+        raise UsageError(f"data set {name!r} is read from its files as they are needed: no run holds it in memory")
     if "sha256" not in about["vitlib"]:
         return _measured(name, str(external.root()), str(paths.outputs()))
     known = {key: about["vitlib"][key] for key in ("channels", "num_classes", "image_size", "mean", "std", "sha256")}
@@ -144,9 +146,36 @@ def _measured(name: str, root: str, outputs: str) -> Facts:
     return measured
 
 
-def data_checksum(name: str) -> str:
-    """One checksum for a data set: what a run's hash holds."""
-    sums = facts(name).sha256
+def published(name: str) -> Facts:
+    """Of a data set of the paper that is read from its files as it is needed: classes and sizes of Table 9.
+
+    The checksum is over names, sizes and labels (`rows.Found.checksum`), or "absent" where the data is not here, which is
+    enough to plan with. Raises UsageError for data that the paper does not use.
+    """
+    from vitlib.data import readers
+
+    card(name)
+    splits = {split: readers.expected(name, split) for split in ("train", "test")}
+    if None in splits.values():
+        raise unknown("data set of the paper", name, readers.PUBLISHED)
+    sizes, classes = {split: max(counts) for split, (counts, _) in splits.items()}, splits["train"][1]
+    sums = _found_checksums(name, str(external.root()))
+    return Facts(3, classes, image_size=0, mean=0.0, std=1.0, sizes=sizes, sha256=dict.fromkeys(SPLITS, "") | sums)
+
+
+@functools.lru_cache(maxsize=16)
+def _found_checksums(name: str, root: str) -> dict[str, str]:
+    from vitlib.data import readers
+
+    try:
+        return {split: readers.find(name, split, root).checksum() for split in ("train", "test")}
+    except UsageError:
+        return {"train": "absent"}
+
+
+def data_checksum(name: str, from_files: bool = False) -> str:
+    """One checksum for a data set: what a run's hash holds. from_files: of images read as they are needed."""
+    sums = published(name).sha256 if from_files else facts(name).sha256
     return hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()[:16]
 
 

@@ -96,7 +96,9 @@ class Batch:
     index: np.ndarray  # int64 (B,)
     flipped: Tensor  # bool (B,)
     epoch: int
-    weight: float = 1.0  # of this part's mean, where the batch is shared by processes or goes through the model in parts
+    weight: float = (
+        1.0  # of this part's mean, where the batch is shared by processes or goes through the model in parts
+    )
     view: Tensor | None = None  # uint8 (B, C, h, w): the same crops at another size, for a tokenizer
     last: bool = True  # no further part of this step's batch follows
 

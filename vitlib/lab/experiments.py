@@ -55,6 +55,7 @@ class Profile:
     batch: int = 1
     rate: float = 1.0
     device: str = "cpu"
+    paper: bool = False  # the paper's own protocols: `imagenet.py`
 
     @property
     def judged(self) -> bool:
@@ -90,6 +91,12 @@ PROFILES = {
         patch_size=4, stem_pairs=12, images=None, finetune_images=None, few_labels=5000, epochs=12, masked_epochs=24,
         few_labels_epochs=24, every_arm=True, targets="dvae", widths=(96, 192, 288), wider=(288, 16),
         trunk_data="tiny-imagenet", batch=4, rate=0.5, device="auto",
+    ),
+    "imagenet": Profile(
+        name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
+        finetune_size=384, patch_size=16, stem_pairs=12, images=None, finetune_images=None, few_labels=0, epochs=300,
+        masked_epochs=300, few_labels_epochs=100, every_arm=True, execution="seq", targets="dvae", trunk_data="imagenet-1k",
+        device="cuda", paper=True,
     ),
 }  # fmt: skip
 
@@ -318,10 +325,15 @@ def stems(p: Profile) -> dict[str, RunSpec]:
     return arms
 
 
+def baselines(p: Profile) -> dict[str, RunSpec]:
+    """Table 1: a recipe for 300 epochs of ImageNet-1k cannot be tried at another scale."""
+    return {}
+
+
 # notebook number -> (file name, arms); notebooks without runs have none
 NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]] = {
     "00": ("00_claims", None),
-    "21": ("21_tab1_baselines", None),
+    "21": ("21_tab1_baselines", baselines),
     "31": ("31_fig1_branches", branches),
     "32": ("32_fig2_width", widths),
     "33": ("33_fig3_pairs", pairs),
@@ -349,6 +361,10 @@ def experiment(notebook: str, profile_name: str) -> Experiment:
     arms = NOTEBOOKS[number][1]
     if arms is None:
         raise UsageError(f"notebook {NOTEBOOKS[number][0]} has no runs of its own")
+    if scale.paper:
+        from vitlib.lab import imagenet
+
+        arms = imagenet.ARMS[number]
     return Experiment(number, scale, arms(scale))
 
 

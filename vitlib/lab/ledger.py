@@ -33,7 +33,12 @@ TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 10
 TRANSFER = {
     "study": ((32, 64), TRANSFER_IMAGES),
     "gpu": ((96, 192), {"cifar-10": (500, 5000, 45_000)}),
-}
+    # Table 9: every label of each
+    "imagenet": ((384, 768, 1024), {
+        "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,), "cifar-100": (50_000,),
+        "stanford-cars": (8144,), "flowers-102": (2040,),
+    }),
+}  # fmt: skip
 
 
 def transfer_arms(profile: str) -> tuple[str, ...]:
@@ -44,7 +49,7 @@ def transfer_arms(profile: str) -> tuple[str, ...]:
         for width in widths
         for name, counts in data.items()
         for images in counts
-        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] else ()))
+        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] < counts[-1] else ()))
     )
 
 
@@ -62,20 +67,34 @@ _STEMS = (
 )
 # notebook -> the arms that its experiments run, the same strings as there
 ARMS = {
-    "21": tuple(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT")),
+    "21": (
+        *(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT", "+LS")),
+        *("L24", "L24+LS"),
+    ),
     "31": (
         *(f"{pairs // k}x{k}" for pairs in (12, 36) for k in (1, 2, 3, 4)),
         *(f"{layers}+LS" for layers in ("12x1", "6x2", "4x3", "3x4", "36x1", "18x2")),
+        *(f"S{pairs // k}x{k}" for pairs in (36, 60) for k in (1, 2, 3, 4)),
     ),
-    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96, 192, 288) for layers in ("12x1", "6x2")),
-    "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2"),
-    "34": tuple(f"{n}{scale}{long}" for n in ("12x1", "6x2") for scale in ("", "+LS") for long in ("", " longer")),
+    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96, 192, 288) for layers in ("12x1", "6x2"))
+    + tuple(f"W{width} {layers}" for width in (192, 384, 768, 1024) for layers in ("24x1", "12x2")),
+    "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2", "S24x1", "S12x2", "S48x1", "S24x2"),
+    "34": tuple(
+        f"{n}{scale}{long}"
+        for n in ("12x1", "6x2", "36x1", "18x2")
+        for scale in ("", "+LS")
+        for long in ("", " longer")
+    ),
     "35": (
         *("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
         *("W192 36x1+LS", "W192 18x2+LS", "W288 16x1+LS"),
+        *("B12x1", "S48x1", "S24x2", "L24x1+LS", "B36x1+LS", "B18x2+LS"),
     ),
     "36": ("seq", "par", "streams", "fused", "timm"),
-    "41": ("full", "attn", "ffn", "head", "trunk"),
+    "41": (
+        "trunk",
+        *(f"{w}{s}{o}" for w in ("", "S ", "L ") for s in ("full", "attn", "ffn", "head") for o in ("", " SGD")),
+    ),
     "42": tuple(arm for profile in TRANSFER for arm in transfer_arms(profile)),
     "51": (),
     "52": (

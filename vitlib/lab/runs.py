@@ -38,7 +38,8 @@ from timm.utils import ModelEmaV3
 from vitlib import paths
 from vitlib.data import DataSet, Shard, load_resized, subset
 from vitlib.data.augment import Augment
-from vitlib.data.registry import card, data_checksum, facts
+from vitlib.data.external import held_out, root
+from vitlib.data.registry import Facts, data_checksum, facts, published
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
 from vitlib.model import ViT, ViTConfig, set_execution
@@ -109,8 +110,9 @@ class RunSpec:
         if (self.targets == "dvae") != (self.tokenizer is not None):
             raise UsageError(f"targets {self.targets!r} {'need a' if self.targets == 'dvae' else 'have no'} tokenizer")
         if self.tokenizer:
-            own, theirs = ((m.image_size, m.patch_size, m.in_chans) for m in (self.model, self.tokenizer.model))
-            if self.tokenizer.protocol != "tokenizer" or own != theirs:
+            own, theirs = ((m.grid, m.in_chans) for m in (self.model, self.tokenizer.model))
+            seen = (self.recipe.augment and self.recipe.augment.view_size) or self.model.image_size
+            if self.tokenizer.protocol != "tokenizer" or own != theirs or seen != self.tokenizer.model.image_size:
                 raise UsageError(f"{self.tokenizer.model.name} gives no token to each patch of {self.model.name}")
         if type(self.accumulate) is not int or not 1 <= self.accumulate <= self.recipe.batch_size:
             batch = self.recipe.batch_size
@@ -134,7 +136,8 @@ class RunSpec:
             for name, default in later.items():
                 if part[name] == default:
                     del part[name]
-        return record | {"data_checksum": data_checksum(self.data), "training_version": TRAINING_VERSION}
+        checksum = data_checksum(self.data, self.from_files)
+        return record | {"data_checksum": checksum, "training_version": TRAINING_VERSION}
 
     @classmethod
     def from_fields(cls, whole: dict) -> RunSpec:
@@ -175,8 +178,17 @@ class RunSpec:
         return "test" if self.seed < FIRST_TUNING_SEED else "validation"
 
     @property
+    def from_files(self) -> bool:
+        """Images are read from their files as they are needed, and augmented one by one; else they are held in memory."""
+        return self.recipe.augment is not None
+
+    @property
+    def facts(self) -> Facts:
+        return published(self.data) if self.from_files else facts(self.data)
+
+    @property
     def training_images(self) -> int:
-        return self.images or facts(self.data).sizes["train"]
+        return self.images or self.facts.sizes["train"]
 
     @property
     def steps(self) -> int:
@@ -437,6 +449,8 @@ def execute(
         elif spec.protocol != "masked":
             correct, loss = loop.evaluate(model, held_out, engine=engine)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
+            if (other := second_test(spec)) is not None:
+                metrics["top1_v2"] = 100 * float(loop.evaluate(model, other, engine=engine)[0].mean())
             if ema is not None:
                 averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
                 metrics |= {"top1_ema": 100 * float(averaged.mean()), "loss_ema": loss}
@@ -463,22 +477,38 @@ def engine_of(spec: RunSpec) -> Engine:
     return Engine(resolve(spec.device), **own, shard=this_shard())
 
 
-def is_lazy(name: str) -> bool:
-    """Whether a data set's images are read from their files as they are needed: its card says `lazy: true`."""
-    return bool(card(name)["vitlib"].get("lazy"))
-
-
 def data_of(spec: RunSpec, split: str) -> DataSet | Images:
-    """A split at the size that the model reads: held in memory, or read as it is needed."""
-    if not is_lazy(spec.data):
+    """A split at the size that the model reads: held in memory, or read as it is needed.
+
+    Published data has no validation images: a tuning run holds some out of its own training images, of each class the last
+    fiftieth; a judged run trains on all of them.
+    """
+    if not spec.from_files:
         return load_resized(spec.data, split, spec.model.image_size)
+    classes = spec.model.num_classes if spec.protocol in ("supervised", "finetune") else None
+    part = "test" if split == "test" else "train"
+    data = _open(spec, spec.data, part, classes)
+    if spec.split == "test" or split == "test":
+        return data
+    held = held_out(data.labels.numpy(), share=50)
+    return data.take(np.flatnonzero(held if split == "validation" else ~held))
+
+
+def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
     from vitlib.data import images
 
-    classes = spec.model.num_classes if spec.protocol in ("supervised", "finetune") else None
     workers = min(LOADERS, os.cpu_count() or 1)
     return images.open_images(
-        spec.data, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=workers
+        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=workers
     )
+
+
+def second_test(spec: RunSpec) -> Images | None:
+    """ImageNet-V2 beside ImageNet-val, where it is here."""
+    classifies = spec.protocol in ("supervised", "finetune") and spec.split == "test"
+    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and (root() / "imagenet-v2").is_dir()):
+        return None
+    return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
 
 
 def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vitlib.data.registry import card
 from vitlib.lab import measure
 from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, ViTConfig
@@ -65,8 +64,8 @@ class Job:
 
 def job(spec: RunSpec) -> Job:
     """What a run costs, from its spec. Raises UsageError for data whose card a run cannot name."""
-    splits = {split["name"]: split["num_examples"] for split in card(spec.data)["dataset_info"]["splits"]}
-    held_out = splits.get(spec.split, splits.get("validation", 0))
+    sizes = spec.facts.sizes
+    held_out = sizes.get(spec.split, sizes["test"])
     return Job(
         spec.protocol, spec.model, spec.recipe, spec.training_images, 0 if spec.protocol == "masked" else held_out,
         spec.data, spec.strategy, spec.masked, spec.targets, spec.tokenizer and spec.tokenizer.model, spec.accumulate,
