@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if profile:
-            command.add_argument("--profile", default=profile, help="smoke, cpu or study (default: %(default)s)")
+            text = "smoke, cpu, study, gpu or imagenet (default: %(default)s)"
+            command.add_argument("--profile", default=profile, help=text)
         return command
 
     add("check", check, "is the installation whole: torch and torchvision of one family, data undamaged")
@@ -53,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, run, reproduce, refresh):
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    plan.add_argument(
+        "--device", default="", help="GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
+    )
+    plan.add_argument("--gpus", type=int, default=1, help="GPUs that share each run (default: 1)")
+    plan.add_argument(
+        "--rate", type=float, help="TFLOP/s that training reaches; else measured, else a share of the peak"
+    )
+    plan.add_argument("--utilisation", type=float, help="that share of the maker's peak (default: 0.35)")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what is finished")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
@@ -102,9 +111,15 @@ def _specs(arguments) -> list:
 
 
 def plan_(arguments) -> None:
-    from vitlib.lab import report
+    from vitlib.lab import plan, report, runs
 
-    print(report.plan_table(_specs(arguments), arguments.jobs))
+    specs = _specs(arguments)
+    if not arguments.device:
+        print(report.plan_table(specs, arguments.jobs))
+        return
+    todo = runs.missing(specs)
+    cost = plan.gpu_cost(todo, arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
+    print(plan.gpu_text(cost))
 
 
 def run_(arguments) -> None:
