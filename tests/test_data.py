@@ -139,12 +139,22 @@ def test_a_data_set_that_no_run_can_name_is_answered_with_its_card():
         "tiny-imagenet".split()
     )
     for name in others - {"cifar-10", "tiny-imagenet"}:
-        for ask in (registry.card, registry.data_checksum, lambda name: load(name, "train")):
+        for ask in (registry.facts, registry.data_checksum, lambda name: load(name, "train")):
             with pytest.raises(UsageError) as said:
                 ask(name)
             assert str(said.value) == (
-                f"data set '{name}' has a card but no run can name it: data_cards/{name}.md says where to get it"
+                f"data set '{name}' is read from its files as they are needed: no run holds it in memory"
             )
+
+
+def test_the_papers_data_sets_have_the_sizes_of_table_9_and_can_be_planned_without_being_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
+    known = registry.published("imagenet-1k")
+    assert (known.channels, known.num_classes, known.sizes) == (3, 1000, {"train": 1_281_167, "test": 50_000})
+    assert registry.published("flowers-102").sizes == {"train": 2040, "test": 6149}
+    assert registry.data_checksum("imagenet-1k", from_files=True) != registry.data_checksum(NAME)
+    with pytest.raises(UsageError, match="unknown data set of the paper 'digits'"):
+        registry.published("digits")
 
 
 def test_a_card_that_is_no_data_card_cannot_be_named():

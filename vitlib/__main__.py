@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
     tune.add_argument("--group", action="append", default=[], help="only this one, e.g. supervised; may be repeated")
+    tune.add_argument(
+        "--part", action="append", default=[], help="the margin of this part of a claim instead; may be repeated"
+    )
     tune.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
     bench.add_argument("name", help="branches, finetune, masked, train or data")
@@ -133,8 +136,12 @@ def tune_(arguments) -> None:
     from vitlib.lab.experiments import profile
     from vitlib.lab.launch import launch
 
-    chosen, name = tuning.groups(arguments.group), profile(arguments.profile).name
-    specs = tuning.specs(name, chosen.values())
+    name, chosen = profile(arguments.profile).name, {}
+    if arguments.part:
+        specs = tuning.control_specs(name, arguments.part)
+    else:
+        chosen = tuning.groups(arguments.group)
+        specs = tuning.specs(name, chosen.values())
     print(report.plan_table(specs, arguments.jobs))
     launch(specs, arguments.jobs)
     print(report.tuning_table(name, chosen))

@@ -83,7 +83,7 @@ def names() -> list[str]:
 
 
 def card(name: str) -> dict:
-    """The YAML part of a data card. Raises UsageError for a data set without one, or that cannot be loaded here."""
+    """The YAML part of a data card. Raises UsageError for a data set without one, or that no run can name."""
     path = DATA_CARDS / f"{name}.md"
     if path not in DATA_CARDS.glob("*.md"):
         raise unknown("data set", name, names())

@@ -1,6 +1,6 @@
 """The committed reference: what was run at a profile, as files, a page and the README's claims table.
 
-    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  tables/*.csv, *.md  figures/*.png
     outputs/reference/README.md   what held, what did not, what could not be seen and what it would take
     README.md                     the claims table, between two marks
 
@@ -38,7 +38,7 @@ def write(profile: str) -> list[Path]:
     specs = all_specs(profile, available(profile, list(NOTEBOOKS))[0])
     names = {member.hash for spec in specs for member in spec.family()}
     runs.export_runs(kept / "runs.jsonl", names)
-    for file in ("claims.csv", "tuning.csv"):
+    for file in ("claims.csv", "tuning.csv", "margins.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)
     for folder, suffix in (("tables", ".csv"), ("figures", ".png")):

@@ -1108,10 +1108,15 @@ def claims_table(profile_name: str) -> str:
 
 
 def tuning_table(profile_name: str, chosen: Mapping[str, tuning.Group]) -> str:
-    """Validation accuracy of every arm at every rate, for the terminal; also written to outputs/<profile>/tuning.csv."""
+    """Validation accuracy of every arm at every rate, and the margins, for the terminal; also written as CSV, all of them."""
+    margins = pd.DataFrame(tuning.margins(profile_name))
     save_table(pd.DataFrame(tuning.table(profile_name, tuning.GROUPS)), profile_name, "tuning", "")
-    table = pd.DataFrame(tuning.table(profile_name, chosen))
-    return table.to_markdown(index=False, tablefmt="simple", floatfmt=("", "", "", ".4g", "", ".2f", ".2f", ""))
+    save_table(margins, profile_name, "margins", "")
+    rates = pd.DataFrame(tuning.table(profile_name, chosen))
+    parts = [
+        table.to_markdown(index=False, tablefmt="simple", floatfmt=".4g") for table in (rates, margins) if len(table)
+    ]
+    return "\n\n".join(parts)
 
 
 def save_table(table: pd.DataFrame, profile_name: str, name: str, folder: str = "tables") -> None:

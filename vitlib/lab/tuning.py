@@ -2,6 +2,7 @@
 
 A group of arms shares one rate, the best on the mean over its arms; in Tables 5 and 6 each strategy is a group of its own.
 The chosen rates stand in `train/recipes.py`; what they were chosen from is committed as outputs/reference/<profile>/tuning.csv.
+The same seeds give the margins: 10 % of a control's validation error (margins.csv), written down in the ledger beforehand.
 Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
 """
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from vitlib.errors import unknown
 from vitlib.lab import runs
-from vitlib.lab.experiments import experiment
-from vitlib.lab.ledger import TRANSFER_IMAGES
+from vitlib.lab.experiments import NOTEBOOKS, experiment
+from vitlib.lab.experiments import profile as scale
+from vitlib.lab.ledger import TRANSFER_IMAGES, ledger
 from vitlib.lab.runs import FIRST_TUNING_SEED, RunSpec
 
 SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
@@ -64,6 +66,45 @@ def groups(names: Sequence[str]) -> dict[str, Group]:
         if name not in GROUPS and name not in words:
             raise unknown("tuning group", name, GROUPS)
     return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
+
+
+def controls(profile: str) -> dict[str, list[tuple[str, RunSpec]]]:
+    """Part -> the runs (arm, tuning seed) whose validation error gives its margin: its control, of a slope one a size."""
+    p, found = scale(profile), {}
+    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
+        arms = experiment(part.notebook, profile).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
+        named = [arm for arm in part.controls(max(p.pairs, part.min_pairs)) if arm in arms]
+        if named:
+            found[part.id] = [(arm, arms[arm].with_seed(seed)) for arm in named for seed in SEEDS]
+    return found
+
+
+def control_specs(profile: str, parts: Sequence[str]) -> list[RunSpec]:
+    """The runs that the margins of these parts need, each once. Raises UsageError for a part without a control here."""
+    known = controls(profile)
+    for part in parts:
+        if part not in known:
+            raise unknown("part with a control", part, known)
+    return list(dict.fromkeys(spec for part in parts for _, spec in known[part]))
+
+
+def margins(profile: str) -> list[dict]:
+    """One row a part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
+    rows = []
+    for part, family in controls(profile).items():
+        results = [runs.find(spec) for _, spec in family]
+        if all(results):
+            error = 100 - float(np.mean([r.metrics["top1"] for r in results]))
+            arms = ", ".join(dict.fromkeys(arm for arm, _ in family))
+            rows.append(
+                {"part": part, "control": arms, "n": len(SEEDS), "error_validation": error, "margin": margin(error)}
+            )
+    return rows
+
+
+def margin(error: float) -> float:
+    """m: 10 % of the control's validation error, at least 0.5 and at most 1.5 points."""
+    return min(max(round(error / 10, 2), 0.5), 1.5)
 
 
 def specs(profile: str, chosen: Iterable[Group]) -> list[RunSpec]:
