@@ -151,10 +151,9 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(images, parts):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("checkpointing", "full"), ("checkpointing", "attn"), ("channels_last", "full"), ("compile", "attn")],
+    [("checkpointing", "full"), ("checkpointing", "attn"), ("channels_last", "full")],
 )
-def test_a_switch_leaves_the_gradients_as_they_are(images, monkeypatch, name, strategy):
-    monkeypatch.setattr(engines, "BACKEND", "eager")
+def test_a_switch_leaves_the_gradients_as_they_are(images, name, strategy):
     batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
     vit = model(strategy, stem="hmlp", stem_norm="ln", stem_act="gelu")
     assert_close(gradients(vit, batch, Engine(**{name: True})), gradients(vit, batch))
@@ -172,7 +171,7 @@ def test_activations_are_computed_again_also_when_stem_and_positions_are_frozen(
     assert len(passes) == 3
 
 
-def test_compiling_keeps_names_and_really_compiles(images, monkeypatch):
+def test_a_compiled_model_has_its_names_and_gradients_and_is_really_compiled(images, monkeypatch):
     seen = []
 
     def backend(graph, inputs):
@@ -180,10 +179,18 @@ def test_compiling_keeps_names_and_really_compiles(images, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(engines, "BACKEND", backend)
-    names = list(model().state_dict())
-    vit = Engine(compile=True).place(model(), 16)
-    loop.evaluate(vit, images.take(np.arange(20)), 20)
-    assert seen and list(vit.state_dict()) == names and list(copy.deepcopy(vit).state_dict()) == names
+    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    assert_close(gradients(model("attn"), batch, Engine(compile=True)), gradients(model("attn"), batch))
+    assert seen
+    vit, names = Engine(compile=True).place(model(), 16), list(model().state_dict())
+    assert list(vit.state_dict()) == names == list(copy.deepcopy(vit).state_dict())
+
+
+def test_all_switches_together_train_a_masked_model_and_change_only_the_rounding(monkeypatch):
+    monkeypatch.setattr(engines, "BACKEND", "eager")
+    switches = {"accumulate": 2, "compile": True, "channels_last": True, "checkpointing": True, "precision": "bf16"}
+    plain, found = (runs.execute(replace(MASKED, **more)).metrics for more in ({}, switches))
+    assert found != plain and found == pytest.approx(plain, rel=0.02)
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_weights_and_gradients_in_float32(images):
@@ -504,6 +511,7 @@ def test_what_several_processes_cannot_do_is_refused_before_training():
         launch.distributed(TINY, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(store):
     spec = replace(TINY, recipe=replace(RECIPE, epochs=2000))
     killed = []
@@ -598,6 +606,7 @@ def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_pa
         cluster.submit([TINY], tmp_path, hours=0)
 
 
+@pytest.mark.slow
 def test_a_job_trains_its_run_and_gives_its_metrics(store, tmp_path):
     pytest.importorskip("submitit")
     jobs = cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)

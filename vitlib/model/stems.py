@@ -33,7 +33,9 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def _norm(kind: str, width: int) -> list[nn.Module]:
-    """Released code: SyncBatchNorm, which does not train on CPU with several processes; BatchNorm2d here."""
+    """Released code: SyncBatchNorm, which does not train on CPU with several processes; BatchNorm2d here, which a run over
+    several GPUs turns into it (`train/engine.py`).
+    """
     return {"none": [], "bn": [nn.BatchNorm2d(width)], "ln": [ChannelNorm(width, eps=EPS)]}[kind]
 
 

@@ -122,7 +122,7 @@ def trains(module: nn.Module) -> bool:
 
 
 def resolve(device: str) -> str:
-    """ "auto" is a GPU where there is one. Raises UsageError for "cuda" where there is none."""
+    """What "cpu", "cuda" or "auto", a GPU where there is one, is here. Raises UsageError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device 'cuda' needs a GPU that torch can see, and there is none: allowed are 'cpu' and 'auto'"

@@ -52,9 +52,9 @@ def train(
     model = engine.place(model, recipe.batch_size)
     optimizer, schedule = make_optimizer(model, recipe, steps)
     trained = [p for p in model.parameters() if p.requires_grad]
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if ema is not None:
-        ema.to(engine.device)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+        state["ema"] = ema.to(engine.device)
     history = checkpoints.read(state) if checkpoints else []
     if len(set(engine.gather(len(history)))) > 1:
         raise UsageError(

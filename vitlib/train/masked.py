@@ -104,4 +104,8 @@ class MaskedLoss:
 
     def __call__(self, model: MaskedViT, batch: Batch, draws: Tensor | None = None) -> Tensor:
         mask = self.mask(model.config.grid, batch).to(batch.images.device)
-        return self.targets.loss(model(batch.images, mask, draws), self.targets(batch)[mask])
+        with torch.autocast(
+            batch.images.device.type, enabled=False
+        ):  # a tokenizer's answer is the same at any precision
+            targets = self.targets(batch)[mask]
+        return self.targets.loss(model(batch.images, mask, draws), targets)
