@@ -103,9 +103,9 @@ def test_what_is_measured_is_what_the_pixels_say_and_is_kept(data, tmp_path):
     "nowhere": "data set 'cifar-10' is not there: looked for",
     "no test split": "has no split test (parquet files or class folders); it holds train.parquet",
     "two sizes": "have 2 sizes (32x32, 40x40, ...): allowed is one size throughout",
-    "no label": "has no column label or fine_label or labels: it has image, kind",
+    "no label": "has no column label or fine_label or cls: it has image, kind",
     "broken image": "cat/000.png cannot be read",
-    "empty class": "has no image: allowed are .png",
+    "empty class": "1 of 10 class folders in",
     "other classes": "the training images have 10 classes and the test images 9",
     "torn file": "train.parquet is damaged",
 }.items())  # fmt: skip

@@ -1,7 +1,7 @@
 """Data that is not embedded: a folder in $VITLIB_DATA, else the Hugging Face Hub by name; decoded into arrays.
 
-A folder holds parquet files (`train.parquet`, or shards `train-*.parquet`, also under `data/`) or class folders
-(`train/<class>/*.png`). A card's `vitlib:` block says under which names a folder is looked for, the Hub's name, and which
+A folder holds parquet files (`train.parquet`, or shards `train-*.parquet`, also under `data/`), class folders
+(`train/<class>/*.png`), or another of the layouts of `readers.py`. A card's `vitlib:` block says under which names a folder is looked for, the Hub's name, and which
 names the splits have. Validation images are held out of the training images: of each class the last tenth, in file order.
 """
 
@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vitlib import paths
+from vitlib.data import readers
+from vitlib.data.rows import NOT_AN_IMAGE, Found, decode
 from vitlib.errors import UsageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 HELD_OUT = 10  # of each class, one image in ten
-COLUMNS = {"image": ("image", "img"), "label": ("label", "fine_label", "labels")}
+COLUMNS = {"image": readers.IMAGE_COLUMNS, "label": readers.LABEL_COLUMNS}
 
 
 class DataAbsent(UsageError):
@@ -83,16 +84,25 @@ def signature(name: str, about: dict) -> str:
 
 def _folder(folder: Path, names: list[str], name: str, facts: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """One split of a folder, under the first of its names that is there."""
-    for split in names:
+    for split in names:  # by pyarrow and Pillow alone, which every machine has that trains
         shards = sorted({*folder.glob(f"**/{split}.parquet"), *folder.glob(f"**/{split}-*.parquet")})
         if shards:
             return _parquet(shards, facts["channels"])
-        if (folder / split).is_dir():
-            return _class_folders(folder / split, facts["channels"])
+    query = readers.Query(name, tuple(names))
+    for layout in readers.LAYOUTS:
+        place = layout.where(folder)
+        if place is not None and (found := layout.read(place, query)) is not None:
+            return _decoded(found, folder, facts["channels"])
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise UsageError(
         f"data set {name!r}: {folder} has no split {' or '.join(names)} (parquet files or class folders); it holds {there}"
     )
+
+
+def _decoded(found: Found, where: object, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Every image of a split in memory."""
+    images = (_array(decode(found.rows, i), channels) for i in range(len(found.labels)))
+    return _stack(images, where), found.labels, list(found.classes)
 
 
 def _parquet(shards: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -104,7 +114,7 @@ def _parquet(shards: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray,
             raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault
         image, label = (_column(table, kind, path) for kind in ("image", "label"))
         cells = (cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image].to_pylist())
-        images += [decode(io.BytesIO(cell), channels, f"{path}, row {row}") for row, cell in enumerate(cells)]
+        images += [_pixels(cell, channels, f"{path}, row {row}") for row, cell in enumerate(cells)]
         labels.append(table[label].to_numpy())
         classes = classes or _named(table.schema.metadata or {}, label)
     numbers = np.concatenate(labels).astype(np.int64)
@@ -125,53 +135,30 @@ def _named(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
     return info.get("info", {}).get("features", {}).get(label, {}).get("names")
 
 
-def _class_folders(folder: Path, channels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if not classes:
-        raise UsageError(f"{folder} has no class folders: allowed is {folder.name}/<class>/<image>")
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        files = [p for p in sorted((folder / name).rglob("*")) if p.suffix.lower() in SUFFIXES]
-        if not files:
-            raise UsageError(f"the class folder {folder / name} has no image: allowed are {', '.join(SUFFIXES)}")
-        images += [decode(path, channels, str(path)) for path in files]
-        labels += [label] * len(files)
-    return _stack(images, folder), np.array(labels, dtype=np.int64), classes
-
-
 def _hub(name: str, names: list[str], facts: dict) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """One split from the Hub, or from what `datasets` has stored of it before."""
-    import datasets
-
     try:
-        found = datasets.load_dataset(facts["hub"])
-    except Exception as fault:  # its errors have no common class: no network, no such name, no permission
+        found = readers.read_hub(readers.Query(facts["hub"], tuple(names)))
+    except UsageError as fault:
         folders = " or ".join(f"{root() / folder}" for folder in facts.get("folders", [name]))
         raise DataAbsent(
-            f"data set {name!r} is not there: looked for {folders} (VITLIB_DATA names the folder above) and for "
-            f"{facts['hub']} on the Hugging Face Hub ({type(fault).__name__}); data_cards/{name}.md says how to get it"
+            f"data set {name!r} is not there: looked for {folders} (VITLIB_DATA names the folder above), and "
+            f"{fault}; data_cards/{name}.md says how to get it"
         ) from None
-    split = next((split for split in names if split in found), None)
-    if split is None:
-        raise UsageError(f"{facts['hub']} has no split {' or '.join(names)}: it has {', '.join(found)}")
-    rows = found[split]
-    image, label = (next(c for c in COLUMNS[kind] if c in rows.column_names) for kind in ("image", "label"))
-    pixels = (_array(picture, facts["channels"]) for picture in rows[image])
-    classes = getattr(rows.features[label], "names", None)
-    numbers = np.array(rows[label], dtype=np.int64)
-    return _stack(pixels, facts["hub"]), numbers, classes or [str(k) for k in range(int(numbers.max()) + 1)]
+    return _decoded(found, facts["hub"], facts["channels"])
 
 
-def decode(file: object, channels: int, where: str) -> np.ndarray:
-    """An image file as uint8 (C, H, W); grey ones get the channels that the data set has."""
+def _pixels(cell: bytes, channels: int, where: str) -> np.ndarray:
+    """An encoded image as uint8 (C, H, W)."""
     try:
-        with Image.open(file) as picture:
+        with Image.open(io.BytesIO(cell)) as picture:
             return _array(picture, channels)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as fault:
+    except NOT_AN_IMAGE as fault:
         raise UsageError(f"the image {where} cannot be read ({type(fault).__name__})") from fault
 
 
 def _array(picture: Image.Image, channels: int) -> np.ndarray:
+    """uint8 (C, H, W); grey images get the channels that the data set has."""
     pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
