@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +200,7 @@ def _work(spec: RunSpec, need_weights: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- one run, shared
 
 LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what stood before
+TORCHRUN_SAYS = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")  # a line of its own log
 PATIENCE_S = 10.0  # for processes that are asked to end
 
 
@@ -244,7 +246,7 @@ def _said(order: Path) -> Path:
 def last_lines(log: Path) -> str:
     """What the processes printed last, and torchrun's word on the first that failed; its own traceback stands between."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    end = next((i for i, line in enumerate(lines) if " torch/distributed/elastic/" in line), len(lines))
+    end = next((i for i, line in enumerate(lines) if TORCHRUN_SAYS.match(line)), len(lines))
     cause = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
     return "\n".join(lines[max(end - LAST_LINES, 0) : end] + lines[cause:])
 
