@@ -26,7 +26,7 @@ def untouched(monkeypatch, tmp_path):
 
 
 BAD = {
-    "a profile": (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': allowed are smoke, cpu, study; did you mean 'cpu'?"),
+    "a profile": (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': allowed are smoke, cpu, study, gpu, imagenet; did you mean 'cpu'?"),
     "a notebook": (["reproduce", "--notebook", "39"], "unknown notebook '39'"),
     "a notebook's nearest": (["run", "--notebook", "31_fig1_branch"], "did you mean '31_fig1_branches'?"),
     "a parameter": (["reproduce", "--set", "profil=cpu"], "unknown parameter of 00_claims 'profil'"),
@@ -39,6 +39,12 @@ BAD = {
     "a number of jobs": (["run", "--jobs", "-2"], "jobs is -2: allowed are 0"),
     "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to import"),
     "a profile of claims": (["claims", "--profile", "Study"], "did you mean 'study'?"),
+    "a device of a plan": (["plan", "--profile", "smoke", "--device", "h1000"], "unknown device 'h1000'"),
+    "a rate of a plan": (["plan", "--profile", "smoke", "--device", "h100", "--rate", "-1"], "rate is -1.0: allowed is"),
+    "a machine without SLURM": (["run", "--profile", "smoke", "--slurm", "jobs"], "there is no command sbatch"),
+    "a tuning group": (["tune", "--group", "supervise"], "unknown tuning group 'supervise'"),
+    "a part to tune": (["tune", "--part", "P1"], "unknown part with a control 'P1'"),
+    "a report of nothing": (["report"], "run `python -m vitlib reproduce --profile study` first"),
     "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
 }  # fmt: skip
 

@@ -54,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, run, reproduce, refresh):
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    run.add_argument("--processes", type=int, default=1, help="that share each run, one a GPU, through torchrun")
+    run.add_argument("--slurm", metavar="FOLDER", help="submit a job a run to SLURM; its scripts and logs go there")
+    run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
+    run.add_argument("--gpus", type=int, default=1, help="of each machine of a SLURM job (default: 1)")
+    run.add_argument("--nodes", type=int, default=1, help="machines of a SLURM job (default: 1)")
+    run.add_argument("--hours", type=float, default=24.0, help="time limit of a SLURM job (default: 24)")
     plan.add_argument(
         "--device", default="", help="GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
     )
@@ -126,9 +132,21 @@ def plan_(arguments) -> None:
 
 
 def run_(arguments) -> None:
-    from vitlib.lab.launch import launch
+    from vitlib.lab import runs
+    from vitlib.lab.cluster import submit
+    from vitlib.lab.launch import distributed, launch
 
-    launch(_specs(arguments), arguments.jobs)
+    specs = _specs(arguments)
+    if arguments.slurm:
+        sizes = {name: getattr(arguments, name) for name in ("partition", "gpus", "nodes", "hours")}
+        jobs = submit(specs, arguments.slurm, **sizes)
+        print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
+    elif arguments.processes > 1:
+        for spec, need_weights in runs.missing(specs).items():
+            print(runs.describe(spec), flush=True)
+            distributed(spec, arguments.processes, need_weights)
+    else:
+        launch(specs, arguments.jobs)
 
 
 def tune_(arguments) -> None:
