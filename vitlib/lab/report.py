@@ -216,6 +216,10 @@ def _arms(setting: Experiment) -> dict[str, RunSpec]:
     return setting.arms or experiment(setting.notebook, "study").arms
 
 
+def _models(setting: Experiment) -> dict[str, ViTConfig]:
+    return {arm: spec.model for arm, spec in _arms(setting).items()}
+
+
 def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.DataFrame:
     """One row an arm: the paper | the committed reference | this run, with its difference to the reference arm."""
     p, seen = arm_runs.experiment.profile, arm_runs.results
@@ -291,7 +295,10 @@ def gaps(arm_runs: Runs, size: str) -> pd.DataFrame:
     At a profile without runs: the committed reference, or what is not run.
     """
     setting = arm_runs.experiment
-    arms = {(getattr(s.model, size), s.model.branches): arm for arm, s in _arms(setting).items()}
+    own = {
+        arm: s.model for arm, s in _arms(setting).items() if size == "width" or s.model.width == setting.profile.width
+    }
+    arms = {(getattr(model, size), model.branches): arm for arm, model in (own or _models(setting)).items()}
     rows = []
     for value in sorted({value for value, _ in arms}):
         one, two = arms[value, 1], arms[value, 2]
@@ -366,6 +373,14 @@ def paper_baselines() -> pd.DataFrame:
     """Table 1: accuracies and throughput of the baselines."""
     columns = ["printed_name", "epochs", "layer_scale", "top1", "top1_v2", "images_per_s"]
     return paper_table("table1")[columns].rename(columns={"printed_name": "model", "layer_scale": "LayerScale"})
+
+
+def paper_recipes() -> dict[str, str]:
+    """Tables 1 and 8 by the arms of notebook 21."""
+    rows = paper_table("table1").itertuples()
+    values = {f"{row.model.partition('x')[0]}{'+LS' if row.layer_scale == 'yes' else ''}": row.top1 for row in rows}
+    deit = paper_table("table8").query("procedure == 'DeiT'").itertuples()
+    return values | {f"{row.model.removeprefix('ViT-')}12 DeiT": row.top1 for row in deit if row.top1}
 
 
 def paper_branches() -> dict[str, str]:
@@ -473,9 +488,10 @@ def transfer_table(arm_runs: Runs) -> pd.DataFrame:
     own = f"this run ({arm_runs.experiment.profile.name})"
     rows = []
     for setting in dict.fromkeys(arm.rpartition(" ")[0] for arm in arm_runs.results):
-        width, data, images = setting.split()
+        _, data, images = setting.split()
         found = {s: arm_runs.results.get(f"{setting} {s}") for s in (*STRATEGIES, "scratch")}
-        row = {"measured": own, "data set": data, "images": f"{int(images):,}", "model": f"{width}-12x1"}
+        model = next(spec.model for arm, spec in arm_runs.experiment.arms.items() if arm.startswith(f"{setting} "))
+        row = {"measured": own, "data set": data, "images": f"{int(images):,}", "model": model.name.partition("/")[0]}
         row |= {f"top1, {s}": top1(results) if results else "–" for s, results in found.items()}
         whole = found["attn"] and found["full"]
         row["attn - full, points"] = _transfer_gap(arm_runs, setting) if whole else "–"
@@ -906,28 +922,30 @@ def leak_figure() -> Figure:
 
 
 def masking_figure(profile_name: str, count: int = 4) -> Figure:
-    """Images, their block-wise masks, and the k-means prototypes of their patches."""
+    """Images, their block-wise masks, and the k-means prototypes of their patches; of `cpu` where none are in memory."""
     p = profile(profile_name)
+    p = profile("cpu") if p.paper else p
     spec = experiment("52", p.name).arms["linear pretrained"].parent.with_seed(p.seeds[0])
     data = load_resized(p.data, "train", p.image_size)
     tokens = tokenizers.make_targets("tokens", data, p.patch_size, spec.seed)
-    grid, side = spec.model.grid, p.patch_size
+    grid, side, channels = spec.model.grid, p.patch_size, spec.model.in_chans
     masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked)
     figure, axes = plt.subplots(3, count, figsize=(1.5 * count, 4.6), layout="constrained")
     for i in range(count):
-        image = data.images[i, 0].numpy() / 255
-        mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))
-        pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, side, side)
-        predicted = pieces.permute(0, 2, 1, 3).reshape(grid * side, -1).numpy()
-        for row, picture in enumerate((image, np.where(mask, np.nan, image), predicted)):
-            cell = axes[row][i]
-            cell.set_facecolor("0.55")
-            cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
-            cell.set(xticks=[], yticks=[])
-            cell.grid(False)
+        image = data.images[i].permute(1, 2, 0).numpy() / 255
+        mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))[..., None]
+        pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, channels, side, side)
+        predicted = pieces.permute(0, 3, 1, 4, 2).reshape(grid * side, grid * side, channels).numpy()
+        for row, picture in enumerate((image, np.where(mask, GREY, image), predicted)):
+            axes[row][i].imshow(picture, cmap="gray", vmin=0, vmax=1)
+            axes[row][i].set(xticks=[], yticks=[])
+            axes[row][i].grid(False)
     for row, name in enumerate(("image", f"{spec.masked} of {grid**2} masked", "prototypes")):
         axes[row][0].set_ylabel(name)
     return figure
+
+
+GREY = 0.55  # of what is masked
 
 
 def tokenizers_of(arm_runs: Runs) -> list[RunSpec]:
