@@ -36,7 +36,7 @@ from vitlib.train.engine import Engine
 from vitlib.train.finetune import freeze
 from vitlib.train.losses import cross_entropy, loss_of
 from vitlib.train.recipes import Recipe
-from vitlib.train.state import Checkpoints
+from vitlib.train.state import Checkpoints, Step
 
 torch.set_num_threads(1)
 RECIPE = Recipe(epochs=2, batch_size=16, lr=1e-3)
@@ -399,6 +399,17 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_and_says_where
     assert all(t.isfinite().all() for t in state["model"].values())
     with pytest.raises(loop.NonFiniteLoss, match="no checkpoint is kept"):
         runs.execute(bad.with_seed(1001))
+    vit, checkpoints = model(), Checkpoints(runs.checkpoint_path(TINY))
+    checkpoints.write({"model": vit}, [Step(1, 0, 0.1, 2.0)])
+    torch.nn.init.constant_(vit.head.bias, float("inf"))  # found out by the next loss only
+    checkpoints.write({"model": vit}, [Step(1, 0, 0.1, 2.0), Step(2, 0, 0.1, 2.0)])
+    assert checkpoints.step == len(Checkpoints(checkpoints.path).read({"model": model()})) == 1
+
+
+def test_the_temperature_of_a_tokenizer_falls_once_a_step_however_many_parts_a_batch_has():
+    spec = RUNS["tokenizer"]
+    runs.execute(spec)
+    assert spec.accumulate == 2 and int(runs.weights(spec)["step"]) == spec.steps == 8
 
 
 def test_a_process_that_was_really_killed_is_gone_on_from(store, tmp_path, monkeypatch):
