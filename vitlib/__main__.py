@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, run, reproduce, refresh):
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    for command in (plan, run):
+        command.add_argument(
+            "--part", action="append", default=[], help="only what this part of a claim reads, e.g. H4-linear"
+        )
     run.add_argument("--processes", type=int, default=1, help="that share each run, one a GPU, through torchrun")
     run.add_argument("--slurm", metavar="FOLDER", help="submit a job a run to SLURM; its scripts and logs go there")
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
@@ -111,11 +115,13 @@ def _notebooks(arguments) -> list[str]:
 
 
 def _specs(arguments) -> list:
-    from vitlib.lab.experiments import all_specs, profile
+    from vitlib.lab.experiments import all_specs, part_specs, profile
 
     profile(arguments.profile)
     if arguments.jobs < 0:
         raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one a core) and up")
+    if getattr(arguments, "part", None):
+        return part_specs(arguments.profile, arguments.part)
     return all_specs(arguments.profile, _notebooks(arguments))
 
 

@@ -15,7 +15,7 @@ from vitlib.data.registry import facts
 from vitlib.errors import UsageError, unknown
 from vitlib.lab import measure, plan
 from vitlib.lab.launch import launch
-from vitlib.lab.ledger import ledger, transfer_arms
+from vitlib.lab.ledger import Part, ledger, transfer_arms
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train import recipes
@@ -395,12 +395,34 @@ def all_specs(profile_name: str, notebooks: list[str]) -> list[RunSpec]:
     return list(dict.fromkeys(spec.with_seed(seed) for block in blocks for seed in p.seeds for spec in block))
 
 
+def part_specs(profile_name: str, parts: list[str]) -> list[RunSpec]:
+    """The runs that the verdicts on these parts of claims are read from, part by part, seeds outermost.
+
+    Raises UsageError for a part that does not exist or has no runs at this profile.
+    """
+    p, queue = profile(profile_name), []
+    for id in parts:
+        if id not in ledger():
+            raise unknown("part of a claim", id, ledger())
+        part = ledger()[id]
+        arms = NOTEBOOKS[part.notebook][1] and experiment(part.notebook, p.name).arms
+        read = _read(part, p, arms) if arms and part.belongs(p.name) else []
+        if not read:
+            raise UsageError(f"part {id} has no runs at profile {p.name}")
+        queue += [spec.with_seed(seed) for seed in p.seeds for spec in read]
+    return list(dict.fromkeys(queue))
+
+
 def _read_by_parts(setting: Experiment) -> list[list[RunSpec]]:
     """For each part of a claim in this notebook the runs that its verdict is read from."""
-    p = setting.profile
-    parts = [part.at_profile(p.name) for part in ledger().values() if part.notebook == setting.notebook]
-    read = [(*part.arms(max(p.pairs, part.min_pairs)), part.parent) for part in parts]
-    return [[setting.arms[arm] for arm in arms if arm in setting.arms] for arms in read]
+    parts = [part for part in ledger().values() if part.notebook == setting.notebook]
+    return [_read(part, setting.profile, setting.arms) for part in parts if part.belongs(setting.profile.name)]
+
+
+def _read(part: Part, p: Profile, arms: dict[str, RunSpec]) -> list[RunSpec]:
+    there = part.at_profile(p.name)
+    names = [*there.arms(max(p.pairs, there.min_pairs)), there.parent]
+    return [arms[name] for name in dict.fromkeys(names) if name in arms]
 
 
 def _cost(arms: list[RunSpec]) -> float:

@@ -1,0 +1,98 @@
+"""Learning rates and margins: chosen on validation images, the same three rates for every arm, committed as chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitlib import paths
+from vitlib.errors import UsageError
+from vitlib.lab import runs, tuning
+from vitlib.lab.experiments import experiment
+from vitlib.lab.ledger import ledger
+from vitlib.lab.runs import Result
+
+REFERENCE = paths.REFERENCE / "study"
+
+
+def test_every_arm_of_a_group_tries_the_same_three_rates_on_tuning_seeds_and_differs_in_nothing_else():
+    for name, group in tuning.GROUPS.items():
+        arms = experiment(group.notebook, "study").arms
+        found = group.specs("study")
+        assert {(arm, lr, spec.seed) for arm, lr, spec in found} == {
+            (arm, lr, seed) for arm in group.arms for lr in group.rates for seed in tuning.SEEDS
+        }, name
+        assert len(group.rates) == 3 and list(group.rates) == sorted(group.rates)
+        for arm, lr, spec in found:
+            own = arms[arm].with_seed(spec.seed)
+            assert spec == replace(own, recipe=replace(own.recipe, lr=lr)) and spec.split == "validation"
+
+
+def test_the_rate_of_each_group_is_one_of_its_three_and_the_one_that_all_its_arms_are_judged_at():
+    for group in tuning.GROUPS.values():
+        rates = {experiment(group.notebook, "study").arms[arm].recipe.lr for arm in group.arms}
+        assert len(rates) == 1 and rates < set(group.rates)
+
+
+def test_the_committed_rates_are_the_best_of_the_committed_tuning():
+    table = pd.read_csv(REFERENCE / "tuning.csv")
+    assert set(table["group"]) == set(tuning.GROUPS)
+    for name, rows in table.groupby("group"):
+        group = tuning.GROUPS[name]
+        means = rows.groupby("lr")["top1_validation"].mean()
+        assert set(means.index) == set(group.rates) and set(rows["arm"]) == set(group.arms)
+        assert rows.loc[rows["chosen"].astype(bool), "lr"].unique() == [means.idxmax()]
+        arms = experiment(group.notebook, "study").arms
+        assert {arms[arm].recipe.lr for arm in group.arms} == {means.idxmax()}, name
+
+
+def test_the_margins_of_the_study_are_a_tenth_of_the_measured_errors():
+    table = pd.read_csv(REFERENCE / "margins.csv").set_index("part")
+    for id, row in table.iterrows():
+        assert ledger()[id].at_profile("study").margin == row["margin"] == tuning.margin(row["error_validation"]), id
+    judged = pd.read_csv(REFERENCE / "claims.csv", dtype={"runs": str}).set_index("part")
+    for id in judged.index[judged["runs"].notna()]:
+        assert id in table.index or ledger()[id].at_profile("study").margin == 1.5, id
+
+
+def test_the_best_rate_is_that_of_the_highest_mean_over_arms_and_of_equals_the_lowest():
+    found = {("a", 1.0): [80, 82], ("a", 2.0): [85, 85], ("b", 1.0): [70, 70], ("b", 2.0): [60, 60]}
+    assert tuning.best(found) == 1.0
+    assert tuning.best({("a", 2.0): [80], ("a", 1.0): [80]}) == 1.0
+
+
+def test_the_table_says_what_was_found_and_chooses_only_when_all_is_there(monkeypatch):
+    group = tuning.GROUPS["supervised"]
+    accuracy = {(arm, lr): 80 + i for i, (arm, lr) in enumerate((a, r) for r in group.rates for a in group.arms)}
+    made = {spec.hash: accuracy[arm, lr] for arm, lr, spec in group.specs("study")}
+
+    def find(spec):
+        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
+
+    monkeypatch.setattr(runs, "find", find)
+    rows = pd.DataFrame(tuning.table("study", {"supervised": group}))
+    assert len(rows) == 6 and (rows["n"] == 2).all() and set(rows.loc[rows["chosen"], "lr"]) == {group.rates[-1]}
+    made.pop(next(spec.hash for _, _, spec in group.specs("study")))
+    rows = pd.DataFrame(tuning.table("study", {"supervised": group}))
+    assert len(rows) == 5 and rows["chosen"].isna().all()
+
+
+def test_a_margin_is_read_from_the_control_at_the_tuning_seeds(monkeypatch):
+    known = tuning.controls("study")
+    assert {arm for arm, _ in known["P5"]} == {"36x1+LS"} and [s.seed for _, s in known["P5"]] == list(tuning.SEEDS)
+    assert {arm for arm, _ in known["P4"]} == {"12x1", "24x1", "36x1"}
+    monkeypatch.setattr(runs, "find", lambda spec: Result(spec.hash, {"top1": 90.0 + spec.seed % 2}, None, {}, {}))
+    margins = {row["part"]: (row["error_validation"], row["margin"]) for row in tuning.margins("study")}
+    assert margins["F1"] == (9.5, pytest.approx(0.95))
+    assert [tuning.margin(error) for error in (2, 9.5, 40)] == [0.5, 0.95, 1.5]
+    assert np.isclose(tuning.margin(12.344), 1.23)
+
+
+def test_groups_are_chosen_by_name_or_by_their_first_word():
+    assert list(tuning.groups(["resolution"])) == [f"resolution {s}" for s in ("full", "attn", "ffn", "head")]
+    assert list(tuning.groups([])) == list(tuning.GROUPS)
+    with pytest.raises(UsageError, match="unknown tuning group 'supervise'"):
+        tuning.groups(["supervise"])
