@@ -15,8 +15,11 @@ COMPILE := $(VENV)/bin/uv pip compile -q --universal --generate-hashes --no-head
            --python-version 3.11 --extra dev
 
 export TOKENIZERS_PARALLELISM := false
+# Profiles of embedded data never ask a hub; gpu and imagenet may.
+ifeq ($(filter gpu imagenet,$(PROFILE)),)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
+endif
 
 ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
@@ -26,7 +29,7 @@ endif
 .DEFAULT_GOAL := help
 
 help:  ## show this help
-	@echo "usage: make TARGET [PROFILE=smoke|cpu|study] [NB=31] [JOBS=2] [TORCH=cpu]"
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|gpu|imagenet] [NB=31] [JOBS=2] [TORCH=cpu]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
@@ -68,5 +71,5 @@ lock: $(READY)  ## compile requirements.lock anew (universal, with hashes)
 	$(COMPILE) pyproject.toml -o requirements.lock
 
 clean:  ## remove .venv, caches and rendered results; finished runs in outputs/runs stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/gpu outputs/imagenet
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from vitlib.lab import report
 from vitlib.lab.bench import branches, data, finetune, masked, runner, stopwatch, train
 from vitlib.lab.ledger import ledger, ledger_hashes
 from vitlib.model import ViT, vit_config
+from vitlib.train.finetune import STRATEGIES
 from vitlib.train.masked import block_masks
 
 torch.set_num_threads(1)
@@ -329,3 +330,11 @@ def test_a_case_of_branches_times_and_counts_every_arm_that_this_device_has(mode
     readings = branches.measure(task, "cpu", dtype)
     assert readings.keys() == arms
     assert all(len(r.seconds) == 3 and r.macs > 0 and r.bytes > 0 for r in readings.values())
+
+
+def test_a_step_of_each_strategy_is_timed_with_the_optimizer_of_its_own_recipe():
+    config = vit_config("W32-2x1/4", image_size=16, in_chans=1, num_classes=10)
+    task = {"model": asdict(config), "batch": 2, "execution": "seq", "run": ""}
+    found = finetune.measure(task, "cpu", torch.float32)
+    assert set(found) == set(STRATEGIES)
+    assert all(reading.seconds and reading.more["mem_mb"] > 0 for reading in found.values())

@@ -11,6 +11,7 @@ import pytest
 from vitlib import paths
 from vitlib.errors import UsageError
 from vitlib.lab import reference, report, runs
+from vitlib.lab.experiments import experiment
 from vitlib.lab.ledger import ledger
 from vitlib.lab.runs import Result
 
@@ -100,6 +101,14 @@ def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypat
         f"before\n{reference.MARKS[0]}\nold\n{reference.MARKS[1]}\nafter\n", encoding="utf-8"
     )
     monkeypatch.setattr(reference, "_about", lambda profile: "10 runs")
+    with pytest.raises(UsageError, match="no run of profile study is in"):
+        reference.write("study")
+    assert not (tmp_path / "reference").exists()
+    spec = experiment("41", "study").arms["trunk"].with_seed(10)
+    run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(runs.ABOUT, "x"))
+    (tmp_path / "runs" / spec.hash).mkdir(parents=True)
+    for name, record in (("spec", spec.record()), ("result", run.record())):
+        (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     reference.write("study")
     kept = tmp_path / "reference" / "study"
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [

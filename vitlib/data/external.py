@@ -65,11 +65,11 @@ def read(name: str, about: dict) -> dict[str, tuple[np.ndarray, np.ndarray, list
 
 
 def held_out(labels: np.ndarray, share: int = HELD_OUT) -> np.ndarray:
-    """bool (N,): of each class the last of so many."""
+    """bool (N,): of each class the last of so many, at least one image."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        held[rows[len(rows) - len(rows) // share :]] = True
+        held[rows[len(rows) - max(len(rows) // share, 1) :]] = True
     return held
 
 

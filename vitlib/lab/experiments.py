@@ -51,7 +51,7 @@ class Profile:
     widths: tuple[int, ...] = (32, 64, 96)  # of Figure 2
     wider: tuple[int, int] = (96, 16)  # width and pairs that cost what 36 pairs of `width` cost (Table 3)
     trunk_data: str = "fashion-mnist-6"  # of transfer: classes that no target has
-    # Factors on the recipes' batches and rates. Not tuned where they are not 1: `tune` does that.
+    # Factors on the recipes' batches and rates. Not tuned where they are not 1.
     batch: int = 1
     rate: float = 1.0
     device: str = "cpu"
@@ -286,6 +286,10 @@ def stem_pairs(name: str, pairs: int) -> int:
 
 def stem_model(p: Profile, name: str) -> ViTConfig:
     """A row of Table 7 at the profile's size. It reads the mean of the patch tokens, as BEiT does."""
+    if p.paper:
+        from vitlib.lab import imagenet
+
+        return imagenet.ARMS["52"](p)[f"{name} supervised"].model
     return _model(p, stem_pairs(name, p.stem_pairs), pool="mean", **STEM_ARMS[name])
 
 

@@ -24,9 +24,10 @@ SHORT, LONG = 300, 400  # Paper: epochs without LayerScale, and of the models wi
 
 
 def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
-    execution = "seq" if protocol == "tokenizer" else p.execution
+    classifier = protocol != "tokenizer"  # whose loss calls parts of the model, which are not what is compiled
     return RunSpec(
-        protocol, model, data or p.data, recipe, execution=execution, device=p.device, precision="bf16", compile=True, **more
+        protocol, model, data or p.data, recipe, execution=p.execution if classifier else "seq", device=p.device,
+        precision="bf16", compile=classifier, **more,
     )  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def stems(p: Profile) -> dict[str, RunSpec]:
         )
         plain = vit_config(size, drop_path=recipes.DROP_PATH["B"], **stem)
         arms[f"{name} supervised"] = _spec(p, "supervised", plain, recipes.supervised_imagenet("B"))
-        arms[f"{name} scratch"] = _spec(p, "supervised", model, recipes.BEIT_FINE_TUNING)
+        # Without layer decay, which would leave random layers nearly as they are.
+        arms[f"{name} scratch"] = _spec(p, "supervised", model, replace(recipes.BEIT_FINE_TUNING, layer_decay=None))
         arms[f"{name} pretrained"] = _spec(p, "finetune", model, recipes.BEIT_FINE_TUNING, parent=trunk)
     return arms
 

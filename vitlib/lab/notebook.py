@@ -75,7 +75,9 @@ class Page:
             display(Markdown("No discrete VAE at this profile: the targets are k-means tokens."))
             return
         self.table(report.codebook_use(specs), "tokenizers")
-        if kept := [spec for spec in specs if weights_path(spec).is_file()]:  # imported runs have metrics only
+        if kept := [
+            spec for spec in specs if weights_path(spec).is_file() and not spec.from_files
+        ]:  # imported runs have metrics only
             figure, caption = report.reconstruction_figure(kept[0])
             self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
             display(Markdown(f"*{caption}*"))

@@ -35,8 +35,12 @@ def write(profile: str) -> list[Path]:
         raise UsageError(
             f"there is no {made / 'claims.csv'}: run `python -m vitlib reproduce --profile {profile}` first"
         )
-    specs = all_specs(profile, available(profile, list(NOTEBOOKS))[0])
-    names = {member.hash for spec in specs for member in spec.family()}
+    notebooks, absent = available(profile, list(NOTEBOOKS))
+    if absent:  # the names of its runs depend on the data
+        raise absent[0]
+    names = {member.hash for spec in all_specs(profile, notebooks) for member in spec.family()}
+    if not any((paths.runs() / name / "result.json").is_file() for name in names):
+        raise UsageError(f"no run of profile {profile} is in {paths.runs()}: nothing was written")
     runs.export_runs(kept / "runs.jsonl", names)
     for file in ("claims.csv", "tuning.csv", "margins.csv"):
         if (made / file).is_file():

@@ -24,6 +24,7 @@ from vitlib import paths
 from vitlib.data import load_resized, normalise
 from vitlib.data.external import DataAbsent
 from vitlib.data.registry import card, facts
+from vitlib.errors import UsageError
 from vitlib.lab import exact, measure, plan, runs, tuning
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
@@ -972,6 +973,8 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
 
     Raises UsageError for a run that is not finished or has no weights here.
     """
+    if spec.from_files:
+        raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
     data = load_resized(spec.data, spec.split, spec.model.image_size)
     images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)
     model = runs.trained_tokenizer(spec)
@@ -1047,7 +1050,7 @@ def _classes(part: Part, profile_name: str) -> int:
     p = profile(profile_name)
     arms = experiment(part.notebook, p.name).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
     control = arms.get(arm_at(part.control, p.pairs)) if arms else None
-    return facts(control.data if control else p.data).num_classes
+    return control.model.num_classes if control else 0
 
 
 def _timed(part: Part, profile_name: str) -> list[dict]:

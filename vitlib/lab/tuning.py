@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 from vitlib.lab import runs
 from vitlib.lab.experiments import NOTEBOOKS, experiment
 from vitlib.lab.experiments import profile as scale
@@ -34,6 +34,10 @@ class Group:
     def specs(self, profile: str) -> list[tuple[str, float, RunSpec]]:
         """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
         arms = experiment(self.notebook, profile).arms
+        if missing := [arm for arm in self.arms if arm not in arms]:
+            raise UsageError(
+                f"profile {profile} has no arm {missing[0]!r} to tune: the groups are those of profile study"
+            )
         return [
             (arm, lr, replace(arms[arm], recipe=replace(arms[arm].recipe, lr=lr)).with_seed(seed))
             for seed in SEEDS for arm in self.arms for lr in self.rates

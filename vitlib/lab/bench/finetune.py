@@ -20,6 +20,7 @@ from vitlib.lab.bench.stopwatch import Arm, count, take_turns
 from vitlib.lab.experiments import experiment
 from vitlib.lab.ledger import ledger
 from vitlib.model import ViT, ViTConfig, set_execution, vit_config
+from vitlib.train.engine import resolve
 from vitlib.train.finetune import STRATEGIES, freeze
 from vitlib.train.loop import make_optimizer, set_train_mode
 from vitlib.train.recipes import FINE_TUNING
@@ -61,7 +62,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
         model = set_execution(ViT(config).to(device), task["execution"])
         freeze(model, strategy)
         set_train_mode(model)
-        optimizer, _ = make_optimizer(model, FINE_TUNING, 100)
+        optimizer, _ = make_optimizer(model, FINE_TUNING[strategy], 100)
 
         def step(images: Tensor, model=model, optimizer=optimizer) -> None:
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -110,5 +111,6 @@ def stored(profile: str) -> list[dict]:
 def at_profile(profile: str) -> list[dict]:
     """The same, measured first where it is missing."""
     if not stored(profile):
-        runner.run("finetune", profile, "cpu", only=cases(profile, "cpu")[0].name)
+        device = resolve(experiment("41", profile).arms["full"].device)
+        runner.run("finetune", profile, device, only=cases(profile, device)[0].name)
     return stored(profile)

@@ -129,11 +129,8 @@ def evidence(name: str, profile: str, part: Part) -> list[dict]:
 
     A part of scope "gpu" is judged on a GPU's rows alone.
     """
-    rows = [
-        row
-        for row in read(path_of(name, profile))
-        if (row.get("part"), row.get("ledger")) == (part.id, part_hash(part))
-    ]
+    fixed = (part.id, part_hash(part.entry(profile)))
+    rows = [row for row in read(path_of(name, profile)) if (row.get("part"), row.get("ledger")) == fixed]
     if part.scope == "gpu":
         rows = [row for row in rows if row["kind"] == "cuda"]
     whole = all(sum(row["arm"] == arm for row in rows) == part.n for arm in part.contrast)
