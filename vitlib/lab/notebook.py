@@ -44,6 +44,9 @@ class Page:
 
     def table(self, table: pd.DataFrame, name: str = "") -> None:
         """Show a table; with a name its CSV is `<notebook>_<name>.csv`."""
+        if not len(table):
+            display(Markdown("None of these runs is finished."))
+            return
         report.save_table(table, self.profile, self._file(name))
         display(Markdown(report.markdown(table)))
 

@@ -286,8 +286,8 @@ def _committed(notebook: str) -> dict[str, str]:
     table = _reference_table(NOTEBOOKS[notebook][0])
     if table is None:
         return {}
-    value = next(column for column in table if column.startswith("top1"))
-    return dict(zip(table["arm"], table[value], strict=True))
+    value = next((column for column in table if column.startswith("top1")), None)
+    return dict(zip(table["arm"], table[value], strict=True)) if value else {}  # no arm of it was finished
 
 
 def gaps(arm_runs: Runs, size: str) -> pd.DataFrame:
@@ -839,7 +839,8 @@ def stem_figure(arm_runs: Runs) -> Figure:
     seen = correct(arm_runs)
     stems = [stem for stem in STEM_ARMS if stem != "linear"]
     across = [c for c in ("supervised", "scratch") if {f"linear {c}", "linear pretrained"} <= seen.keys()]
-    figure, axes = plt.subplots(1, 1 + len(across), figsize=(3 * (1 + len(across)) + 1.4, 3.4), layout="constrained")
+    size = (3 * (1 + len(across)) + 1.4, 3.4)
+    figure, (axes,) = plt.subplots(1, 1 + len(across), figsize=size, layout="constrained", squeeze=False)
     paper = {arm: float(value) for arm, value in paper_stems().items()}
     for colour, marker, stem in zip(sns.color_palette("colorblind", len(stems)), "os^vDP*Xp", stems, strict=True):
         look = {"color": colour, "marker": marker, "linestyle": "none"}
