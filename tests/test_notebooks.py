@@ -438,7 +438,7 @@ def test_a_broken_loss_turns_a_notebook_red(tmp_path):
     shutil.copytree(ROOT / "outputs" / "paper", copy / "outputs" / "paper")
     shutil.copy(ROOT / "conftest.py", copy)
     losses = copy / "vitlib" / "train" / "losses.py"
-    right = "return F.cross_entropy(model(batch.images, draws), batch.targets)"
+    right = "return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)"
     assert right in losses.read_text()
     losses.write_text(losses.read_text().replace(right, f"{right} * 1.001"))
     folder = tmp_path / "notebooks"
