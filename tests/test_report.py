@@ -175,6 +175,7 @@ def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
         "cpu": (0, 1, 2, 3, 4),
         "study": (10, 11, 12, 13, 14),
         "gpu": (20, 21, 22, 23, 24),
+        "imagenet": (30, 31, 32, 33, 34),
     }
     assert {part.n for part in ledger().values() if part.kind not in ("exact",)} == {5}
 
@@ -276,7 +277,8 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
     assert report.codebook_use([spec]).loc[0, "tokens used, of 32"] == f"{used:.0f}"
 
 
-def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
+def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch, tmp_path):
+    monkeypatch.setattr(report.paths, "REFERENCE", tmp_path)
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
     setting = experiments.experiment("41", "cpu")
     table = report.accuracies(report.Runs(setting, report.finished(setting)), "full", report.paper_resolution())
@@ -393,8 +395,11 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     shown = []
     monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
     notebook.open_page("52", "cpu").tokenizers(stems_at("cpu", {}))
-    assert shown == ["No discrete VAE at this profile: the targets are k-means tokens."]
+    assert shown == [report.legend("cpu"), "No discrete VAE at this profile: the targets are k-means tokens."]
+    assert shown[0].startswith("**Profile `cpu`**: Fashion-MNIST") and "width 64, 12 pairs" in shown[0]
+    shown.clear()
     metrics = {"tokens_used": 0.5, "perplexity": 30.0, "recon_mse": 0.01, "first_loss": 1.6, "train_loss": 0.2}
     monkeypatch.setattr(runs, "find", lambda spec: Result(spec.hash, metrics, None, {}, ABOUT))
     notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
-    assert len(shown) == 2 and shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]
+    assert len(shown) == 2 and shown[0] == report.legend("study")
+    assert shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]
