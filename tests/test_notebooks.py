@@ -435,7 +435,8 @@ def test_a_broken_loss_turns_a_notebook_red(tmp_path):
     copy = tmp_path / "project"
     shutil.copytree(ROOT / "vitlib", copy / "vitlib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "data_cards", copy / "data_cards")
-    shutil.copytree(ROOT / "outputs" / "paper", copy / "outputs" / "paper")
+    for folder in ("paper", "reference"):
+        shutil.copytree(ROOT / "outputs" / folder, copy / "outputs" / folder)
     shutil.copy(ROOT / "conftest.py", copy)
     losses = copy / "vitlib" / "train" / "losses.py"
     right = "return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)"
