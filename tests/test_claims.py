@@ -272,13 +272,6 @@ def test_more_seeds_cannot_make_up_for_too_few_images():
     assert claims.seeds_needed(e, 1.05 * floor) > 1
 
 
-def test_the_margin_is_a_tenth_of_the_controls_error_between_half_a_point_and_one_and_a_half():
-    assert [claims.margin_from_error(x, "study") for x in (2, 10, 40)] == [0.5, 1.0, 1.5]
-    assert claims.margin_from_error(40, "imagenet") == 0.3
-    with pytest.raises(UsageError, match="did you mean 'study'"):
-        claims.margin_from_error(10, "studdy")
-
-
 # ---- Verdicts ----
 
 

@@ -11,7 +11,7 @@ from vitlib import paths
 from vitlib.__main__ import main, parser
 from vitlib.errors import UsageError
 from vitlib.lab import installation, launch, render, report, runs
-from vitlib.lab.experiments import NOTEBOOKS
+from vitlib.lab.experiments import NOTEBOOKS, experiment
 
 PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -140,7 +140,7 @@ def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):
 
 
 def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(capsys, untouched):
-    spec = report.experiment("31", "cpu").specs()[0]
+    spec = experiment("31", "cpu").specs()[0]
     (untouched / "runs" / spec.hash).mkdir(parents=True)
     (untouched / "runs" / spec.hash / "result.json").write_text("{}")
     assert main(["reproduce", "--profile", "cpu", "--notebook", "31"]) == 2
@@ -197,5 +197,5 @@ def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
 
 
 def test_runs_are_described_in_words():
-    spec = report.experiment("41", "cpu").arms["attn"]
+    spec = experiment("41", "cpu").arms["attn"]
     assert runs.describe(spec) == "finetune, W64-12x1/4, 20 px, stem linear, 6000 images, attn, seed 0"

@@ -8,7 +8,10 @@ import pytest
 from vitlib import paths
 from vitlib.data import load_resized
 from vitlib.lab import claims, experiments, report, runs
+from vitlib.lab.experiments import Runs
 from vitlib.lab.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
+from vitlib.lab.paper import paper_table
+from vitlib.lab.report.costs import _memory_line
 from vitlib.lab.runs import Result, RunSpec
 from vitlib.train import recipes
 from vitlib.train.dvae import DVAEConfig
@@ -34,6 +37,27 @@ def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, se
             metrics = {"top1": 100 * right.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 10}
             made[spec.hash] = Result(spec.hash, metrics, right, hashes, ABOUT)
     monkeypatch.setattr(runs, "find", lambda spec: made.get(spec.hash))
+
+
+@pytest.mark.parametrize(
+    "notebook, profile, layer_scale, arm",
+    [("31", "cpu", True, "12x1+LS"), ("31", "imagenet", True, "36x1+LS"), ("32", "study", False, "W64 12x1"),
+     ("32", "imagenet", False, "W768 24x1"), ("34", "imagenet", False, "36x1"), ("33", "smoke", False, "4x1")],
+)  # fmt: skip
+def test_the_reference_arm_is_the_sequential_model_of_the_profiles_own_width(notebook, profile, layer_scale, arm):
+    assert report.sequential(experiments.experiment(notebook, profile), layer_scale) == arm
+
+
+def test_a_table_has_imagenet_v2_and_averaged_weights_where_the_runs_have_them(monkeypatch):
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.83})
+    setting = experiments.experiment("31", "cpu")
+    plain = Runs(setting, report.finished(setting))
+    assert not set(report.accuracies(plain, "12x1+LS", {})) & set(report.accuracy.BESIDE.values())
+    more = {arm: [replace(r, metrics=r.metrics | {"top1_v2": 71.0}) for r in rs] for arm, rs in plain.results.items()}
+    more["6x2+LS"] = [replace(r, metrics=r.metrics | {"top1_ema": 80.0}) for r in more["6x2+LS"]]
+    table = report.accuracies(Runs(setting, more), "12x1+LS", {}).set_index("arm")
+    assert set(table["top1, ImageNet-V2"]) == {"71.00 ± 0.00 (n=5)"}
+    assert list(table["top1, averaged weights (EMA)"]) == ["–", "80.00 ± 0.00 (n=5)"]
 
 
 def words(notebook: str, profile: str = "cpu") -> dict[str, str]:
@@ -90,7 +114,7 @@ def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(
 
 def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits", w32_full=0.8, w64_attn=0.77), profile="study")
-    found = report.correct(report.Runs(setting := experiments.experiment("42", "study"), report.finished(setting)))
+    found = report.correct(Runs(setting := experiments.experiment("42", "study"), report.finished(setting)))
     gap = [
         100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
     ]
@@ -118,7 +142,7 @@ def test_full_must_beat_the_head_of_its_own_setting(monkeypatch):
 
 def transfer_page(profile: str):
     setting = experiments.experiment("42", profile)
-    return report.transfer_table(report.Runs(setting, report.finished(setting)))
+    return report.transfer_table(Runs(setting, report.finished(setting)))
 
 
 def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_reference(monkeypatch, tmp_path):
@@ -192,7 +216,7 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82})
     assert words("32")["P3"] == "same direction"
     setting = experiments.experiment("32", "cpu")
-    table = report.gaps(report.Runs(setting, report.finished(setting)), "width")
+    table = report.gaps(Runs(setting, report.finished(setting)), "width")
     assert list(table["width"]) == ["32", "64", "96"]
     assert list(table["points"].astype(float)) == pytest.approx([-2, 0, 2], abs=0.6)
     assert (table["low, points"].astype(float) <= table["points"].astype(float)).all()
@@ -253,7 +277,7 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
 
     page, pictures = open_page("41", "cpu"), []
     setting = experiments.experiment("41", "cpu")
-    found = report.Runs(setting, report.finished(setting))
+    found = Runs(setting, report.finished(setting))
     for _ in range(2):
         page.figure(report.difference_figure(found, "full", "x"), alt="words")
         folder = tmp_path / "outputs" / "cpu" / "figures"
@@ -278,10 +302,10 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
 
 
 def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch, tmp_path):
-    monkeypatch.setattr(report.paths, "REFERENCE", tmp_path)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
     setting = experiments.experiment("41", "cpu")
-    table = report.accuracies(report.Runs(setting, report.finished(setting)), "full", report.paper_resolution())
+    table = report.accuracies(Runs(setting, report.finished(setting)), "full", report.paper_resolution())
     row = table.set_index("arm").loc["attn"]
     assert row["paper (ImageNet)"] == "84.3" and row["committed reference"] == "not run"
     assert "(n=5)" in row["top1, this run (cpu)"] and row["minus full, points"].startswith("-0.")
@@ -296,7 +320,7 @@ def test_the_figures_two_peaks_are_met_exactly_by_what_is_counted_and_what_both_
             for name in ("full - attn = 3,020 MB at batch", "full counted there, MB", "not counted, MB")
         )
         assert counted + rest == pytest.approx(20_860, abs=1)
-        fixed, each = report._memory_line("attn", *setting)
+        fixed, each = _memory_line("attn", *setting)
         assert fixed + batch * each + rest == pytest.approx(17_840, abs=30)  # the printed batch is rounded to 0.1
         assert (
             (rest < 5_000) == (float(row["never less than"].split()[0]) < 20) == (setting == (384, "explicit", "amp"))
@@ -314,7 +338,7 @@ def test_a_steps_rows_add_up_and_what_is_spared_is_a_fifth():
 # ---- Table 7
 
 
-def stems_at(profile: str, rates: dict[str, float]) -> report.Runs:
+def stems_at(profile: str, rates: dict[str, float]) -> Runs:
     """Made-up results of every arm of notebook 52: right with the rate of its arm, 0.7 unless told."""
     setting = experiments.experiment("52", profile)
     results = {}
@@ -322,13 +346,13 @@ def stems_at(profile: str, rates: dict[str, float]) -> report.Runs:
         right = [np.random.default_rng(s).random(5000) < rates.get(arm, 0.7) for s in setting.profile.seeds]
         metrics = [{"top1": 100 * r.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 1} for r in right]
         results[arm] = [Result("", m, r, {}, ABOUT) for m, r in zip(metrics, right, strict=True)]
-    return report.Runs(setting, results)
+    return Runs(setting, results)
 
 
 def test_every_row_of_the_papers_table_7_is_an_arm_and_no_arm_is_without_a_row():
     configs = [report.paper_stem(name) for name in experiments.STEM_ARMS]
     ours = [(c.stem, c.stem_norm, c.stem_act, f"ViT-B{c.depth}") for c in configs]
-    theirs = report.paper_table("table7")[["stem", "norm", "act", "model"]].itertuples(index=False, name=None)
+    theirs = paper_table("table7")[["stem", "norm", "act", "model"]].itertuples(index=False, name=None)
     assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
     assert list(report.stem_sizes()["stem"]) == list(experiments.STEM_ARMS)
     paper = report.paper_stems()
@@ -358,7 +382,7 @@ def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_labe
     folder.mkdir(parents=True)
     text = "arm,top1\nconv pretrained,70.1 (n=5)\nhmlp pretrained,71.1 (n=5)\n"
     (folder / "52_tab7_masked_pretraining.csv").write_text(text)
-    monkeypatch.setattr(report.paths, "REFERENCE", tmp_path)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     table = report.table7(small).set_index("stem")
     assert table.loc["conv", "top1 pretrained"] == "study: 70.1 (n=5)"
     assert "study" not in table.loc["hmlp", "top1 pretrained"]

@@ -251,12 +251,6 @@ def seeds_needed(estimate: Estimate, paper: float) -> int | str:
     return high
 
 
-def margin_from_error(control_error_points: float, profile: str) -> float:
-    """m: 10 % of the control's validation error on tuning seeds, 0.5 to 1.5 points; 0.3 at `imagenet`."""
-    _known(profile)
-    return 0.3 if profile == "imagenet" else min(max(0.1 * control_error_points, 0.5), 1.5)
-
-
 # ---- Checks ----
 
 
@@ -400,10 +394,14 @@ def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None
     profile = verdicts[0].profile
     parts = [part for part in (entries or ledger()).values() if part.claim in claims and part.belongs(profile)]
     stances = {part.id: "open" for part in parts}
-    stances |= {verdict.part.id: verdict.stance for verdict in verdicts}
-    if "contradicts" in stances.values():
+    return stance_of(stances | {verdict.part.id: verdict.stance for verdict in verdicts})
+
+
+def stance_of(parts: Mapping[str, str]) -> str:
+    """What a claim's parts say together, from each part's own stance."""
+    if "contradicts" in parts.values():
         return "contradicts"
-    still_open = [id for id, stance in stances.items() if stance == "open"]
+    still_open = [id for id, stance in parts.items() if stance == "open"]
     return f"open ({', '.join(still_open)})" if still_open else "supports"
 
 

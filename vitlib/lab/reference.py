@@ -9,6 +9,7 @@ Page and table are written from claims.csv alone, so that a test can hold them a
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from vitlib import paths
 from vitlib.errors import UsageError
 from vitlib.lab import claims, runs
 from vitlib.lab.experiments import NOTEBOOKS, all_specs, available
+from vitlib.lab.experiments import profile as scale
 from vitlib.lab.ledger import ledger
 
 PAGE = paths.REFERENCE / "README.md"
@@ -95,9 +97,7 @@ def readme_block() -> str:
 
 
 def _claim_row(claim: str, rows: pd.DataFrame, profile: str) -> dict[str, str]:
-    stance = "contradicts" if "contradicts" in set(rows["stance"]) else "open"
-    if set(rows["stance"]) == {"supports"}:
-        stance = "supports"
+    stance = claims.stance_of(dict(zip(rows["part"], rows["stance"], strict=True))).partition(" (")[0]
     words = "; ".join(
         dict.fromkeys(f"{row.part}: {said(row)}" if len(rows) > 1 else said(row) for row in rows.itertuples())
     )
@@ -118,15 +118,14 @@ def said(row) -> str:
 
 def _about(profile: str) -> str:
     """What the numbers were measured on: n, devices, dates, number of runs, from runs.jsonl."""
-    import json
-
     path = paths.REFERENCE / profile / "runs.jsonl"
     records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
     devices = ", ".join(sorted({r["device"] for r in records}))
     dates = sorted({r["date"] for r in records})
-    hours = sum(r["cpu_s"] for r in records) / 3600
+    kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r for r in records) else ("CPU", "cpu_s")
+    hours = sum(r[spent] for r in records) / 3600
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{len(records)} runs, {hours:.1f} CPU hours, n = 5 seeds a verdict, {devices}, {when}"
+    return f"{len(records)} runs, {hours:.1f} {kind} hours, n = {len(scale(profile).seeds)} seeds a verdict, {devices}, {when}"
 
 
 # ---------------------------------------------------------------------------------------------------- the page
