@@ -71,6 +71,7 @@ ALLOWED = {
 }
 # Fields that came after the first runs, with the value that means "as before".
 LATER = {"tokenizer": None, "accumulate": 1, "compile": False, "channels_last": False, "checkpointing": False}
+LATER_IN_MODEL = {"shrink_deep": False, "head_scale": 1.0, "key_bias": True}
 LATER_IN_RECIPE = {"layer_decay": None, "augment": None, "cutmix": 0.0, "smoothing": 0.0, "repeats": 1, "ema": None}
 
 
@@ -132,9 +133,10 @@ class RunSpec:
         if self.targets == "dalle":
             record["dalle_checksum"] = dalle.checksum()
         # Fields that came later are written only where they are set, so that older runs keep their hashes.
-        for part, later in ((record, LATER), (record["recipe"], LATER_IN_RECIPE)):
-            for name, default in later.items():
-                if part[name] == default:
+        later = ((record, LATER), (record["model"], LATER_IN_MODEL), (record["recipe"], LATER_IN_RECIPE))
+        for part, defaults in later:
+            for name, default in defaults.items():
+                if name in part and part[name] == default:  # a tokenizer's model has other fields
                     del part[name]
         checksum = data_checksum(self.data, self.from_files)
         return record | {"data_checksum": checksum, "training_version": TRAINING_VERSION}
