@@ -5,6 +5,7 @@ killed ends where an uninterrupted one ends.
 import copy
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -456,10 +457,12 @@ def started(world: int, work, folder, *arguments) -> list:
 def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
     """In float64: losses, gradients of the first step, weights after the fifth. The fourth batch is a single image."""
     vit = ViT(replace(MODEL, stem=stem, stem_norm="ln" if stem == "hmlp" else "none"), 3).double()
-    seen = {}
+    seen, passes = {}, []
+    vit.register_forward_hook(lambda *_: passes.append(None))
 
     def on_step(step: int, steps: int) -> None:
         if step == 1:
+            seen["passes"] = len(passes)
             seen["gradients"] = {name: p.grad.clone() for name, p in vit.named_parameters()}
         if step == 5:
             seen["weights"] = {name: p.detach().clone() for name, p in vit.named_parameters()}
@@ -474,10 +477,18 @@ def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
 def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(images, tmp_path, stem, accumulate):
     alone = five_steps(Shard(), stem, images)
     for found in started(2, five_steps, tmp_path, stem, images, accumulate):
+        assert found["passes"] == math.ceil(accumulate / 2)  # of a process's share, so that no part is larger
         assert_close(found["gradients"], alone["gradients"])
         assert_close(found["weights"], alone["weights"], 1e-9)
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
         assert np.array_equal(found["correct"], alone["correct"]) and found["loss"] == pytest.approx(alone["loss"])
+
+
+def test_parts_are_of_the_global_batch_and_with_batch_norm_of_all_processes_together():
+    frozen = model("attn", stem="hmlp", stem_norm="bn", stem_act="gelu")
+    norms = model(stem="hmlp", stem_norm="bn", stem_act="gelu")
+    for vit, found in ((model(), [8, 4, 3, 1, 1]), (norms, [8] * 5), (frozen, [8, 4, 3, 1, 1])):
+        assert [Engine(accumulate=8, shard=Shard(0, world)).parts(vit) for world in (1, 2, 3, 8, 16)] == found
 
 
 def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(store, tmp_path):

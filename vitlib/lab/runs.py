@@ -95,7 +95,7 @@ class RunSpec:
     execution: str = "seq"
     threads: int = 1
     device: str = "cpu"
-    accumulate: int = 1  # parts of a batch that go through the model one after the other
+    accumulate: int = 1  # parts of a batch that go through the model one after the other, or on several GPUs at once
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False  # activations are computed again in the backward pass
