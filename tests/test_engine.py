@@ -644,11 +644,21 @@ def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_need
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     other = TINY.with_seed(1001)
-    jobs = cluster.submit([TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5)
+    jobs = cluster.submit(
+        [TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5, cpus=6, memory_gb=90
+    )
     assert [(spec, job.job_id) for spec, job in jobs.items()] == [(TINY, "1"), (TUNED, "2"), (other, "3")]
     scripts = [(tmp_path / f"job-{number}").read_text() for number in (1, 2, 3)]
     for script in scripts:
-        for line in ("--partition=a100", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=90"):
+        for line in (
+            "--partition=a100",
+            "--nodes=2",
+            "--gpus-per-node=4",
+            "--ntasks-per-node=4",
+            "--time=90",
+            "--cpus-per-task=6",
+            "--mem=90GB",
+        ):
             assert f"#SBATCH {line}\n" in script
     assert ["#SBATCH --dependency=afterok:1\n" in script for script in scripts] == [False, True, False]
 
