@@ -226,6 +226,38 @@ def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, st
     assert both["loss_ema"] != both["loss"] and np.array_equal(raw.correct, averaged.correct)
 
 
+def test_the_average_of_the_weights_is_kept_beside_them(store):
+    spec = replace(TINY, recipe=replace(RECIPE, ema=0.8))
+    metrics = runs.execute(spec).metrics
+    last, averaged = runs.weights(spec), runs.weights(spec, ema=True)
+    assert last.keys() == averaged.keys() and not torch.equal(last["head.weight"], averaged["head.weight"])
+    vit = ViT(spec.model)
+    vit.load_state_dict(averaged)
+    correct, loss = loop.evaluate(vit, runs.data_of(spec, spec.split))
+    assert (100 * correct.mean(), loss) == pytest.approx((metrics["top1_ema"], metrics["loss_ema"]))
+    trunk = replace(MASKED, recipe=replace(MASKED.recipe, ema=0.8))
+    runs.execute(trunk)
+    assert runs.weights(trunk, ema=True).keys() == runs.weights(trunk).keys()
+    with pytest.raises(UsageError, match="keeps no moving average: its recipe's ema is None"):
+        runs.weights(TOKENIZER, ema=True)
+    (store / spec.hash / "ema.safetensors").unlink()
+    with pytest.raises(UsageError, match="has no moving average in"):
+        runs.weights(spec, ema=True)
+
+
+def test_a_run_whose_average_cannot_be_written_is_not_kept(store, monkeypatch):
+    def full(state, path):
+        if path.name == "ema.safetensors":
+            raise OSError(errno.ENOSPC, "no space")
+        save_file(state, path)
+
+    save_file = runs.save_file
+    monkeypatch.setattr(runs, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        runs.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))
+    assert not [path for path in store.iterdir() if not path.name.startswith((".checkpoints", ".locks"))]
+
+
 def test_smoothing_spreads_a_share_evenly_and_is_refused_where_every_class_would_be_positive():
     logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     batch = Batch(None, torch.tensor([1, 2, 3, 4]), None, None, 0)
@@ -531,6 +563,15 @@ def test_what_several_processes_cannot_do_is_refused_before_training():
         assert not any(m.training for m in vit.stem if isinstance(m, engines.BatchNorm)) and vit.training
     with pytest.raises(UsageError, match="processes is 0"):
         launch.distributed(TINY, 0)
+
+
+def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_process_starts(store, monkeypatch):
+    monkeypatch.setattr(launch, "_until_it_ends", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(UsageError) as error:
+        launch.distributed(TUNED, 2)
+    said = str(error.value)
+    assert f"the supervised run {TINY.hash}" in said and said.endswith(f"not in {store}: train that one first")
+    assert "\n" not in said and not store.exists()
 
 
 @pytest.mark.slow
