@@ -22,8 +22,8 @@ from vitlib.train.recipes import Recipe
 LETTERS = {192: "Ti", 384: "S", 768: "B", 1024: "L"}
 SHORT, LONG = 300, 400  # Paper: epochs without LayerScale, and of the models with it that are tuned further
 # Images that go through the model at once, by image size: what fits one GPU of 80 GB for every arm (ViT-L at 384 pixels has
-# room for 130), so that in all arms of a comparison a part of a batch is the same. Batch norm sees its statistics. Released
-# code: 256 images a GPU by procedure A2, 128 by BEiT.
+# room for 130), so that in all arms of a comparison a part of a batch, and with it batch norm's statistics, is of as many
+# images. Released code: 256 a GPU by procedure A2, 128 by BEiT; SyncBatchNorm takes the statistics of all GPUs together.
 AT_ONCE = {112: 512, 224: 256, 384: 128}
 
 
