@@ -239,6 +239,21 @@ def test_f3_is_judged_only_on_times_of_its_own_run_and_ledger_entry(outputs):
     assert stored(run="another") == stored(ledger="older") == stored(part="") == stored(restarts=4) == []
 
 
+def test_f3_is_timed_on_as_many_images_as_a_run_has_at_once_and_on_two_of_the_papers_size_without_a_gpu():
+    named = {
+        (profile, device): [case.name for case in finetune.cases(profile, device) if "only" not in case.task]
+        for profile in ("study", "imagenet") for device in ("cpu", "cuda")
+    }  # fmt: skip
+    b12 = "B12x1/16 at 384 px, batch"
+    assert named["imagenet", "cpu"] == [f"{b12} 2"]
+    assert named["imagenet", "cuda"] == [f"{b12} 128", f"{b12} 64"]  # 512 in 4 parts
+    for device, large in (("cpu", 2), ("cuda", 64)):
+        own, other = named["study", device]
+        assert own.endswith("at 20 px, batch 64") and other == f"{b12} {large}"
+    case = finetune.cases("imagenet", "cpu")[0]
+    assert (case.part, case.task["batch"], case.task["model"]["image_size"]) == (finetune.PART, 2, 384)
+
+
 def test_p7_is_judged_on_a_gpus_rows_alone(outputs):
     case = next(case for case in branches.cases("cpu", "cuda") if case.part == "P7-S2")
 

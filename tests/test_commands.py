@@ -10,7 +10,7 @@ import pytest
 from vitlib import paths
 from vitlib.__main__ import main, parser
 from vitlib.errors import UsageError
-from vitlib.lab import installation, launch, render, report, runs
+from vitlib.lab import cluster, installation, launch, render, report, runs
 from vitlib.lab.experiments import NOTEBOOKS, experiment
 
 PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -42,6 +42,9 @@ BAD = {
     "a device of a plan": (["plan", "--profile", "smoke", "--device", "h1000"], "unknown device 'h1000'"),
     "a rate of a plan": (["plan", "--profile", "smoke", "--device", "h100", "--rate", "-1"], "rate is -1.0: allowed is"),
     "a machine without SLURM": (["run", "--profile", "smoke", "--slurm", "jobs"], "there is no command sbatch"),
+    "cores of a SLURM job": (["run", "--profile", "smoke", "--slurm", "jobs", "--cpus", "0"], "a job needs nodes, cpus and"),
+    "memory of a SLURM job": (["run", "--profile", "smoke", "--slurm", "jobs", "--memory-gb", "1.5"], "invalid int value: '1.5'"),
+    "hours of a SLURM job": (["run", "--profile", "smoke", "--slurm", "jobs", "--hours", "nan"], "hours above 0"),
     "a tuning group": (["tune", "--group", "supervise"], "unknown tuning group 'supervise'"),
     "a part of a claim": (["run", "--part", "H9"], "unknown part of a claim 'H9'"),
     "a part without runs": (["run", "--profile", "study", "--part", "P1"], "part P1 has no runs at profile study"),
@@ -59,6 +62,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(what, capsys, untouched):
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1
     assert not (untouched / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus", "memory_gb"), [([], 16, 60), (["--cpus", "4", "--memory-gb", "200"], 4, 200)]
+)
+def test_a_slurm_job_gets_what_was_asked_for(monkeypatch, words, cpus, memory_gb):
+    seen = []
+    monkeypatch.setattr(cluster, "submit", lambda specs, folder, **sizes: seen.append((folder, sizes)) or {})
+    more = ["--partition", "a100", "--gpus", "8", "--nodes", "2", "--hours", "1.5"]
+    assert main(["run", "--profile", "smoke", "--slurm", "jobs", *more, *words]) == 0
+    sizes = {"partition": "a100", "gpus": 8, "nodes": 2, "hours": 1.5, "cpus": cpus, "memory_gb": memory_gb}
+    assert seen == [("jobs", sizes)]
 
 
 def test_make_passes_the_exit_code_on():

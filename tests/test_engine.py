@@ -5,6 +5,7 @@ killed ends where an uninterrupted one ends.
 import copy
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -223,6 +224,38 @@ def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, st
     both = averaged.metrics
     assert {k: both[k] for k in raw.metrics} == raw.metrics and set(both) - set(raw.metrics) == {"top1_ema", "loss_ema"}
     assert both["loss_ema"] != both["loss"] and np.array_equal(raw.correct, averaged.correct)
+
+
+def test_the_average_of_the_weights_is_kept_beside_them(store):
+    spec = replace(TINY, recipe=replace(RECIPE, ema=0.8))
+    metrics = runs.execute(spec).metrics
+    last, averaged = runs.weights(spec), runs.weights(spec, ema=True)
+    assert last.keys() == averaged.keys() and not torch.equal(last["head.weight"], averaged["head.weight"])
+    vit = ViT(spec.model)
+    vit.load_state_dict(averaged)
+    correct, loss = loop.evaluate(vit, runs.data_of(spec, spec.split))
+    assert (100 * correct.mean(), loss) == pytest.approx((metrics["top1_ema"], metrics["loss_ema"]))
+    trunk = replace(MASKED, recipe=replace(MASKED.recipe, ema=0.8))
+    runs.execute(trunk)
+    assert runs.weights(trunk, ema=True).keys() == runs.weights(trunk).keys()
+    with pytest.raises(UsageError, match="keeps no moving average: its recipe's ema is None"):
+        runs.weights(TOKENIZER, ema=True)
+    (store / spec.hash / "ema.safetensors").unlink()
+    with pytest.raises(UsageError, match="has no moving average in"):
+        runs.weights(spec, ema=True)
+
+
+def test_a_run_whose_average_cannot_be_written_is_not_kept(store, monkeypatch):
+    def full(state, path):
+        if path.name == "ema.safetensors":
+            raise OSError(errno.ENOSPC, "no space")
+        save_file(state, path)
+
+    save_file = runs.save_file
+    monkeypatch.setattr(runs, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        runs.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))
+    assert not [path for path in store.iterdir() if not path.name.startswith((".checkpoints", ".locks"))]
 
 
 def test_smoothing_spreads_a_share_evenly_and_is_refused_where_every_class_would_be_positive():
@@ -456,10 +489,12 @@ def started(world: int, work, folder, *arguments) -> list:
 def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
     """In float64: losses, gradients of the first step, weights after the fifth. The fourth batch is a single image."""
     vit = ViT(replace(MODEL, stem=stem, stem_norm="ln" if stem == "hmlp" else "none"), 3).double()
-    seen = {}
+    seen, passes = {}, []
+    vit.register_forward_hook(lambda *_: passes.append(None))
 
     def on_step(step: int, steps: int) -> None:
         if step == 1:
+            seen["passes"] = len(passes)
             seen["gradients"] = {name: p.grad.clone() for name, p in vit.named_parameters()}
         if step == 5:
             seen["weights"] = {name: p.detach().clone() for name, p in vit.named_parameters()}
@@ -474,10 +509,18 @@ def five_steps(shard: Shard, stem: str, images, accumulate: int = 1) -> dict:
 def test_two_processes_take_the_steps_of_one_with_the_same_global_batch(images, tmp_path, stem, accumulate):
     alone = five_steps(Shard(), stem, images)
     for found in started(2, five_steps, tmp_path, stem, images, accumulate):
+        assert found["passes"] == math.ceil(accumulate / 2)  # of a process's share, so that no part is larger
         assert_close(found["gradients"], alone["gradients"])
         assert_close(found["weights"], alone["weights"], 1e-9)
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
         assert np.array_equal(found["correct"], alone["correct"]) and found["loss"] == pytest.approx(alone["loss"])
+
+
+def test_parts_are_of_the_global_batch_and_with_batch_norm_of_all_processes_together():
+    frozen = model("attn", stem="hmlp", stem_norm="bn", stem_act="gelu")
+    norms = model(stem="hmlp", stem_norm="bn", stem_act="gelu")
+    for vit, found in ((model(), [8, 4, 3, 1, 1]), (norms, [8] * 5), (frozen, [8, 4, 3, 1, 1])):
+        assert [Engine(accumulate=8, shard=Shard(0, world)).parts(vit) for world in (1, 2, 3, 8, 16)] == found
 
 
 def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(store, tmp_path):
@@ -520,6 +563,15 @@ def test_what_several_processes_cannot_do_is_refused_before_training():
         assert not any(m.training for m in vit.stem if isinstance(m, engines.BatchNorm)) and vit.training
     with pytest.raises(UsageError, match="processes is 0"):
         launch.distributed(TINY, 0)
+
+
+def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_process_starts(store, monkeypatch):
+    monkeypatch.setattr(launch, "_until_it_ends", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(UsageError) as error:
+        launch.distributed(TUNED, 2)
+    said = str(error.value)
+    assert f"the supervised run {TINY.hash}" in said and said.endswith(f"not in {store}: train that one first")
+    assert "\n" not in said and not store.exists()
 
 
 @pytest.mark.slow
@@ -633,11 +685,21 @@ def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_need
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     other = TINY.with_seed(1001)
-    jobs = cluster.submit([TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5)
+    jobs = cluster.submit(
+        [TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5, cpus=6, memory_gb=90
+    )
     assert [(spec, job.job_id) for spec, job in jobs.items()] == [(TINY, "1"), (TUNED, "2"), (other, "3")]
     scripts = [(tmp_path / f"job-{number}").read_text() for number in (1, 2, 3)]
     for script in scripts:
-        for line in ("--partition=a100", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=90"):
+        for line in (
+            "--partition=a100",
+            "--nodes=2",
+            "--gpus-per-node=4",
+            "--ntasks-per-node=4",
+            "--time=90",
+            "--cpus-per-task=6",
+            "--mem=90GB",
+        ):
             assert f"#SBATCH {line}\n" in script
     assert ["#SBATCH --dependency=afterok:1\n" in script for script in scripts] == [False, True, False]
 

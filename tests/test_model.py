@@ -288,6 +288,8 @@ def test_pairs_and_tokens_are_what_the_name_says():
         ("B12", {"heads": 7}, ["768", "7 heads"]),
         ("B12", {"layer_scale": 0}, ["layer_scale is 0", "None (off)"]),
         ("B12", {"drop_path": 1.0}, ["drop_path is 1.0"]),
+        ("B12", {"head_scale": 0}, ["head_scale is 0", "positive factor"]),
+        ("B12", {"key_bias": None}, ["key_bias is None", "True and False"]),
         ("B12", {"drop_path": -0.1}, ["drop_path is -0.1"]),
         ("B12/14", {"stem": "conv"}, ["14", "2, 4, 8, 16, 32, 64"]),
         ("B12/14", {"stem": "local"}, ["14", "multiples of 4"]),
@@ -333,6 +335,41 @@ def test_models_of_12_pairs_start_from_identical_tensors():
         assert len(pairs_a) == len(pairs_b) == 12
         assert all(same(a, b) for a, b in zip(pairs_a, pairs_b, strict=True))
         assert same(rest_a, rest_b)
+
+
+def test_deep_layers_start_smaller_by_the_root_of_twice_their_number():
+    plain, rest = initial(small("W64-12x1/4"))
+    shrunk, same_rest = initial(small("W64-12x1/4", shrink_deep=True))
+    assert same(rest, same_rest)
+    for number, (a, b) in enumerate(zip(plain, shrunk, strict=True), start=1):
+        scaled = {"mhsa.f.proj.weight", "ffn.f.fc2.weight"}
+        assert all(torch.equal(b[name], a[name] / math.sqrt(2 * number)) for name in scaled)
+        assert all(torch.equal(b[name], a[name]) for name in a.keys() - scaled)
+    twin, _ = initial(small("W64-6x2/4", shrink_deep=True))
+    assert all(same(a, b) for a, b in zip(shrunk, twin, strict=True))
+
+
+def test_the_heads_scale_is_a_factor_on_its_initial_weights_alone():
+    plain, scaled = (ViT(small(head_scale=scale)).state_dict() for scale in (1.0, 0.001))
+    assert torch.equal(scaled["head.weight"], 0.001 * plain["head.weight"]) and not scaled["head.bias"].any()
+    assert all(torch.equal(scaled[name], plain[name]) for name in plain.keys() - {"head.weight"})
+
+
+def test_without_key_bias_a_model_has_a_width_less_a_pair_and_gives_the_same_logits():
+    """A key's bias adds the same to all logits of a query, which softmax ignores."""
+    with_bias, without = (ViT(small("W64-3x2/4", key_bias=key_bias)) for key_bias in (True, False))
+    assert measure.params(with_bias) - measure.params(without) == 6 * 64
+    assert not any("qkv.bias" in name for name in without.state_dict())
+    with_bias, images = filled(with_bias), noise(2, 3, 16, 16)
+    state = with_bias.state_dict()
+    for name in [name for name in state if "qkv.bias" in name]:
+        q, _, v = state.pop(name).chunk(3)
+        state |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+    without.double().eval().load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(without(images), with_bias(images), rtol=0, atol=1e-12)
+        for name, p in without.named_parameters():
+            assert not ("q_bias" in name or "v_bias" in name) or p.ndim == 1  # so that weight decay spares them
 
 
 def test_no_two_linear_layers_start_alike_and_no_two_seeds():

@@ -147,7 +147,10 @@ def test_another_set_than_table_6s_is_refused_with_the_nearest():
 
 
 def test_beits_model_has_layer_scale_one_relative_bias_and_a_mean_readout():
-    assert recipes.BEIT_MODEL == {"layer_scale": 0.1, "drop_path": 0.1, "pos": "relative", "pool": "mean"}
+    assert recipes.BEIT_MODEL == {
+        "layer_scale": 0.1, "drop_path": 0.1, "pos": "relative", "pool": "mean",
+        "shrink_deep": True, "head_scale": 0.001, "key_bias": False,
+    }  # fmt: skip
     with torch.device("meta"):
         model = ViT(vit_config("B12", **recipes.BEIT_MODEL))
         absolute = ViT(vit_config("B12", **recipes.BEIT_MODEL_ABSOLUTE))

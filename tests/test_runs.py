@@ -76,7 +76,16 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
 
 
 def test_fields_that_came_later_leave_the_hashes_of_older_runs_as_they_were():
-    assert not set(TINY.record()) & set(runs.LATER) and not set(TINY.record()["recipe"]) & set(runs.LATER_IN_RECIPE)
+    record = TINY.record()
+    for part, later in (
+        (record, runs.LATER),
+        (record["model"], runs.LATER_IN_MODEL),
+        (record["recipe"], runs.LATER_IN_RECIPE),
+    ):
+        assert later and not set(part) & set(later)
+    for field, value in {"shrink_deep": True, "head_scale": 0.5, "key_bias": False}.items():
+        other = replace(TINY, model=replace(MODEL, **{field: value}))
+        assert other.record()["model"][field] == value and other.hash != TINY.hash
     assert MASKED.record()["tokenizer"] == TOKENIZER.hash
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vitlib.errors import UsageError
 
+SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `cluster.submit`
+
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
@@ -63,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
     run.add_argument("--gpus", type=int, default=1, help="of each machine of a SLURM job (default: 1)")
     run.add_argument("--nodes", type=int, default=1, help="machines of a SLURM job (default: 1)")
+    run.add_argument("--cpus", type=int, default=16, help="CPU cores of each process of a SLURM job (default: 16)")
+    run.add_argument("--memory-gb", type=int, default=60, help="of each machine of a SLURM job (default: 60)")
     run.add_argument("--hours", type=float, default=24.0, help="time limit of a SLURM job (default: 24)")
     plan.add_argument(
         "--device", default="", help="GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
@@ -144,7 +148,7 @@ def run_(arguments) -> None:
 
     specs = _specs(arguments)
     if arguments.slurm:
-        sizes = {name: getattr(arguments, name) for name in ("partition", "gpus", "nodes", "hours")}
+        sizes = {name: getattr(arguments, name) for name in SLURM_SIZES}
         jobs = submit(specs, arguments.slurm, **sizes)
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:

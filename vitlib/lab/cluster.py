@@ -10,6 +10,7 @@ is put back into the queue and goes on from the run's last checkpoint. cluster="
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -37,19 +38,20 @@ def submit(
     gpus: int = 1,
     nodes: int = 1,
     hours: float = 24.0,
-    cpus: int = 10,
+    cpus: int = 16,
     memory_gb: int = 60,
     cluster: str = "slurm",
 ) -> dict[RunSpec, Job]:
     """The jobs of all runs that are missing, those that others need first.
 
     folder: where submitit keeps scripts and logs. partition: None = the cluster's default. gpus: of each of `nodes`
-    machines, each with a process of its own; 0 = one process on CPU. hours, cpus and memory_gb: of a job, of a process, of a
-    machine. Raises UsageError where SLURM's command or submitit is not there.
+    machines, each with a process of its own; 0 = one process on CPU. hours, cpus and memory_gb: of a job, of a process
+    (which reads images with `runs.LOADERS` more), of a machine. Raises UsageError where SLURM's command or submitit is not
+    there.
     """
     if cluster not in CLUSTERS:
         raise unknown("cluster", cluster, CLUSTERS)
-    if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or hours <= 0:
+    if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or not 0 < hours < math.inf:
         raise UsageError("a job needs nodes, cpus and memory_gb from 1, gpus from 0 and hours above 0")
     if cluster == "slurm" and shutil.which("sbatch") is None:
         raise UsageError(

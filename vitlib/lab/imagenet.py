@@ -1,7 +1,7 @@
 """The runs of profile `imagenet`: the paper's own models, protocols and data, arm by arm under the names of the ledger.
 
 Recipes and their sources are in `train/recipes.py`; the paper's widths are Ti, S, B and L. What a GPU is told to do (bf16,
-compiled, one branch after the other) is fixed here, the same for every arm.
+compiled, one branch after the other, so many images at once) is fixed here, the same for every arm.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from vitlib.train.recipes import Recipe
 
 LETTERS = {192: "Ti", 384: "S", 768: "B", 1024: "L"}
 SHORT, LONG = 300, 400  # Paper: epochs without LayerScale, and of the models with it that are tuned further
+# Images that go through the model at once, by image size: what fits one GPU of 80 GB for every arm (ViT-L at 384 pixels has
+# room for 130), so that in all arms of a comparison a part of a batch, and with it batch norm's statistics, is of as many
+# images. Released code: 256 a GPU by procedure A2, 128 by BEiT; SyncBatchNorm takes the statistics of all GPUs together.
+AT_ONCE = {112: 512, 224: 256, 384: 128}
 
 
 def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
     classifier = protocol != "tokenizer"  # whose loss calls parts of the model, which are not what is compiled
     return RunSpec(
         protocol, model, data or p.data, recipe, execution=p.execution if classifier else "seq", device=p.device,
-        precision="bf16", compile=classifier, **more,
+        precision="bf16", compile=classifier, accumulate=recipe.batch_size // AT_ONCE[model.image_size], **more,
     )  # fmt: skip
 
 

@@ -207,13 +207,19 @@ PATIENCE_S = 10.0  # for processes that are asked to end
 def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every_s: float = 300.0) -> Result:
     """The result of one run that `processes` processes of this machine train together, started by torchrun.
 
-    What it needs must be finished, with weights. What the processes print goes to <store>/.logs/<hash>.log. Raises
+    What it needs must be finished, with weights (the command line trains it first). What the processes print goes to <store>/.logs/<hash>.log. Raises
     UsageError for what they refuse, and RunsFailed, with the log's last lines, when one of them fails or is killed; the
     others are ended then, and the same call goes on from the last checkpoint.
     """
     if processes < 1:
         raise UsageError(f"processes is {processes}: allowed are 1 and up")
     if runs.find(spec) is None or (need_weights and not runs.weights_path(spec).is_file()):
+        for need in spec.needs:
+            if not runs.weights_path(need).is_file():
+                raise UsageError(
+                    f"the run {spec.hash} ({runs.describe(spec)}) starts from the {need.protocol} run {need.hash} "
+                    f"({runs.describe(need)}), whose weights are not in {paths.runs()}: train that one first"
+                )
         log = paths.runs() / ".logs" / f"{spec.hash}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:

@@ -32,6 +32,7 @@ from vitlib.lab.runs import RunSpec
 from vitlib.lab.work import Job, flop, forward_macs, held, job, step_macs
 from vitlib.model import ViT, ViTConfig
 from vitlib.train.dvae import DVAE, DVAEConfig
+from vitlib.train.engine import own_parts
 
 SECONDS_A_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the batch
 SECONDS_A_GMAC = 0.062  # B
@@ -208,8 +209,9 @@ class Row:
     forward_gmacs: float  # of an image
     step_gmacs: float
     hours: float  # on one GPU, of one run
-    parts: int  # that a GPU's share of a batch goes through in; 0: not even one image fits
+    parts: int  # that a GPU's share of a batch goes through in
     mem_gb: float  # on each GPU
+    fits: bool
     checkpoint_gb: float
     weights_gb: float  # what stays of a run
 
@@ -264,7 +266,7 @@ def gpu_cost(
     jobs += [job(spec) for spec in dict.fromkeys(spec for spec in given if isinstance(spec, RunSpec))]
     rows = tuple(_row(one, n, DEVICES[device], found, gpus) for one, n in Counter(jobs).items())
     data = {name: _data_gb(name) for name in dict.fromkeys(one.data for one in jobs) if name}
-    return GPUCost(device, found, gpus, rows, data, tuple(_notes(jobs, device)))
+    return GPUCost(device, found, gpus, rows, data, (*_notes(jobs, device), *_too_large(rows, device)))
 
 
 def family(specs: Iterable[RunSpec]) -> list[RunSpec]:
@@ -273,14 +275,14 @@ def family(specs: Iterable[RunSpec]) -> list[RunSpec]:
 
 
 def _row(job: Job, count: int, device: Device, rate: Rate, gpus: int) -> Row:
-    kept = held(job)
-    share = math.ceil(min(job.recipe.batch_size, job.images) / gpus)
-    fit = int((HEADROOM * device.memory_gb * GB - kept.state) // kept.an_image)
-    parts = max(job.accumulate, math.ceil(share / fit)) if fit >= 1 else 0
-    at_once = math.ceil(share / parts) if parts else 1
+    kept, images = held(job), min(job.recipe.batch_size, job.images)
+    # Whatever trains nothing but attention or the head has a stem of fixed statistics.
+    batch_norm = getattr(job.model, "stem_norm", "none") == "bn" and job.strategy == "full"
+    share, parts = math.ceil(images / gpus), own_parts(job.accumulate, gpus, batch_norm)
+    mem_gb = (kept.state + math.ceil(share / parts) * kept.an_image) / GB
     return Row(
         job.kind, count, job.seen, forward_macs(job) / 1e9, step_macs(job) / 1e9,
-        flop(job) / (rate.tflops * 1e12) / 3600, parts, (kept.state + at_once * kept.an_image) / GB,
+        flop(job) / (rate.tflops * 1e12) / 3600, parts, mem_gb, mem_gb <= HEADROOM * device.memory_gb,
         kept.checkpoint / GB, (kept.weights + kept.ema) / GB,
     )  # fmt: skip
 
@@ -299,13 +301,23 @@ def _notes(jobs: Sequence[Job], device: str) -> Iterable[str]:
         yield f"{len(jobs) - single} of the runs are in bf16, which a {device} does not multiply at this rate"
 
 
+def _too_large(rows: Sequence[Row], device: str) -> Iterable[str]:
+    if large := [row for row in rows if not row.fits]:
+        most = max(large, key=lambda row: row.mem_gb)
+        yield (
+            f"{sum(row.runs for row in large)} of the runs do not fit {HEADROOM:.0%} of a {device}'s "
+            f"{DEVICES[device].memory_gb} GB in the parts that their specs say, above all {most.kind} with "
+            f"{most.mem_gb:.1f} GB: take a larger GPU, or more that share each run"
+        )
+
+
 FORMULA = """\
 GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600, in multiply-adds of one image
   images seen = epochs x images of an epoch; step = 3 x forward (the way back is 2 x), exactly what is left where parts
   are frozen, + 1 forward with activation checkpointing, + the tokenizer's forward in masked pre-training. Counted from
   the operations, every token in every layer. Reading images is not in it: the GPU is taken never to wait for them.
 memory = weights + gradients + optimizer + EMA (float32) + activations of the images at once (counted; temporary tensors
-  are not), a batch in as many parts as it takes to stay within {headroom:.0%} of the GPU
+  are not), a batch in the parts that its spec says, shared by the GPUs; it fits within {headroom:.0%} of a GPU
 disk = final weights of every run + twice the largest checkpoint (weights + optimizer + EMA) + data. A GB is 2^30 bytes"""
 
 
@@ -334,8 +346,8 @@ def _line(row: Row, how: str) -> dict[str, object]:
     return {
         "run": row.kind, "runs": row.runs, "images seen": f"{row.images:,}",
         "GMACs forward": f"{row.forward_gmacs:.4g}", "GMACs step": f"{row.step_gmacs:.4g}", f"GPU-hours each ({how})": _figures(row.hours),
-        f"GPU-hours ({how})": _figures(row.all_hours), "parts": row.parts or "does not fit",
-        "memory GB": f"{row.mem_gb:.1f}", "checkpoint GB": f"{row.checkpoint_gb:.2f}",
+        f"GPU-hours ({how})": _figures(row.all_hours), "parts": row.parts,
+        "memory GB": f"{row.mem_gb:.1f}{'' if row.fits else ' (does not fit)'}", "checkpoint GB": f"{row.checkpoint_gb:.2f}",
         "weights GB": f"{row.weights_gb:.2f}",
     }  # fmt: skip
 

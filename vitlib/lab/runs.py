@@ -3,7 +3,7 @@
 A spec's hash covers everything that changes the numbers. Asking the store for a finished run reads it; `execute` trains
 a missing one. A run directory is written whole or not at all:
 
-    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors
+    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors  [ema.safetensors]
 
 While it is trained, a run that takes long keeps a checkpoint in <store>/.checkpoints/<hash>.pt and goes on from there.
 """
@@ -71,6 +71,7 @@ ALLOWED = {
 }
 # Fields that came after the first runs, with the value that means "as before".
 LATER = {"tokenizer": None, "accumulate": 1, "compile": False, "channels_last": False, "checkpointing": False}
+LATER_IN_MODEL = {"shrink_deep": False, "head_scale": 1.0, "key_bias": True}
 LATER_IN_RECIPE = {"layer_decay": None, "augment": None, "cutmix": 0.0, "smoothing": 0.0, "repeats": 1, "ema": None}
 
 
@@ -94,7 +95,7 @@ class RunSpec:
     execution: str = "seq"
     threads: int = 1
     device: str = "cpu"
-    accumulate: int = 1  # parts of a batch that go through the model one after the other
+    accumulate: int = 1  # parts of a batch that go through the model one after the other, or on several GPUs at once
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False  # activations are computed again in the backward pass
@@ -117,7 +118,6 @@ class RunSpec:
         if type(self.accumulate) is not int or not 1 <= self.accumulate <= self.recipe.batch_size:
             batch = self.recipe.batch_size
             raise UsageError(f"accumulate is {self.accumulate!r}: allowed are 1 to {batch} parts of a batch of {batch}")
-        loss_of(self.recipe)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -132,9 +132,10 @@ class RunSpec:
         if self.targets == "dalle":
             record["dalle_checksum"] = dalle.checksum()
         # Fields that came later are written only where they are set, so that older runs keep their hashes.
-        for part, later in ((record, LATER), (record["recipe"], LATER_IN_RECIPE)):
-            for name, default in later.items():
-                if part[name] == default:
+        later = ((record, LATER), (record["model"], LATER_IN_MODEL), (record["recipe"], LATER_IN_RECIPE))
+        for part, defaults in later:
+            for name, default in defaults.items():
+                if name in part and part[name] == default:  # a tokenizer's model has other fields
                     del part[name]
         checksum = data_checksum(self.data, self.from_files)
         return record | {"data_checksum": checksum, "training_version": TRAINING_VERSION}
@@ -251,11 +252,14 @@ def find(spec: RunSpec) -> Result | None:
         ) from fault
 
 
-def weights(spec: RunSpec) -> dict[str, torch.Tensor]:
-    """The trained weights of a finished run. Raises UsageError where only its metrics were imported."""
-    path = weights_path(spec)
+def weights(spec: RunSpec, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The trained weights of a finished run, or their moving average. Raises UsageError where only its metrics were imported."""
+    if ema and spec.recipe.ema is None:
+        raise UsageError(f"the run {spec.hash} ({describe(spec)}) keeps no moving average: its recipe's ema is None")
+    path = weights_path(spec).with_name("ema.safetensors") if ema else weights_path(spec)
     if not path.is_file():
-        raise UsageError(f"the run {spec.hash} has no weights in {paths.runs()} (imported runs have metrics only)")
+        what = "moving average" if ema else "weights"
+        raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
     return load_file(path)
 
 
@@ -282,8 +286,10 @@ def held(name: str, shard: Shard) -> AbstractContextManager:
         raise UsageError(f"the run {name} is held by another process: a distributed run does not wait for it") from None
 
 
-def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[str, torch.Tensor]) -> None:
-    """Write a run into a temporary folder and move it into place."""
+def keep(
+    spec: RunSpec, result: Result, history: list[loop.Step], model: torch.nn.Module, ema: torch.nn.Module | None = None
+) -> None:
+    """Write a run into a temporary folder and move it into place. Of a masked model the trunk is kept."""
     draft = _draft(spec.hash)
     try:
         (draft / "spec.json").write_text(json.dumps(spec.record(), indent=1), encoding="utf-8")
@@ -291,7 +297,10 @@ def keep(spec: RunSpec, result: Result, history: list[loop.Step], state: dict[st
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
             table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / "weights.safetensors")
+        for name, whole in (("weights", model), ("ema", ema)):
+            if whole is not None:
+                state = (whole.vit if spec.protocol == "masked" else whole).state_dict()
+                save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / f"{name}.safetensors")
         (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
         _into_place(draft, paths.runs() / spec.hash)
     finally:
@@ -463,7 +472,7 @@ def execute(
         about |= surroundings(engine.device) | {"world": engine.shard.world}
         result = Result(spec.hash, metrics, correct, checkpoints.notes, about)
         if first:
-            keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
+            keep(spec, result, history, model, ema and ema.module)
             checkpoints.remove()
         engine.gather(None)  # nobody leaves before it is written
         return result

@@ -50,6 +50,10 @@ class ViTConfig:
     init_std: float = 0.02
     inner: int | None = None  # heads x head size; None = width. Wider in what `fuse` makes
     ffn_width: int | None = None  # None = 4 width
+    # Released code (BEiT, not the paper's own): for `recipes.BEIT_MODEL`.
+    shrink_deep: bool = False  # proj and fc2 of pair l = 1, 2, ... start at 1 / sqrt(2 l) of their values
+    head_scale: float = 1.0  # factor on the head's initial weights
+    key_bias: bool = True  # False: none on k, whose bias adds the same to all logits of a query, which softmax ignores
 
     @property
     def pairs(self) -> int:
@@ -138,12 +142,17 @@ def check(config: ViTConfig) -> ViTConfig:
         value = getattr(config, field)
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{field} is {value!r}: allowed is None (as the width says) or a whole number from 1")
-    for field in ("layer_scale", "drop_path", "init_std"):
+    for field in ("layer_scale", "drop_path", "init_std", "head_scale"):
         value = getattr(config, field)
         if not isinstance(value, (int, float)) and not (field == "layer_scale" and value is None):
             raise UsageError(f"{field} is {value!r}: allowed is a number")
+    for field in ("shrink_deep", "key_bias"):
+        if type(getattr(config, field)) is not bool:
+            raise UsageError(f"{field} is {getattr(config, field)!r}: allowed are True and False")
     if not config.init_std > 0:
         raise UsageError(f"init_std is {config.init_std!r}: allowed is a positive standard deviation")
+    if not config.head_scale > 0:
+        raise UsageError(f"head_scale is {config.head_scale!r}: allowed is a positive factor")
     if config.image_size % config.patch_size:
         below = config.image_size // config.patch_size * config.patch_size
         near = [str(size) for size in (below, below + config.patch_size) if size]

@@ -81,8 +81,9 @@ def _first(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
     weights, biases = [], []
     for branch in branches:
         own = getattr(branch.f, name)
+        bias = branch.f.qkv_bias if name == "qkv" else own.bias
         weights.append((own.weight * branch.norm.weight).unflatten(0, (parts, -1)))
-        biases.append(torch.addmv(own.bias, own.weight, branch.norm.bias).unflatten(0, (parts, -1)))
+        biases.append(torch.addmv(bias, own.weight, branch.norm.bias).unflatten(0, (parts, -1)))
     return torch.cat(weights, dim=1).flatten(0, 1), torch.cat(biases, dim=1).flatten()
 
 
@@ -261,6 +262,7 @@ def fuse(model: ViT) -> ViT:
     wide = replace(
         config, branches=1, heads=K * config.heads, inner=K * (config.inner or config.width),
         ffn_width=K * (config.ffn_width or 4 * config.width), layer_scale=None, drop_path=0.0,
+        key_bias=True,  # the norm's own
     )  # fmt: skip
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("layers.")}
     if "relative.table" in state:

@@ -55,18 +55,29 @@ def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 
 class MHSA(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, M, D). `inner` = heads x head size, D unless branches are fused."""
+    """Multi-head self-attention, (B, N, D) -> (B, M, D). `inner` = heads x head size, D unless branches are fused.
 
-    def __init__(self, width: int, heads: int, inner: int | None = None):
+    key_bias: False leaves the bias of k out, as BEiT; those of q and v are tensors of their own then.
+    """
+
+    def __init__(self, width: int, heads: int, inner: int | None = None, key_bias: bool = True):
         super().__init__()
         inner = inner or width
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * inner)
+        self.qkv = nn.Linear(width, 3 * inner, bias=key_bias)
         self.proj = nn.Linear(inner, width)
+        self.q_bias, self.v_bias = (None if key_bias else nn.Parameter(torch.zeros(inner)) for _ in "qv")
+
+    @property
+    def qkv_bias(self) -> Tensor:
+        """(3 inner,), zero for a k without bias."""
+        if self.q_bias is None:
+            return self.qkv.bias
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(self, x: Tensor, relative: Tensor | None = None, rows: Rows = None) -> Tensor:
         """`relative` (H, N, N): BEiT's relative positions, else None. `rows`: the M tokens that are read."""
-        return self.proj(attention(x, self.qkv.weight, self.qkv.bias, self.heads, relative, rows))
+        return self.proj(attention(x, self.qkv.weight, self.qkv_bias, self.heads, relative, rows))
 
 
 class FFN(nn.Module):

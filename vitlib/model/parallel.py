@@ -35,7 +35,7 @@ class ParallelLayer(nn.Module):
         branches = range(config.branches)
         # Each branch owns its tensors: LAMB's trust ratio is per tensor, so stacking them would be another optimizer.
         self.mhsa = nn.ModuleList(
-            Residual(MHSA(width, config.heads, config.inner), width, scale, drop) for _ in branches
+            Residual(MHSA(width, config.heads, config.inner, config.key_bias), width, scale, drop) for _ in branches
         )
         self.ffn = nn.ModuleList(Residual(FFN(width, config.ffn_width), width, scale, drop) for _ in branches)
 

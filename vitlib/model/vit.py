@@ -131,7 +131,8 @@ def initialise(model: ViT, seed: int) -> None:
 
     def linear(module: nn.Linear, role: str, pair: int = 0) -> None:
         normal(module.weight, role, pair)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
         """Truncated at +-2 (absolute), which cuts nothing: the real deviation is the nominal one."""
@@ -144,8 +145,11 @@ def initialise(model: ViT, seed: int) -> None:
             for kind, residual in (("mhsa", layer.mhsa[k]), ("ffn", layer.ffn[k])):
                 for name, module in residual.f.named_children():
                     linear(module, f"{kind}.{name}", pair)
+                    if config.shrink_deep and name in ("proj", "fc2"):  # by pair, so that 12x1 and 6x2 start equal
+                        module.weight.div_(math.sqrt(2 * (pair + 1)))
     if config.num_classes:
         linear(model.head, "head")
+        model.head.weight.mul_(config.head_scale)
     normal(model.cls_token, "cls_token")
     if model.pos_embed is not None:
         normal(model.pos_embed, "pos_embed")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from vitlib.errors import UsageError
 from vitlib.model.config import WIDTHS, ViTConfig, check
-from vitlib.model.layers import EPS
+from vitlib.model.layers import EPS, MHSA
 from vitlib.model.vit import ViT
 
 if TYPE_CHECKING:
@@ -153,8 +153,13 @@ def timm_state(model: ViT) -> dict[str, Tensor]:
         raise UsageError(
             f"timm has no such model: stem {c.stem}, pos {c.pos}; allowed are the linear stem, patches or all"
         )
-    names = timm_names(c.branches)
-    return {their_name(name, names): tensor.clone() for name, tensor in model.state_dict().items()}
+    names, state = timm_names(c.branches), model.state_dict()
+    if not c.key_bias:  # timm's has one: zero there
+        for prefix, module in model.named_modules():
+            if isinstance(module, MHSA):
+                state[f"{prefix}.qkv.bias"] = module.qkv_bias.detach()
+                del state[f"{prefix}.q_bias"], state[f"{prefix}.v_bias"]
+    return {their_name(name, names): tensor.clone() for name, tensor in state.items()}
 
 
 def save_timm(model: ViT, path: str | Path) -> None:

@@ -1,13 +1,14 @@
 """What a run is computed with: device, precision, parts of a batch, several processes.
 
 None of it changes what is drawn or which images meet in a batch. What changes is rounding, and the statistics of batch
-norm: they are those of what one process sends through the model at a time, a part of the batch with `accumulate` or
-several processes; several GPUs use SyncBatchNorm, whose statistics are those of all processes' parts together (of the
-global batch, unless `accumulate` divides it). LayerNorm and the linear stem know no such difference.
+norm: they are those of what goes through the model at a time, a part of the batch with `accumulate`; several GPUs use
+SyncBatchNorm, whose statistics are those of all processes' parts together, so that they are of as many images on any
+number of GPUs (`own_parts`). LayerNorm and the linear stem know no such difference.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ class Engine:
 
     device: str = "cpu"  # or "cuda": the GPU that is this process's current one
     precision: str = "float32"  # "bf16": forward pass and loss under autocast; weights and their gradients stay float32
-    accumulate: int = 1
+    accumulate: int = 1  # parts of a batch of all processes
     compile: bool = False
     channels_last: bool = False
     checkpointing: bool = False
@@ -50,7 +51,7 @@ class Engine:
             raise UsageError(f"a batch of {batch_size} images cannot be shared equally by {world} processes")
         if world > 1 and self.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif world > 1 and any(trains(m) for m in model.modules() if isinstance(m, BatchNorm)):
+        elif world > 1 and any(trains(m) for m in _batch_norms(model)):
             raise UsageError(
                 "batch norm does not train on several CPU processes, for torch synchronises it on GPUs only: allowed are "
                 "stem_norm 'ln' or 'none', one process, or GPUs"
@@ -67,6 +68,10 @@ class Engine:
         loss = Loss(model, loss_function)
         # Buffers need no broadcast: they are constant, or equal in all processes (SyncBatchNorm, counters).
         return DistributedDataParallel(loss, forward_sync_buffers=False) if self.shard.world > 1 else loss
+
+    def parts(self, model: nn.Module) -> int:
+        """Parts that this process's share of a batch goes through the model in."""
+        return own_parts(self.accumulate, self.shard.world, any(trains(m) for m in _batch_norms(model)))
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -102,6 +107,19 @@ class Engine:
 
 
 CPU = Engine()
+
+
+def own_parts(accumulate: int, processes: int, batch_norm: bool) -> int:
+    """Parts of each process's share of a batch, such that none is larger than one of `accumulate` parts of the batch.
+
+    Where batch norm trains, each makes `accumulate` parts: the statistics, of all processes' parts together, are then those
+    of batch / accumulate images whatever the number of processes.
+    """
+    return accumulate if batch_norm else math.ceil(accumulate / processes)
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 class Loss(nn.Module):

@@ -62,6 +62,7 @@ def train(
         )
     loss_of = engine.loss_of(model, loss_function)
     set_train_mode(model)
+    parts = engine.parts(model)
     for epoch in range(recipe.epochs * len(history) // steps, recipe.epochs):
         done = len(history) - epoch * (steps // recipe.epochs)
         for batch in epoch_batches(
@@ -71,7 +72,7 @@ def train(
             schedule.step_update(len(history))
             optimizer.zero_grad()
             total = torch.zeros((), device=engine.device)
-            for part in engine.move(batch).parts(engine.accumulate):
+            for part in engine.move(batch).parts(parts):
                 with engine.forward(loss_of, part.last):
                     loss = loss_of(part, drop_path_draws(model, seed, part)) * part.weight
                 loss.backward()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.data import Batch
-from vitlib.errors import UsageError
 from vitlib.train.recipes import Recipe
 
 
@@ -22,8 +21,8 @@ def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = N
 def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
     """Procedure A2: one binary decision a class, mean over images and classes.
 
-    Released code: engine.py, targets.gt(0.0). Any share above zero counts as fully positive; label smoothing must be
-    off, or every class does.
+    Released code: engine.py, targets.gt(0.0). Any share above zero counts as fully positive; label smoothing is
+    off (`Recipe` refuses it), or every class would.
     """
     logits = model(batch.images, draws)
     targets = batch.targets if batch.targets.ndim == 2 else F.one_hot(batch.targets, logits.shape[1])
@@ -34,10 +33,5 @@ LOSSES = {"cross_entropy": cross_entropy, "bce": bce}
 
 
 def loss_of(recipe: Recipe) -> Callable[[torch.nn.Module, Batch, Tensor | None], Tensor]:
-    """The loss function of supervised training and fine-tuning. Raises UsageError for `bce` with label smoothing."""
-    if recipe.loss == "bce" and recipe.smoothing:
-        raise UsageError(
-            f"smoothing is {recipe.smoothing} with loss 'bce', which takes every share above 0 for a positive class: allowed "
-            "is 0 there, and smoothing with 'cross_entropy'"
-        )
+    """The loss function of supervised training and fine-tuning."""
     return functools.partial(cross_entropy, smoothing=recipe.smoothing) if recipe.smoothing else LOSSES[recipe.loss]

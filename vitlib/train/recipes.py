@@ -287,7 +287,14 @@ BEIT_MODEL: dict[str, object] = {
     # fine-tunes; here it stays shared.
     "pos": "relative",
     "pool": "mean",  # D: fine-tuning reads the mean of the patch tokens
+    "shrink_deep": True,  # Released code: fix_init_weight of both models
+    "head_scale": 0.001,  # Released code: --init_scale of fine-tuning
+    "key_bias": False,  # Released code: q_bias and v_bias alone
 }
+# Not followed. Weight decay: D spares biases, vectors, cls_token and pos_embed, so that the mask token and the tables of
+# relative positions decay; here neither does. The last norm: D puts a fresh one behind the mean when it fine-tunes and
+# drops the pre-trained one; here that one stays, before the mean. Initial values: D truncates at one deviation, and has
+# convolutions like linear layers.
 # The option: learned absolute positions, D's --abs_pos_emb, which have one for the class token too.
 BEIT_MODEL_ABSOLUTE: dict[str, object] = BEIT_MODEL | {"pos": "all"}
 

@@ -27,16 +27,21 @@ from vitlib.train.recipes import FINE_TUNING
 
 RESTARTS = 5  # claims.md: the restart is the unit
 PART = "F3-time"
+CPU_BATCH = 2  # images of the paper's own size, whose step takes seconds on a CPU; a case's name says its batch
 
 
 def cases(profile: str, device: str) -> list[Case]:
-    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution; on a GPU its peak memory too."""
+    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution; on a GPU its peak memory too.
+
+    A step is of as many images as the profile's runs put through the model at once.
+    """
     spec = experiment("41", profile).arms["full"]
     large = vit_config("B12", image_size=384, layer_scale=1e-4)
-    every = [
-        _case(spec.model, spec.recipe.batch_size, spec.execution, spec.threads, spec.hash, PART),
-        _case(large, 64 if device == "cuda" else 2, "seq", 0, "", ""),
-    ]
+    on_cpu = device == "cpu" and spec.model.image_size >= 224  # profile imagenet where there is no GPU
+    at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
+    every = [_case(spec.model, at_once, spec.execution, spec.threads, spec.hash, PART)]
+    if not on_cpu:  # else the profile's own step is this one
+        every.append(_case(large, 64 if device == "cuda" else CPU_BATCH, "seq", 0, "", ""))
     if device == "cuda":  # a process for each, so that no other strategy's tensors count
         own = every[-1]
         every += [
