@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.io import savemat
 
 from vitlib import data as both_kinds
-from vitlib.data import Shard, images, readers, subset, views
+from vitlib.data import Shard, images, readers, rows, subset, views
 from vitlib.data.augment import Augment
 from vitlib.data.images import epoch_batches, epoch_order, evaluation_batches, mix_pair, open_images
 from vitlib.errors import UsageError
@@ -331,10 +331,36 @@ def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, mon
 def test_an_image_that_a_list_names_and_that_is_not_there_is_named(tmp_path):
     inaturalist(tmp_path / "inaturalist-2018")
     (tmp_path / "inaturalist-2018" / "train_val2018" / "Aves" / "0" / "train1.jpg").unlink()
-    assert (
-        "no file" in (said := refusal(name="inaturalist-2018", root=tmp_path, check_counts=False))
-        and "train1.jpg" in said
+    data = open_images("inaturalist-2018", "train", 16, root=tmp_path, check_counts=False)
+    with pytest.raises(UsageError, match=r"no file .*train1.jpg"):
+        _ = data.checksum
+    with pytest.raises(UsageError, match=r"train1.jpg cannot be read \(FileNotFoundError\)"):
+        list(evaluation_batches(data, 7))
+
+
+def test_sizes_of_files_are_asked_for_once_and_only_for_the_checksum(opened, monkeypatch):
+    asked, listing = [], rows.Files.listing
+    monkeypatch.setattr(rows.Files, "listing", lambda files: (asked.append(len(files)), listing(files))[1])
+    data = opened()
+    assert len(list(epoch_batches(data, np.arange(7), 0, 0, 4))) == 2 and not asked
+    assert data.checksum == data.checksum and asked == [7]
+    assert data.take([0, 1]).checksum != data.checksum and asked == [7, 2]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_wait_in_pinned_memory_where_they_go_to_a_gpu(opened, monkeypatch, gpu):
+    """Without a GPU there is no such memory: what is asked for is counted."""
+    asked, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
+    loader = images.DataLoader
+    monkeypatch.setattr(
+        images, "DataLoader", lambda *a, pin_memory, **k: (asked.append(pin_memory), loader(*a, **k))[1]
     )
+    (batch,) = epoch_batches(opened(), np.arange(7), 0, 0, 7, augment=WILD)
+    assert asked == [gpu]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
+    again = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what the loader does with a batch
+    assert set(pinned) == {batch.images.shape, batch.targets.shape, batch.view.shape} and again.index is batch.index
 
 
 def test_an_archive_beside_its_unpacked_folders_is_not_read(tmp_path):

@@ -48,10 +48,9 @@ from vitlib.lab.experiments import (
     stem_model,
     stem_pairs,
 )
-from vitlib.lab.launch import cores
 from vitlib.lab.ledger import Part, arm_at, ledger
 from vitlib.lab.paper import as_printed, paper_table
-from vitlib.lab.runs import RunSpec
+from vitlib.lab.runs import RunSpec, cores
 from vitlib.model import ViT, ViTConfig, fuse, vit_config
 from vitlib.train import masked, tokenizers
 from vitlib.train.finetune import STRATEGIES

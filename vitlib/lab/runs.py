@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 TRAINING_VERSION = 2  # 2: branches at once (`par`), unread tokens skipped
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
-LOADERS = 8  # processes, at most, that read and decode images which are not in memory
+LOADERS = 8  # at most so many processes read and decode images which are not in memory
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
 ALLOWED = {
@@ -497,10 +497,19 @@ def data_of(spec: RunSpec, split: str) -> DataSet | Images:
 def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
     from vitlib.data import images
 
-    workers = min(LOADERS, os.cpu_count() or 1)
     return images.open_images(
-        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=workers
+        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=loaders()
     )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loaders() -> int:
+    """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
+    return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 def second_test(spec: RunSpec) -> Images | None:
