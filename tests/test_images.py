@@ -22,6 +22,8 @@ from vitlib.data import Shard, images, readers, rows, subset, views
 from vitlib.data.augment import Augment
 from vitlib.data.images import epoch_batches, epoch_order, evaluation_batches, mix_pair, open_images
 from vitlib.errors import UsageError
+from vitlib.lab import runs
+from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig
@@ -794,3 +796,48 @@ def test_masked_pre_training_from_files(opened, kind):
     assert len(history) == 2
     with pytest.raises(UsageError, match="'tokens' need images in memory"):
         tokenizers.make_targets("tokens", data, 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A run on stand-ins that are as large as what was published, and the folder of its data."""
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(readers, "expected", lambda name, split: ({len(TRAIN if split == "train" else TEST)}, 3))
+    model = vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=3)
+    recipe = Recipe(epochs=1, batch_size=4, lr=1e-3, augment=Augment())
+    return RunSpec("supervised", model, "imagenet-1k", recipe), tmp_path / "data" / "imagenet-1k"
+
+
+def test_a_run_has_its_name_without_the_data_and_says_which_files_it_read(published, tmp_path, monkeypatch):
+    spec, folder = published
+    name = spec.hash
+    class_folders(folder)
+    assert replace(spec).hash == name != replace(spec, data="imagenet-v2").hash
+    result = runs.execute(spec)
+    kept = {split: open_images("imagenet-1k", split, 16).checksum for split in ("train", "test")}
+    assert result.hash == name and result.files == runs.find(spec).files == kept
+    assert "files" not in runs.ABOUT  # an older result without it is read too
+    runs.export_runs(tmp_path / "runs.jsonl")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "nothing"))
+    assert runs.import_runs(tmp_path / "runs.jsonl") == (1, 0) and runs.find(replace(spec)).files == kept
+
+
+def test_runs_that_belong_together_and_read_other_files_are_named(published, recwarn):
+    spec, folder = published
+    class_folders(folder)
+    runs.execute(spec)
+    tuned = replace(spec, protocol="finetune", parent=spec)
+    runs.execute(tuned)
+    assert not [w for w in recwarn if "different files" in str(w.message)]
+    file = folder / "train" / "n01" / "000.JPEG"
+    file.write_bytes(file.read_bytes() + b"x")
+    other = replace(tuned, seed=1, parent=spec)
+    names = ", ".join(sorted((spec.hash, other.hash)))
+    with pytest.warns(UserWarning, match=f"the runs {names} read different files of imagenet-1k, split train"):
+        runs.execute(other)
+    assert runs.find(other).files["test"] == runs.find(spec).files["test"]

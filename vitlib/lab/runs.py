@@ -22,7 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -121,7 +122,7 @@ class RunSpec:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hexadecimal digits over all fields, the data's checksum, the parent's hash and TRAINING_VERSION."""
+        """16 hexadecimal digits over all fields, what the data is, the parent's hash and TRAINING_VERSION."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self) -> dict:
@@ -203,7 +204,12 @@ class Result:
     metrics: dict[str, float]
     correct: np.ndarray | None  # bool (images of the split,), in the split's order; None for masked pre-training
     ledger: dict[str, str]  # hash of every part of a claim when the run began
-    about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date
+    about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date, files
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Split -> checksum of its listing; empty for images in memory, whose pixels are in the hash, and in older results."""
+        return self.about.get("files", {})
 
     def record(self) -> dict:
         correct = None
@@ -388,6 +394,21 @@ def import_runs(path: Path) -> tuple[int, int]:
     return new, len(runs) - new
 
 
+def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
+    """Warn where runs that belong together read files that differ, of what is one data set by its name and its sizes."""
+    seen: dict[tuple[str, str, str], dict[str, str]] = {}
+    for spec, files in read.items():
+        for split, checksum in files.items():
+            seen.setdefault((spec.data, spec.split, split), {}).setdefault(checksum, spec.hash)
+    for (data, _, split), by in seen.items():
+        if len(by) > 1:
+            warnings.warn(
+                f"the runs {', '.join(sorted(by.values()))} read different files of {data}, split {split}: names, sizes or labels "
+                "are not the same",
+                stacklevel=2,
+            )
+
+
 def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
     """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
     todo: dict[RunSpec, bool] = {}
@@ -431,6 +452,10 @@ def execute(
         checkpoints = Checkpoints(checkpoint_path(spec), every_s, ledger_hashes(), writes=first)
         data = data_of(spec, "train")
         held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
+        other = second_test(spec)
+        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.from_files else {}
+        files = {split: images.checksum for split, images in read.items() if images is not None}
+        warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
         model, loss_function = prepare(spec, data)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
@@ -449,7 +474,7 @@ def execute(
         elif spec.protocol != "masked":
             correct, loss = loop.evaluate(model, held_out, engine=engine)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
-            if (other := second_test(spec)) is not None:
+            if other is not None:
                 metrics["top1_v2"] = 100 * float(loop.evaluate(model, other, engine=engine)[0].mean())
             if ema is not None:
                 averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
@@ -460,7 +485,7 @@ def execute(
             )
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
-        about |= surroundings(engine.device) | {"world": engine.shard.world}
+        about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
         result = Result(spec.hash, metrics, correct, checkpoints.notes, about)
         if first:
             keep(spec, result, history, (model.vit if spec.protocol == "masked" else model).state_dict())
