@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitlib import paths
-from vitlib.data import external
+from vitlib.data import external, readers
 from vitlib.errors import UsageError, unknown
 from vitlib.paths import DATA_CARDS, EMBEDDED
 
@@ -114,7 +114,7 @@ def facts(name: str) -> Facts:
     if "from_files" in about["vitlib"]:
         raise UsageError(f"data set {name!r} is read from its files as they are needed: no run holds it in memory")
     if "sha256" not in about["vitlib"]:
-        return _measured(name, str(external.root()), str(paths.outputs()))
+        return _measured(name, str(readers.data_root()), str(paths.outputs()))
     known = {key: about["vitlib"][key] for key in ("channels", "num_classes", "image_size", "mean", "std", "sha256")}
     sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
     return Facts(**known, sizes=sizes)
@@ -151,8 +151,6 @@ def published(name: str) -> Facts:
 
     Opening it compares the files with them. Raises UsageError for data that the paper does not use.
     """
-    from vitlib.data import readers
-
     card(name)
     splits = {split: readers.expected(name, split) for split in ("train", "test")}
     if None in splits.values():

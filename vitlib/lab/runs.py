@@ -39,7 +39,8 @@ from timm.utils import ModelEmaV3
 from vitlib import paths
 from vitlib.data import DataSet, Shard, load_resized, subset
 from vitlib.data.augment import Augment
-from vitlib.data.external import held_out, root
+from vitlib.data.external import held_out
+from vitlib.data.readers import locate
 from vitlib.data.registry import Facts, data_checksum, facts, published
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
@@ -540,7 +541,7 @@ def loaders() -> int:
 def second_test(spec: RunSpec) -> Images | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
     classifies = spec.protocol in ("supervised", "finetune") and spec.split == "test"
-    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and (root() / "imagenet-v2").is_dir()):
+    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and locate("imagenet-v2")):
         return None
     return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
 
