@@ -456,7 +456,8 @@ def execute(
         other = second_test(spec)
         read = {"train": data, spec.split: held_out, "v2": other} if first and spec.from_files else {}
         files = {split: images.checksum for split, images in read.items() if images is not None}
-        warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
+        if files:
+            warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
         model, loss_function = prepare(spec, data)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
