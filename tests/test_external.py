@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitlib import paths
 from vitlib.__main__ import main
-from vitlib.data import external, load, registry
+from vitlib.data import external, load, readers, registry
 from vitlib.errors import UsageError
 from vitlib.lab import experiments, render, report, runs
 
@@ -78,6 +78,20 @@ def test_parquet_files_shards_and_class_folders_give_the_same_images(data, monke
         other = load("cifar-10", "train") if registry.load.cache_clear() is None else None
         assert sorted(map(bytes, other.images.numpy())) == sorted(map(bytes, one["train"].images.numpy()))
         assert other.classes == (CLASSES if form == "folders" else tuple("0123456789"))
+
+
+@pytest.mark.parametrize("name", ["cifar-10", "cifar10"])
+def test_images_in_memory_and_images_read_from_files_are_those_of_one_folder(data, name):
+    """Profiles gpu and imagenet; the card has both names."""
+    with pytest.raises(UsageError, match=f"no folder {data / 'cifar-10'} or {data / 'cifar10'} for"):
+        readers.find("cifar-10", "train")
+    for split, a_class in (("train", 20), ("test", 2)):
+        folders(data / name / split, a_class)
+    images, labels, classes = external.read("cifar-10", registry.card("cifar-10"))["test"]
+    found = readers.find("cifar-10", "test")
+    assert found.rows.folder == readers.locate("cifar-10") == data / name
+    assert (found.classes, found.labels.tolist()) == (tuple(classes), labels.tolist())
+    assert all(np.array_equal(found.rows.open(i), images[i].transpose(1, 2, 0)) for i in range(20))
 
 
 def test_what_is_measured_is_what_the_pixels_say_and_is_kept(data, tmp_path):

@@ -18,10 +18,12 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.io import savemat
 
 from vitlib import data as both_kinds
-from vitlib.data import Shard, images, readers, subset, views
+from vitlib.data import Shard, images, readers, rows, subset, views
 from vitlib.data.augment import Augment
 from vitlib.data.images import epoch_batches, epoch_order, evaluation_batches, mix_pair, open_images
 from vitlib.errors import UsageError
+from vitlib.lab import runs
+from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig
@@ -331,10 +333,36 @@ def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, mon
 def test_an_image_that_a_list_names_and_that_is_not_there_is_named(tmp_path):
     inaturalist(tmp_path / "inaturalist-2018")
     (tmp_path / "inaturalist-2018" / "train_val2018" / "Aves" / "0" / "train1.jpg").unlink()
-    assert (
-        "no file" in (said := refusal(name="inaturalist-2018", root=tmp_path, check_counts=False))
-        and "train1.jpg" in said
+    data = open_images("inaturalist-2018", "train", 16, root=tmp_path, check_counts=False)
+    with pytest.raises(UsageError, match=r"no file .*train1.jpg"):
+        _ = data.checksum
+    with pytest.raises(UsageError, match=r"train1.jpg cannot be read \(FileNotFoundError\)"):
+        list(evaluation_batches(data, 7))
+
+
+def test_sizes_of_files_are_asked_for_once_and_only_for_the_checksum(opened, monkeypatch):
+    asked, listing = [], rows.Files.listing
+    monkeypatch.setattr(rows.Files, "listing", lambda files: (asked.append(len(files)), listing(files))[1])
+    data = opened()
+    assert len(list(epoch_batches(data, np.arange(7), 0, 0, 4))) == 2 and not asked
+    assert data.checksum == data.checksum and asked == [7]
+    assert data.take([0, 1]).checksum != data.checksum and asked == [7, 2]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_wait_in_pinned_memory_where_they_go_to_a_gpu(opened, monkeypatch, gpu):
+    """Without a GPU there is no such memory: what is asked for is counted."""
+    asked, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
+    loader = images.DataLoader
+    monkeypatch.setattr(
+        images, "DataLoader", lambda *a, pin_memory, **k: (asked.append(pin_memory), loader(*a, **k))[1]
     )
+    (batch,) = epoch_batches(opened(), np.arange(7), 0, 0, 7, augment=WILD)
+    assert asked == [gpu]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
+    again = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what the loader does with a batch
+    assert set(pinned) == {batch.images.shape, batch.targets.shape, batch.view.shape} and again.index is batch.index
 
 
 def test_an_archive_beside_its_unpacked_folders_is_not_read(tmp_path):
@@ -768,3 +796,48 @@ def test_masked_pre_training_from_files(opened, kind):
     assert len(history) == 2
     with pytest.raises(UsageError, match="'tokens' need images in memory"):
         tokenizers.make_targets("tokens", data, 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A run on stand-ins that are as large as what was published, and the folder of its data."""
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(readers, "expected", lambda name, split: ({len(TRAIN if split == "train" else TEST)}, 3))
+    model = vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=3)
+    recipe = Recipe(epochs=1, batch_size=4, lr=1e-3, augment=Augment())
+    return RunSpec("supervised", model, "imagenet-1k", recipe), tmp_path / "data" / "imagenet-1k"
+
+
+def test_a_run_has_its_name_without_the_data_and_says_which_files_it_read(published, tmp_path, monkeypatch):
+    spec, folder = published
+    name = spec.hash
+    class_folders(folder)
+    assert replace(spec).hash == name != replace(spec, data="imagenet-v2").hash
+    result = runs.execute(spec)
+    kept = {split: open_images("imagenet-1k", split, 16).checksum for split in ("train", "test")}
+    assert result.hash == name and result.files == runs.find(spec).files == kept
+    assert "files" not in runs.ABOUT  # an older result without it is read too
+    runs.export_runs(tmp_path / "runs.jsonl")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "nothing"))
+    assert runs.import_runs(tmp_path / "runs.jsonl") == (1, 0) and runs.find(replace(spec)).files == kept
+
+
+def test_runs_that_belong_together_and_read_other_files_are_named(published, recwarn):
+    spec, folder = published
+    class_folders(folder)
+    runs.execute(spec)
+    tuned = replace(spec, protocol="finetune", parent=spec)
+    runs.execute(tuned)
+    assert not [w for w in recwarn if "different files" in str(w.message)]
+    file = folder / "train" / "n01" / "000.JPEG"
+    file.write_bytes(file.read_bytes() + b"x")
+    other = replace(tuned, seed=1, parent=spec)
+    names = ", ".join(sorted((spec.hash, other.hash)))
+    with pytest.warns(UserWarning, match=f"the runs {names} read different files of imagenet-1k, split train"):
+        runs.execute(other)
+    assert runs.find(other).files["test"] == runs.find(spec).files["test"]

@@ -230,6 +230,20 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
     assert {v.text for v in report.verdicts("cpu", "21")} == {"not run"}
 
 
+def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recwarn):
+    make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.80})
+    made = runs.find
+
+    def find(spec):
+        result = made(spec)
+        return result and replace(result, about=ABOUT | {"files": {"train": files[spec.model.branches == 1]}})
+
+    monkeypatch.setattr(runs, "find", find)
+    for files in (("a", "a"), ("a", "b")):
+        report.verdicts("cpu", "31")
+        assert any("different files of" in str(w.message) for w in recwarn) == (files == ("a", "b"))
+
+
 def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     setting = experiments.experiment("32", "cpu")

@@ -136,6 +136,16 @@ def test_a_seed_changes_the_tokenizer_too():
     assert [(spec.protocol, spec.seed) for spec in chain.family()] == [("tokenizer", 4), ("masked", 4), ("finetune", 4)]
 
 
+def test_loaders_share_the_cores_that_a_process_may_use_with_the_others_of_its_run(monkeypatch):
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 64)
+    for cores, processes, expected in ((2, None, 2), (64, None, 8), (16, 4, 4), (4, 8, 1)):
+        monkeypatch.setattr(runs.os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert runs.loaders() == expected
+
+
 def test_tuning_seeds_see_validation_images_only_and_others_the_test_set():
     assert {TINY.with_seed(s).split for s in (1000, 1001, 5000)} == {"validation"}
     assert {TINY.with_seed(s).split for s in (0, 4, 10, 999)} == {"test"}

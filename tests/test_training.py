@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vitlib.data import Batch, epoch_batches, load_resized, subset
-from vitlib.draws import uniform
+from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
 from vitlib.lab.runs import TRAINING_VERSION
 from vitlib.model import ViT, vit_config
 from vitlib.train import dalle, loop
+from vitlib.train import dvae as dvae_module
 from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
 from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.finetune import at_image_size, freeze, start_from, trainable
@@ -442,6 +443,43 @@ def test_gumbel_noise_belongs_to_the_image_and_has_gumbels_mean_and_variance():
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02) and noise.var().item() == pytest.approx(
         np.pi**2 / 6, rel=0.02
     )
+
+
+def test_a_device_draws_the_bits_of_the_host_and_gumbel_noise_that_rounds_to_the_same():
+    which, n = (1000, "gumbel", 3, np.array([0, 7, 1_281_166, 2**40])), 50_000
+    assert torch.equal(uniform_on("cpu", *which, n), torch.from_numpy(uniform(*which, n)))
+    there, here = (draw(torch.device("cpu"), *which, n).float() for draw in GUMBEL)
+    assert torch.equal(here, torch.from_numpy((-np.log(-np.log(uniform(*which, n)))).astype(np.float32)))
+    assert torch.allclose(there, here, rtol=1e-6, atol=1e-12) and torch.equal(here, gumbel(1000, 3, which[-1], n))
+
+
+GUMBEL = (dvae_module._gumbel_on_device, dvae_module._gumbel_on_host)
+
+
+def test_gumbel_noise_is_finite_at_both_ends_of_the_uniform_numbers(monkeypatch):
+    ends = torch.tensor([[0.0, 2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
+    monkeypatch.setattr(dvae_module.draws, "uniform", lambda *which: ends.numpy().copy())
+    monkeypatch.setattr(dvae_module.draws, "uniform_on", lambda *which: ends.clone())
+    there, here = (draw(torch.device("cpu")) for draw in GUMBEL)
+    assert torch.allclose(there, here) and there.isfinite().all()
+    assert there[0, -1].item() == pytest.approx(53 * np.log(2))
+
+
+def test_noise_is_drawn_where_the_logits_are_a_chunk_of_images_at_a_time(images, monkeypatch):
+    """On `meta`, which computes nothing."""
+    drawn, n, batch = [], 16 * 16, batch_of(images)
+    whole = gumbel(3, 1, batch.index, n)
+    for name in ("uniform", "uniform_on"):
+        inner = getattr(dvae_module.draws, name)
+        seen = lambda *which, name=name, inner=inner: (drawn.append((name, len(which[-2]))), inner(*which))[1]  # noqa: E731
+        monkeypatch.setattr(dvae_module.draws, name, seen)
+    monkeypatch.setattr(dvae_module, "CHUNK", 7 * n + 5)
+    assert torch.equal(gumbel(3, 1, batch.index, n), whole)
+    assert drawn == [("uniform", 7), ("uniform", 7), ("uniform", 6)]
+    drawn.clear()
+    monkeypatch.setattr(DVAELoss, "temperature", lambda *_: 1.0)
+    assert DVAELoss(3, steps=10)(dvae().to("meta"), batch.to("meta")).is_meta
+    assert drawn == [("uniform_on", 7), ("uniform_on", 7), ("uniform_on", 6)]
 
 
 def test_the_temperature_falls_from_first_to_last_on_a_cosine(images):

@@ -11,8 +11,12 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
+from torch import Tensor
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MIX = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)  # a shift and a factor, twice
+LAST = 31
 
 
 def key(*names: object) -> int:
@@ -21,11 +25,16 @@ def key(*names: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _split_mix(state: np.ndarray) -> np.ndarray:
-    z = state
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _split_mix(z: np.ndarray) -> np.ndarray:
+    for shift, factor in MIX:
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return z ^ (z >> np.uint64(LAST))
+
+
+def _streams(seed: int, purpose: str, epoch: int, index: np.ndarray) -> np.ndarray:
+    """Where the stream of each image begins: uint64 (B,)."""
+    with np.errstate(over="ignore"):
+        return _split_mix(np.uint64(key(seed, purpose, epoch)) + np.asarray(index, dtype=np.uint64) * GAMMA)
 
 
 def uniform(seed: int, purpose: str, epoch: int, index: np.ndarray, n: int = 1) -> np.ndarray:
@@ -33,10 +42,32 @@ def uniform(seed: int, purpose: str, epoch: int, index: np.ndarray, n: int = 1) 
     # Two rounds: the first turns the image index into a stream, the second walks along it, so that the streams
     # of neighbouring images do not overlap whatever n is.
     with np.errstate(over="ignore"):
-        start = _split_mix(np.uint64(key(seed, purpose, epoch)) + np.asarray(index, dtype=np.uint64) * GAMMA)
         steps = np.arange(1, n + 1, dtype=np.uint64) * GAMMA
-        bits = _split_mix(start[:, None] + steps[None, :])
+        bits = _split_mix(_streams(seed, purpose, epoch, index)[:, None] + steps[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def uniform_on(
+    device: torch.device | str, seed: int, purpose: str, epoch: int, index: np.ndarray, n: int = 1
+) -> Tensor:
+    """`uniform`, bit for bit, computed on `device`: for draws that are too many to be made on the host."""
+    start = torch.from_numpy(_streams(seed, purpose, epoch, index).view(np.int64)).to(device)
+    z = start[:, None] + torch.arange(1, n + 1, device=device) * _signed(int(GAMMA))
+    for shift, factor in MIX:
+        z ^= _shifted(z, shift)
+        z *= _signed(factor)
+    z ^= _shifted(z, LAST)
+    return _shifted(z, 11).double().mul_(2.0**-53)
+
+
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits: torch multiplies int64 alone, which wraps around as uint64 does."""
+    return bits - (bits >> 63 << 64)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """z >> by with zeros moving in, where int64 would repeat its sign."""
+    return (z >> by).bitwise_and_((1 << 64 - by) - 1)
 
 
 def order(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:

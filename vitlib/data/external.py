@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitlib import paths
 from vitlib.data import readers
 from vitlib.data.rows import NOT_AN_IMAGE, Found, decode
 from vitlib.errors import UsageError
@@ -33,20 +31,9 @@ class DataAbsent(UsageError):
     """A data set that is nowhere to be found: where it was looked for, and how to get it."""
 
 
-def root() -> Path:
-    """Where data of one's own lies: $VITLIB_DATA, or `data` in the project's folder."""
-    return paths.ROOT / os.environ.get("VITLIB_DATA", "data")
-
-
-def locate(name: str, about: dict) -> Path | None:
-    """The folder of a data set, or None where only the Hub may have it."""
-    places = [root() / folder for folder in about["vitlib"].get("folders", [name])]
-    return next((place for place in places if place.is_dir()), None)
-
-
 def read(name: str, about: dict) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
     """Split -> images uint8 (N, C, H, W), labels int64 (N,), class names; train, validation, test. Raises DataAbsent."""
-    facts, folder = about["vitlib"], locate(name, about)
+    facts, folder = about["vitlib"], readers.locate(name)
     found = {}
     for split, names in facts["splits"].items():
         found[split] = _folder(folder, names, name, facts) if folder else _hub(name, names, facts)
@@ -75,7 +62,7 @@ def held_out(labels: np.ndarray, share: int = HELD_OUT) -> np.ndarray:
 
 def signature(name: str, about: dict) -> str:
     """What says, without decoding, that a data set is still the same: its files' names, sizes and times, or the Hub's name."""
-    folder = locate(name, about)
+    folder = readers.locate(name)
     files = [] if folder is None else [p for p in sorted(folder.rglob("*")) if p.is_file()]
     stats = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     text = json.dumps([name, str(folder), stats, about["vitlib"]], sort_keys=True, default=str)
@@ -140,7 +127,7 @@ def _hub(name: str, names: list[str], facts: dict) -> tuple[np.ndarray, np.ndarr
     try:
         found = readers.read_hub(readers.Query(facts["hub"], tuple(names)))
     except UsageError as fault:
-        folders = " or ".join(f"{root() / folder}" for folder in facts.get("folders", [name]))
+        folders = " or ".join(map(str, readers.places(name)))
         raise DataAbsent(
             f"data set {name!r} is not there: looked for {folders} (VITLIB_DATA names the folder above), and "
             f"{fault}; data_cards/{name}.md says how to get it"

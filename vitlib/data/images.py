@@ -8,6 +8,7 @@ resumption in the middle of an epoch, changes a pixel.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,7 +43,6 @@ class Images:
     split: str
     labels: Tensor
     classes: tuple[str, ...]
-    checksum: str  # over names, sizes and labels: `rows.Found.checksum`
     mean: Tensor  # float32 (3, 1, 1), of pixels / 255
     std: Tensor
     image_size: int
@@ -53,6 +53,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Over names, sizes and labels: `rows.Found.checksum`. Asks for the size of every file when it is first wanted."""
+        return Found(self.rows, self.labels.numpy(), self.classes).checksum()
 
     def take(self, index: np.ndarray | Tensor) -> Images:
         """The same data set with these images only, in this order: to hold some of them out, for example."""
@@ -90,8 +95,8 @@ def open_images(
     found, skipped = _readable(f"{name} {split}", found, workers) if skip_unreadable else (found, ())
     statistics = (torch.tensor(s, dtype=torch.float32).view(-1, 1, 1) for s in (mean, std))
     return Images(
-        name, split, torch.from_numpy(found.labels), found.classes, found.checksum(), *statistics, image_size, found.rows,
-        augment or Augment(), workers, skipped,
+        name, split, torch.from_numpy(found.labels), found.classes, *statistics, image_size, found.rows, augment or Augment(),
+        workers, skipped,
     )  # fmt: skip
 
 
@@ -228,9 +233,13 @@ def mix_pair(pair: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, float]:
 
 
 def _load(batches: Batches, skip: int, workers: int) -> Iterator[Batch]:
-    """Batches in order, `workers` processes ahead of the one that is wanted."""
+    """Batches in order; each of `workers` processes is two ahead. They live for an epoch, whose order they hold.
+
+    Where this process computes on a GPU, a batch waits in pinned memory, from which it is copied beside the computation.
+    """
     loader = DataLoader(
         batches, batch_size=None, sampler=range(skip, len(batches)), num_workers=workers, collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # or the loader would draw from torch's global generator
     )  # fmt: skip
     for batch in loader:

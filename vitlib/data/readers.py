@@ -321,13 +321,32 @@ PUBLISHED = {
 }
 
 
+def data_root() -> Path:
+    """Where data of one's own lies: $VITLIB_DATA, or `data` in the project's folder."""
+    return ROOT / os.environ.get("VITLIB_DATA", "data")
+
+
+def places(name: str, root: Path | str | None = None) -> list[Path]:
+    """Where the folder of a data set may be: under its name, or under the names that its card gives."""
+    from vitlib.data.registry import read_card
+
+    card = next((path for path in DATA_CARDS.glob("*.md") if path.stem == name), None)
+    about = read_card(card).get("vitlib", {}) if card else {}
+    return [Path(root if root is not None else data_root()) / folder for folder in about.get("folders", [name])]
+
+
+def locate(name: str, root: Path | str | None = None) -> Path | None:
+    """The first of `places` that is there: one folder for every profile."""
+    return next((place for place in places(name, root) if place.is_dir()), None)
+
+
 def find(name: str, split: str, root: Path | str | None = None, cache_dir: Path | str | None = None) -> Found:
-    """A split of the data set in the folder `<root>/<name>`, in whatever layout that is; of the Hub if there is a slash in
-    the name and no such folder.
+    """A split of the data set in its folder under `root`, in whatever layout that is; of the Hub if there is a slash in the
+    name and no such folder.
 
     Raises UsageError for a folder that is not there or in none of the layouts, and for a missing split.
     """
-    folder = Path(root if root is not None else ROOT / os.environ.get("VITLIB_DATA", "data")) / name
+    folder = locate(name, root)
     known = PUBLISHED.get(name)
     if known and split not in ("train", "test"):
         raise UsageError(
@@ -336,10 +355,10 @@ def find(name: str, split: str, root: Path | str | None = None, cache_dir: Path 
     words = known.test if known and split == "test" else ON_DISK.get(split, (split,))
     also = known.also if known and split == "train" else ()
     query = Query(name, words, also, bool(known and known.numbered), None if cache_dir is None else str(cache_dir))
-    if not folder.is_dir():
+    if folder is None:
         if "/" in name and not os.path.isabs(name):
             return read_hub(query)
-        raise UsageError(_not_there(name, folder))
+        raise UsageError(_not_there(name, " or ".join(map(str, places(name, root)))))
     for layout in LAYOUTS:
         if (place := layout.where(folder)) is not None:
             found = layout.read(place, query)
@@ -352,9 +371,9 @@ def find(name: str, split: str, root: Path | str | None = None, cache_dir: Path 
     return found
 
 
-def _not_there(name: str, folder: Path) -> str:
+def _not_there(name: str, folders: str) -> str:
     card = f"; data_cards/{name}.md says where to get it" if (DATA_CARDS / f"{name}.md").is_file() else ""
-    return f"there is no folder {folder} for the data set {name!r}: VITLIB_DATA names the folder that holds it{card}"
+    return f"there is no folder {folders} for the data set {name!r}: VITLIB_DATA names the folder that holds it{card}"
 
 
 def _contents(folder: Path) -> str:

@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vitlib import paths
-from vitlib.data import external
+from vitlib.data import external, readers
 from vitlib.errors import UsageError, unknown
 from vitlib.paths import DATA_CARDS, EMBEDDED
 
@@ -66,7 +66,7 @@ class Facts:
     mean: float
     std: float
     sizes: dict[str, int]  # split -> images
-    sha256: dict[str, str]  # split -> checksum of the decoded arrays
+    sha256: dict[str, str]  # split -> checksum of the decoded arrays; empty for what is read from its files
 
 
 def checksum(images: np.ndarray, labels: np.ndarray) -> str:
@@ -114,7 +114,7 @@ def facts(name: str) -> Facts:
     if "from_files" in about["vitlib"]:
         raise UsageError(f"data set {name!r} is read from its files as they are needed: no run holds it in memory")
     if "sha256" not in about["vitlib"]:
-        return _measured(name, str(external.root()), str(paths.outputs()))
+        return _measured(name, str(readers.data_root()), str(paths.outputs()))
     known = {key: about["vitlib"][key] for key in ("channels", "num_classes", "image_size", "mean", "std", "sha256")}
     sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
     return Facts(**known, sizes=sizes)
@@ -147,36 +147,30 @@ def _measured(name: str, root: str, outputs: str) -> Facts:
 
 
 def published(name: str) -> Facts:
-    """Of a data set of the paper that is read from its files as it is needed: classes and sizes of Table 9.
+    """Of a data set of the paper that is read from its files as it is needed: classes and sizes of Table 9, on every machine.
 
-    The checksum is over names, sizes and labels (`rows.Found.checksum`), or "absent" where the data is not here, which is
-    enough to plan with. Raises UsageError for data that the paper does not use.
+    Opening it compares the files with them. Raises UsageError for data that the paper does not use.
     """
-    from vitlib.data import readers
-
     card(name)
     splits = {split: readers.expected(name, split) for split in ("train", "test")}
     if None in splits.values():
         raise unknown("data set of the paper", name, readers.PUBLISHED)
     sizes, classes = {split: max(counts) for split, (counts, _) in splits.items()}, splits["train"][1]
-    sums = _found_checksums(name, str(external.root()))
-    return Facts(3, classes, image_size=0, mean=0.0, std=1.0, sizes=sizes, sha256=dict.fromkeys(SPLITS, "") | sums)
-
-
-@functools.lru_cache(maxsize=16)
-def _found_checksums(name: str, root: str) -> dict[str, str]:
-    from vitlib.data import readers
-
-    try:
-        return {split: readers.find(name, split, root).checksum() for split in ("train", "test")}
-    except UsageError:
-        return {"train": "absent"}
+    return Facts(3, classes, image_size=0, mean=0.0, std=1.0, sizes=sizes, sha256={})
 
 
 def data_checksum(name: str, from_files: bool = False) -> str:
-    """One checksum for a data set: what a run's hash holds. from_files: of images read as they are needed."""
-    sums = published(name).sha256 if from_files else facts(name).sha256
-    return hashlib.sha256("".join(sums[split] for split in SPLITS).encode()).hexdigest()[:16]
+    """What a run's hash holds of its data: a checksum over pixels and labels.
+
+    from_files: over name, classes and sizes of what was published, so that a run has one name on every machine, with the data
+    or without it; its result says which files it read.
+    """
+    if from_files:
+        known = published(name)
+        identity = json.dumps([name, known.num_classes, known.sizes], sort_keys=True)
+    else:
+        identity = "".join(facts(name).sha256[split] for split in SPLITS)
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=8)

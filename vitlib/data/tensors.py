@@ -108,6 +108,11 @@ class Batch:
         view = None if self.view is None else self.view.to(device, non_blocking=True)
         return replace(self, images=images, targets=self.targets.to(device, non_blocking=True), view=view)
 
+    def pin_memory(self) -> Batch:
+        """What `to` copies in page-locked memory, where a GPU fetches it by itself; a DataLoader calls this."""
+        view = None if self.view is None else self.view.pin_memory()
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory(), view=view)
+
     def parts(self, count: int) -> Iterator[Batch]:
         """`count` parts in order, fewer where there are fewer images; their weights make the weight of the whole."""
         if count == 1:

@@ -35,7 +35,7 @@ from vitlib import paths
 from vitlib.errors import UsageError
 from vitlib.lab import runs
 from vitlib.lab.plan import cpu_seconds
-from vitlib.lab.runs import Result, RunSpec
+from vitlib.lab.runs import Result, RunSpec, cores
 from vitlib.train.engine import joined, resolve
 from vitlib.train.loop import NonFiniteLoss
 
@@ -69,11 +69,6 @@ def launch(specs: Iterable[RunSpec], jobs: int = 0) -> dict[RunSpec, Result]:
         own = gpus() if any(spec.device != "cpu" for spec in todo) else []
         _train(todo, min(jobs or len(own) or cores(), len(todo)), own)
     return {spec: runs.find(spec) for spec in specs}
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

@@ -32,8 +32,8 @@ from vitlib.lab.bench import runner
 from vitlib.lab.compare import moved
 from vitlib.lab.experiments import NOTEBOOKS, all_specs, available
 from vitlib.lab.experiments import profile as scale
-from vitlib.lab.launch import cores, launch
-from vitlib.lab.runs import RunSpec
+from vitlib.lab.launch import launch
+from vitlib.lab.runs import RunSpec, cores
 
 QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours when a notebook is run on its own

@@ -22,7 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -38,7 +39,8 @@ from timm.utils import ModelEmaV3
 from vitlib import paths
 from vitlib.data import DataSet, Shard, load_resized, subset
 from vitlib.data.augment import Augment
-from vitlib.data.external import held_out, root
+from vitlib.data.external import held_out
+from vitlib.data.readers import locate
 from vitlib.data.registry import Facts, data_checksum, facts, published
 from vitlib.errors import UsageError, unknown
 from vitlib.lab.ledger import ledger_hashes
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 TRAINING_VERSION = 2  # 2: branches at once (`par`), unread tokens skipped
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
-LOADERS = 8  # processes, at most, that read and decode images which are not in memory
+LOADERS = 8  # at most so many processes read and decode images which are not in memory
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000
 ALLOWED = {
@@ -121,7 +123,7 @@ class RunSpec:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hexadecimal digits over all fields, the data's checksum, the parent's hash and TRAINING_VERSION."""
+        """16 hexadecimal digits over all fields, what the data is, the parent's hash and TRAINING_VERSION."""
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self) -> dict:
@@ -204,7 +206,12 @@ class Result:
     metrics: dict[str, float]
     correct: np.ndarray | None  # bool (images of the split,), in the split's order; None for masked pre-training
     ledger: dict[str, str]  # hash of every part of a claim when the run began
-    about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date
+    about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date, files
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Split -> checksum of its listing; empty for images in memory, whose pixels are in the hash, and in older results."""
+        return self.about.get("files", {})
 
     def record(self) -> dict:
         correct = None
@@ -397,6 +404,21 @@ def import_runs(path: Path) -> tuple[int, int]:
     return new, len(runs) - new
 
 
+def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
+    """Warn where runs that belong together read files that differ, of what is one data set by its name and its sizes."""
+    seen: dict[tuple[str, str, str], dict[str, str]] = {}
+    for spec, files in read.items():
+        for split, checksum in files.items():
+            seen.setdefault((spec.data, spec.split, split), {}).setdefault(checksum, spec.hash)
+    for (data, _, split), by in seen.items():
+        if len(by) > 1:
+            warnings.warn(
+                f"the runs {', '.join(sorted(by.values()))} read different files of {data}, split {split}: names, sizes or labels "
+                "are not the same",
+                stacklevel=2,
+            )
+
+
 def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
     """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
     todo: dict[RunSpec, bool] = {}
@@ -440,6 +462,11 @@ def execute(
         checkpoints = Checkpoints(checkpoint_path(spec), every_s, ledger_hashes(), writes=first)
         data = data_of(spec, "train")
         held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
+        other = second_test(spec)
+        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.from_files else {}
+        files = {split: images.checksum for split, images in read.items() if images is not None}
+        if files:
+            warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
         model, loss_function = prepare(spec, data)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
@@ -458,7 +485,7 @@ def execute(
         elif spec.protocol != "masked":
             correct, loss = loop.evaluate(model, held_out, engine=engine)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
-            if (other := second_test(spec)) is not None:
+            if other is not None:
                 metrics["top1_v2"] = 100 * float(loop.evaluate(model, other, engine=engine)[0].mean())
             if ema is not None:
                 averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
@@ -469,7 +496,7 @@ def execute(
             )
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
-        about |= surroundings(engine.device) | {"world": engine.shard.world}
+        about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
         result = Result(spec.hash, metrics, correct, checkpoints.notes, about)
         if first:
             keep(spec, result, history, model, ema and ema.module)
@@ -506,16 +533,25 @@ def data_of(spec: RunSpec, split: str) -> DataSet | Images:
 def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
     from vitlib.data import images
 
-    workers = min(LOADERS, os.cpu_count() or 1)
     return images.open_images(
-        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=workers
+        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=loaders()
     )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loaders() -> int:
+    """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
+    return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 def second_test(spec: RunSpec) -> Images | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
     classifies = spec.protocol in ("supervised", "finetune") and spec.split == "test"
-    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and (root() / "imagenet-v2").is_dir()):
+    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and locate("imagenet-v2")):
         return None
     return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
 

@@ -25,6 +25,9 @@ from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.train.tokenizers import codebook_use
 
+CHUNK = 2**24  # numbers that are drawn at a time; 128 MiB each time they are written down in 64 bits
+SMALLEST = 2.0**-54  # in place of a uniform number that is 0
+
 
 @dataclass(frozen=True)
 class DVAEConfig:
@@ -139,7 +142,7 @@ class DVAELoss:
 
     def __call__(self, model: DVAE, batch: Batch, draws: Tensor | None = None) -> Tensor:
         logits = model.logits(batch.images)
-        noise = gumbel(self.seed, batch.epoch, batch.index, logits[0].numel()).view_as(logits).to(logits.device)
+        noise = gumbel(self.seed, batch.epoch, batch.index, logits[0].numel(), logits.device).view_as(logits)
         sample = ((logits + noise) / self.temperature(model)).softmax(dim=-1)
         error = F.mse_loss(model.decode(sample @ model.codebook), batch.images)
         log_q = logits.log_softmax(dim=-1)
@@ -148,10 +151,28 @@ class DVAELoss:
         return error + model.config.kl_weight * kl
 
 
-def gumbel(seed: int, epoch: int, index: np.ndarray, n: int) -> Tensor:
-    """n standard Gumbel draws for each image, float32 (B, n): -log(-log u)."""
-    u = np.maximum(draws.uniform(seed, "gumbel", epoch, index, n), 2.0**-54)  # u may be 0
-    return torch.from_numpy((-np.log(-np.log(u))).astype(np.float32))
+def gumbel(seed: int, epoch: int, index: np.ndarray, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """n standard Gumbel draws for each image, float32 (B, n): -log(-log u).
+
+    Drawn where they are needed, a chunk of images at a time: at ImageNet's size a batch has 822 million, a minute's work
+    for the host.
+    """
+    noise = torch.empty(len(index), n, device=device)
+    draw, images = _gumbel_on_host if noise.is_cpu else _gumbel_on_device, max(CHUNK // n, 1)
+    for start in range(0, len(index), images):
+        part = slice(start, start + images)
+        noise[part] = draw(noise.device, seed, "gumbel", epoch, index[part], n)
+    return noise
+
+
+def _gumbel_on_host(device: torch.device, *which) -> Tensor:
+    """float64. By numpy, as the runs so far: the last bit of its logarithms is not always that of torch's."""
+    return torch.from_numpy(-np.log(-np.log(np.maximum(draws.uniform(*which), SMALLEST))))
+
+
+def _gumbel_on_device(device: torch.device, *which) -> Tensor:
+    """float64 too: in float32 a u near 1 would become 1, and its draw infinite."""
+    return draws.uniform_on(device, *which).clamp_(min=SMALLEST).log_().neg_().log_().neg_()
 
 
 @torch.no_grad()

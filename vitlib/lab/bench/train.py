@@ -26,8 +26,8 @@ from vitlib.data import load_resized
 from vitlib.lab.bench.runner import Case, Reading
 from vitlib.lab.bench.stopwatch import Arm, Counts, count, take_turns
 from vitlib.lab.experiments import experiment
-from vitlib.lab.launch import MEMORY, cores
-from vitlib.lab.runs import RunSpec
+from vitlib.lab.launch import MEMORY
+from vitlib.lab.runs import RunSpec, cores
 from vitlib.model import ViT, ViTConfig, set_execution
 from vitlib.model.weights import to_timm
 from vitlib.train import loop

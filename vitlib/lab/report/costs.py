@@ -16,11 +16,10 @@ from vitlib.lab import exact, measure, plan
 from vitlib.lab.bench import finetune as finetune_bench
 from vitlib.lab.bench import runner
 from vitlib.lab.experiments import profile
-from vitlib.lab.launch import cores
 from vitlib.lab.paper import paper_table
 from vitlib.lab.report.printed import paper_throughput
 from vitlib.lab.report.tables import NOT_RUN
-from vitlib.lab.runs import RunSpec
+from vitlib.lab.runs import RunSpec, cores
 
 
 def trained_shares() -> pd.DataFrame:

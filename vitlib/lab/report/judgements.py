@@ -54,7 +54,9 @@ def _trained_verdict(entry: Part, profile_name: str) -> Verdict:
     pairs = _pairs(part, p.pairs, found)
     arms = [arm for arm in part.arms(pairs) if arm in found]
     family = {m for arm in arms for seed in p.seeds for m in setting.arms[arm].with_seed(seed).family()}
-    hashes = [result.ledger for spec in family if (result := runs.find(spec)) is not None]
+    there = {spec: result for spec in family if (result := runs.find(spec)) is not None}
+    runs.warn_of_other_files({spec: result.files for spec, result in there.items()})
+    hashes = [result.ledger for result in there.values()]
     images = None if part.images == "all" else part.images
     contrasted = {arm for at_size in part.contrasts(pairs) for arm in at_size if arm in found}
     if any(setting.arms[arm].images != images for arm in contrasted):
