@@ -213,6 +213,17 @@ def test_a_result_that_contradicts_itself_is_not_read(store):
             runs.find(TINY)
 
 
+def test_a_result_keeps_which_images_of_imagenet_v2_were_right_and_older_results_have_none(store):
+    result = runs.execute(TINY)
+    assert result.correct_v2 is None and "correct_v2" not in result.record()
+    right = np.arange(13) % 3 == 0
+    both = replace(result, metrics=result.metrics | {"top1_v2": 100 * right.mean()}, correct_v2=right)
+    again = runs.Result.from_record(json.loads(json.dumps(both.record())))
+    assert (again.correct_v2 == right).all() and (again.correct == result.correct).all()
+    with pytest.raises(ValueError, match="top1_v2 is not what the bits say"):
+        runs.Result.from_record(both.record() | {"metrics": result.metrics | {"top1_v2": 1.0}})
+
+
 def test_export_names_a_run_that_it_cannot_write_and_refuses_a_folder(store, tmp_path):
     runs.execute(TINY)
     with pytest.raises(UsageError, match="is a folder"):

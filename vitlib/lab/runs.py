@@ -207,6 +207,7 @@ class Result:
     correct: np.ndarray | None  # bool (images of the split,), in the split's order; None for masked pre-training
     ledger: dict[str, str]  # hash of every part of a claim when the run began
     about: dict  # split, wall_s, cpu_s, mem_mb, gpu_mem_mb, device, world (processes), versions, commit, date, files
+    correct_v2: np.ndarray | None = None  # the same of ImageNet-V2, where it was there
 
     @property
     def files(self) -> dict[str, str]:
@@ -214,29 +215,41 @@ class Result:
         return self.about.get("files", {})
 
     def record(self) -> dict:
-        correct = None
-        if self.correct is not None:
-            bits = base64.b64encode(np.packbits(self.correct).tobytes()).decode()
-            correct = {"images": len(self.correct), "bits": bits}
-        return {"hash": self.hash, "metrics": self.metrics, "correct": correct, "ledger": self.ledger} | self.about
+        more = {} if self.correct_v2 is None else {"correct_v2": _packed(self.correct_v2)}
+        return {
+            "hash": self.hash, "metrics": self.metrics, "correct": _packed(self.correct), "ledger": self.ledger,
+            **more, **self.about,
+        }  # fmt: skip
 
     @classmethod
     def from_record(cls, record: dict) -> Result:
         """Raises KeyError or ValueError for a record that is not whole or contradicts itself."""
         record = dict(record)
-        packed = record.pop("correct")
+        packed, packed_v2 = record.pop("correct"), record.pop("correct_v2", None)
         named = {name: record.pop(name) for name in ("hash", "metrics", "ledger")}
         if absent := [name for name in ABOUT if name not in record]:
             raise KeyError(", ".join(absent))
-        correct = None
-        if packed is not None:
-            bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
-            if len(bits) != -(-packed["images"] // 8):
-                raise ValueError(f"{len(bits)} bytes of bits for {packed['images']} images")
-            correct = np.unpackbits(bits, count=packed["images"]).astype(bool)
-            if not np.isclose(100 * correct.mean(), named["metrics"]["top1"]):
-                raise ValueError("top1 is not what the bits say")
-        return cls(correct=correct, about=record, **named)
+        correct = packed and _unpacked(packed, named["metrics"], "top1")
+        correct_v2 = packed_v2 and _unpacked(packed_v2, named["metrics"], "top1_v2")
+        return cls(correct=correct, about=record, correct_v2=correct_v2, **named)
+
+
+def _packed(correct: np.ndarray | None) -> dict | None:
+    """Which images were right, one bit each."""
+    if correct is None:
+        return None
+    return {"images": len(correct), "bits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
+
+
+def _unpacked(packed: dict, metrics: dict[str, float], name: str) -> np.ndarray:
+    """Bool (images,). Raises ValueError where the bits contradict the accuracy of that name."""
+    bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
+    if len(bits) != -(-packed["images"] // 8):
+        raise ValueError(f"{len(bits)} bytes of bits for {packed['images']} images")
+    correct = np.unpackbits(bits, count=packed["images"]).astype(bool)
+    if not np.isclose(100 * correct.mean(), metrics[name]):
+        raise ValueError(f"{name} is not what the bits say")
+    return correct
 
 
 # ---------------------------------------------------------------------------------------------------- the store
@@ -479,14 +492,15 @@ def execute(
         except loop.NonFiniteLoss as fault:
             raise loop.NonFiniteLoss(f"run {spec.hash} ({describe(spec)}): {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
-        correct = None
+        correct = correct_v2 = None
         if spec.protocol == "tokenizer":
             metrics |= evaluate_dvae(model, held_out)
         elif spec.protocol != "masked":
             correct, loss = loop.evaluate(model, held_out, engine=engine)
             metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
             if other is not None:
-                metrics["top1_v2"] = 100 * float(loop.evaluate(model, other, engine=engine)[0].mean())
+                correct_v2, _ = loop.evaluate(model, other, engine=engine)
+                metrics["top1_v2"] = 100 * float(correct_v2.mean())
             if ema is not None:
                 averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
                 metrics |= {"top1_ema": 100 * float(averaged.mean()), "loss_ema": loss}
@@ -497,7 +511,7 @@ def execute(
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
         about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
-        result = Result(spec.hash, metrics, correct, checkpoints.notes, about)
+        result = Result(spec.hash, metrics, correct, checkpoints.notes, about, correct_v2)
         if first:
             keep(spec, result, history, model, ema and ema.module)
             checkpoints.remove()

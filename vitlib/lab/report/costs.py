@@ -129,7 +129,7 @@ def step_costs(profile_name: str) -> pd.DataFrame:
     for strategy, group in table.groupby("arm", sort=False):
         ratio = full["time_s"].to_numpy() / group["time_s"].to_numpy()
         rows.append({
-            "strategy": strategy, "time_s": f"{group['time_s'].median():.4f}",
+            "strategy": strategy, "step": group["case"].iloc[0], "time_s": f"{group['time_s'].median():.4f}",
             "full over this, time_s": f"{ratio.mean():.3f} ± {ratio.std(ddof=1):.3f} (n={len(ratio)})",
             "mem_mb, counted": f"{group['mem_mb'].iloc[0]:.1f}",
             "full over this, mem_mb": f"{full['mem_mb'].iloc[0] / group['mem_mb'].iloc[0]:.3f}",
