@@ -111,9 +111,10 @@ def said(row) -> str:
     """A part in a few words: the verdict, and the difference with its interval where one was measured."""
     if pd.isna(row.ours):
         return str(row.verdict)
+    verdict = f"{row.verdict.removesuffix(' m')} {row.margin:g}" if row.verdict.endswith(" m") else row.verdict
     ratio = ledger()[row.part].kind == "ratio"
     sign, unit = ("", "") if ratio else ("+", " points")
-    return f"{row.verdict}, {row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{unit}"
+    return f"{verdict}, {row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{unit}"
 
 
 def _about(profile: str) -> str:
