@@ -162,7 +162,8 @@ def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_ref
     assert list(at_cpu["top1, full"][:6]) == list(table["top1, full"][1:])
 
 
-def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(monkeypatch):
+def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     make_up(monkeypatch, "42", transfer_rates("digits") | transfer_rates("animal-shapes"), profile="study")
     figure = report.transfer_figure(transfer_page("study"))
     assert [a.get_title() for a in figure.axes] == ["the paper's six data sets", "digits", "animal-shapes"]
@@ -390,13 +391,13 @@ def test_table_7_compares_each_stem_with_the_linear_one_under_the_same_training(
 
 
 def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_label(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     small = stems_at("cpu", {})
     assert report.table7(small).set_index("stem").loc["conv", "top1 pretrained"] == "–"
     folder = tmp_path / "study" / "tables"
     folder.mkdir(parents=True)
     text = "arm,top1\nconv pretrained,70.1 (n=5)\nhmlp pretrained,71.1 (n=5)\n"
     (folder / "52_tab7_masked_pretraining.csv").write_text(text)
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     table = report.table7(small).set_index("stem")
     assert table.loc["conv", "top1 pretrained"] == "study: 70.1 (n=5)"
     assert "study" not in table.loc["hmlp", "top1 pretrained"]
