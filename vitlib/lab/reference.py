@@ -22,6 +22,7 @@ from vitlib.lab import claims, runs
 from vitlib.lab.experiments import NOTEBOOKS, all_specs, available
 from vitlib.lab.experiments import profile as scale
 from vitlib.lab.ledger import ledger
+from vitlib.lab.report.tables import span
 
 PAGE = paths.REFERENCE / "README.md"
 MARKS = ("<!-- claims: written by `python -m vitlib report` -->", "<!-- end of claims -->")
@@ -122,10 +123,9 @@ def _about(profile: str) -> str:
     path = paths.REFERENCE / profile / "runs.jsonl"
     records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
     devices = ", ".join(sorted({r["device"] for r in records}))
-    dates = sorted({r["date"] for r in records})
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r for r in records) else ("CPU", "cpu_s")
     hours = sum(r[spent] for r in records) / 3600
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    when = span(r["date"] for r in records)
     return f"{len(records)} runs, {hours:.1f} {kind} hours, n = {len(scale(profile).seeds)} seeds a verdict, {devices}, {when}"
 
 
@@ -145,7 +145,7 @@ def page() -> str:
         rows = table(profile)
         count = rows["verdict"].nunique()
         parts.append(
-            f"\n## Profile `{profile}`\n\n{_about(profile)[0].upper()}{_about(profile)[1:]}. {len(rows)} parts of claims, "
+            f"\n## Profile `{profile}`\n\n{_capital(_about(profile))}. {len(rows)} parts of claims, "
             f"{count} different verdicts. Files: [claims]({profile}/claims.csv), [runs]({profile}/runs.jsonl), "
             f"[tables]({profile}/tables), [figures]({profile}/figures).\n"
         )

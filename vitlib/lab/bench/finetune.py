@@ -35,9 +35,10 @@ def cases(profile: str, device: str) -> list[Case]:
 
     A step is of as many images as the profile's runs put through the model at once.
     """
-    spec = experiment("41", profile).arms["full"]
+    setting = experiment("41", profile)
+    spec = setting.arms["full"]
     large = vit_config("B12", image_size=384, layer_scale=1e-4)
-    on_cpu = device == "cpu" and spec.model.image_size >= 224  # profile imagenet where there is no GPU
+    on_cpu = device == "cpu" and setting.profile.paper
     at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
     every = [_case(spec.model, at_once, spec.execution, spec.threads, spec.hash, PART)]
     if not on_cpu:  # else the profile's own step is this one

@@ -74,10 +74,9 @@ def accuracies(arm_runs: Runs, reference: str, paper: Mapping[str, str]) -> pd.D
         if len(p.seeds) > 1:
             apart = arm != reference and {arm, reference} <= seen.keys()
             row[f"minus {reference}, points"] = points(contrast(arm_runs, arm, reference) if apart else None)
-        for metric, column in BESIDE.items():
-            if arm in seen and all(metric in r.metrics for r in seen[arm]):
-                row[column] = top1(seen[arm], metric)
         if arm in seen:
+            there = [metric for metric in BESIDE if all(metric in r.metrics for r in seen[arm])]
+            row |= {BESIDE[metric]: top1(seen[arm], metric) for metric in there}
             metrics = pd.DataFrame([r.metrics for r in seen[arm]]).mean()
             row |= {"first_loss": f"{metrics['first_loss']:.5f}", "train_loss": f"{metrics['train_loss']:.3f}"}
             row["trained_params"] = f"{int(metrics['trained_params']):,}"

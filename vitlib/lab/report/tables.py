@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 
 import pandas as pd
 import seaborn as sns
@@ -40,7 +41,12 @@ def reference_dates(profile_name: str) -> str:
     """The first and the last day of the committed runs of a profile; empty where there are none."""
     path = paths.REFERENCE / profile_name / "runs.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    days = sorted({json.loads(line)["result"]["date"] for line in lines})
+    return span(json.loads(line)["result"]["date"] for line in lines)
+
+
+def span(days: Iterable[str]) -> str:
+    """The first and the last of them, once where they are one; empty where there are none."""
+    days = sorted(days)
     return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 

@@ -7,13 +7,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from vitlib import paths
 from vitlib.data.registry import facts
 from vitlib.lab.experiments import NOTEBOOKS, Runs, experiment
 from vitlib.lab.paper import paper_table
 from vitlib.lab.report.accuracy import contrast, points, top1
 from vitlib.lab.report.printed import paper_transfer
-from vitlib.lab.report.tables import NOT_RUN
+from vitlib.lab.report.tables import NOT_RUN, reference_table
 from vitlib.train.finetune import STRATEGIES
 
 
@@ -49,7 +48,7 @@ def transfer_table(arm_runs: Runs) -> pd.DataFrame:
         row["attn - full, points"] = _transfer_gap(arm_runs, setting) if whole else "–"
         first = next(results for results in found.values() if results)[0]
         rows.append(row | {"first_loss": f"{first.metrics['first_loss']:.5f}"})
-    committed = _committed_rows("42") or [{"measured": f"committed reference: {NOT_RUN}"}]
+    committed = _committed_rows() or [{"measured": f"committed reference: {NOT_RUN}"}]
     return pd.DataFrame(committed + (rows or [{"measured": f"{own}: {NOT_RUN}"}])).fillna("–")
 
 
@@ -62,10 +61,11 @@ def _transfer_gap(arm_runs: Runs, setting: str) -> str:
     return f"{attn - full:+.2f}"
 
 
-def _committed_rows(notebook: str) -> list[dict]:
+def _committed_rows() -> list[dict]:
     """The rows of the committed reference's own run, so labelled; none until there is one."""
-    path = paths.REFERENCE / "study" / "tables" / f"{NOTEBOOKS[notebook][0]}.csv"
-    table = pd.read_csv(path, dtype=str) if path.is_file() else pd.DataFrame({"measured": []})
+    table = reference_table(NOTEBOOKS["42"][0])
+    if table is None:
+        return []
     table = table[table["measured"] == "this run (study)"]
     return table.assign(measured="committed reference").to_dict("records")
 
