@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -143,6 +144,15 @@ def test_counting_leaves_a_model_as_it_was():
     assert macs(model) == macs(model.config) == macs(ViT(small(stem="hmlp", layer_scale=1e-4)))
     assert [m.training for m in model.modules()] == modes
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fields", [
+    {"name": "W64-5/4"}, {"name": "W64-3x4/4", "layer_scale": 1e-4}, {"name": "W64-3/4", "stem": "conv", "pos": "relative"},
+    {"name": "W64-4/4", "stem": "local"}, {"name": "W64-1x2/4", "stem": "hmlp", "stem_norm": "ln", "pool": "mean"},
+])  # fmt: skip
+def test_a_configuration_is_counted_by_two_layers_as_its_whole_model(fields):
+    config = small(**fields)
+    assert macs(config) == macs(ViT(config)) != macs(replace(config, depth=config.depth + 1))
 
 
 def test_a_norm_without_an_affine_part_counts_one_less_an_element():

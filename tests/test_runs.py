@@ -558,8 +558,17 @@ def test_the_arms_of_transfer_are_what_their_names_say_and_start_from_the_trunk_
         )
         assert like_full == arms[f"{width} {data} {images} full"]
     assert len({spec.parent for spec in arms.values()} - {None}) == 2
-    rates = {strategy: {s.recipe.lr for s in arms.values() if s.strategy == strategy} for strategy in recipes.TRANSFER}
-    assert rates == {strategy: {recipe.lr} for strategy, recipe in recipes.TRANSFER.items()}
+    for name, spec in arms.items():
+        width, data, images, strategy = name.split()
+        expected = recipes.transfer(int(width[1:]), data, int(images), "full" if strategy == "scratch" else strategy)
+        assert spec.recipe == replace(expected, flip=data != "digits"), name
+
+
+def test_a_target_of_transfer_that_has_no_rate_is_named():
+    with pytest.raises(UsageError, match=r"unknown target of Table 6 'digits 101': allowed are .*; did you mean"):
+        recipes.transfer(64, "digits", 101, "attn")
+    with pytest.raises(UsageError, match=r"unknown strategy of Table 6 'atn': .* did you mean 'attn'"):
+        recipes.transfer(64, "digits", 100, "atn")
 
 
 def test_the_runs_of_transfer_at_the_smaller_profiles():

@@ -12,7 +12,7 @@ from vitlib import paths
 from vitlib.errors import UsageError
 from vitlib.lab import runs, tuning
 from vitlib.lab.experiments import experiment
-from vitlib.lab.ledger import ledger
+from vitlib.lab.ledger import TRANSFER_IMAGES, ledger
 from vitlib.lab.runs import Result
 
 REFERENCE = paths.REFERENCE / "study"
@@ -96,3 +96,58 @@ def test_groups_are_chosen_by_name_or_by_their_first_word():
     assert list(tuning.groups([])) == list(tuning.GROUPS)
     with pytest.raises(UsageError, match="unknown tuning group 'supervise'"):
         tuning.groups(["supervise"])
+
+
+def test_a_contrast_is_shown_at_the_common_rate_and_at_the_best_rate_of_each_arm(monkeypatch):
+    """6x2+LS - 12x1+LS: 3e-3 is best for both together (79.5), 1.5e-3 for 12x1+LS alone (80)."""
+    low, middle, high = tuning.GROUPS["supervised+LS"].rates
+    accuracy = {"12x1+LS": {low: 80, middle: 79, high: 70}, "6x2+LS": {low: 70, middle: 80, high: 75}}
+    group = tuning.GROUPS["supervised+LS"]
+    made = {spec.hash: accuracy[arm][lr] + seed % 2 for arm, lr, spec in group.specs("study") for seed in [spec.seed]}
+
+    def find(spec):
+        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
+
+    monkeypatch.setattr(runs, "find", find)
+    (row,) = tuning.contrasts("study")
+    assert (row["part"], row["n"], row["at_the_common_rate"], row["at_each_best"]) == ("A1", 2, 1.0, 0.0)
+    assert row["best_rates"] == f"6x2+LS: {middle:g}, 12x1+LS: {low:g}"
+    made.pop(next(iter(made)))
+    assert tuning.contrasts("study") == []
+
+
+def test_a_slope_is_shown_as_its_change_from_the_smallest_size_to_the_largest(monkeypatch):
+    """F6's: attn - full is -2 at width 32 and +1 at 64, so +3."""
+    top1 = {
+        "W32 digits 1000 attn": 88,
+        "W32 digits 1000 full": 90,
+        "W64 digits 1000 attn": 93,
+        "W64 digits 1000 full": 92,
+    }
+    groups = [tuning.GROUPS[f"transfer {arm}"] for arm in top1]
+    made = {spec.hash: top1[arm] for group in groups for arm, _, spec in group.specs("study")}
+
+    def find(spec):
+        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
+
+    monkeypatch.setattr(runs, "find", find)
+    shown = {row["part"]: row["at_the_common_rate"] for row in tuning.contrasts("study")}
+    assert shown == {"F6-digits": 2.0, "F6-digits-slope": pytest.approx(3.0)}
+
+
+def test_table_6_is_tuned_on_every_target_at_the_widths_that_are_judged_there():
+    arms = {arm for name, group in tuning.GROUPS.items() if name.startswith("transfer") for arm in group.arms}
+    judged = {
+        arm
+        for part in ledger().values()
+        if part.claim in ("F5", "F6") and part.belongs("study")
+        for arm in part.arms(12)
+    }
+    assert judged <= arms
+    # An arm that is not tuned has the rate of width 64 at the same images, or of its strategy at the middle number of them.
+    made = experiment("42", "study").arms
+    for name in set(made) - arms:
+        _, data, images, strategy = name.replace("scratch", "full").split()
+        near = f"W64 {data} {images} {strategy}", f"W64 {data} {TRANSFER_IMAGES[data][1]} {strategy}"
+        like = next(arm for arm in near if arm in arms)
+        assert made[name].recipe.lr == made[like].recipe.lr, name

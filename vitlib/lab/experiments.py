@@ -6,7 +6,6 @@ seeds; `specs()` lists all runs with the seeds outermost, so that a stop leaves 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -156,9 +155,9 @@ def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Reci
     return RunSpec(protocol, model, p.data, recipe, execution=execution, device=p.device, **fields)
 
 
-def _supervised(p: Profile, model: ViTConfig) -> RunSpec:
-    base = recipes.SUPERVISED if model.layer_scale is None else recipes.SUPERVISED_LAYER_SCALE
-    return _spec(p, "supervised", model, replace(base, epochs=p.epochs), images=p.images)
+def _supervised(p: Profile, model: ViTConfig, recipe: Recipe | None = None) -> RunSpec:
+    recipe = recipe or (recipes.SUPERVISED if model.layer_scale is None else recipes.SUPERVISED_LAYER_SCALE)
+    return _spec(p, "supervised", model, replace(recipe, epochs=p.epochs), images=p.images)
 
 
 def tokenizer(p: Profile) -> RunSpec:
@@ -216,13 +215,10 @@ def depth_or_width(p: Profile) -> dict[str, RunSpec]:
     narrow, wide = ((p.width, 36), p.wider) if p.every_arm else ((32, 8), (64, 2))
     forms = [(*narrow, 1), (*narrow, 2), (*wide, 1)]
     arms = {f"W{width} {n // k}x{k}+LS": _form(p, n, k, width, LAYER_SCALE) for width, n, k in forms}
-    cost = [_macs(spec.model) for spec in arms.values()]
+    cost = [measure.macs(spec.model).paper for spec in arms.values()]
     if max(cost) > 1.05 * min(cost):
         raise UsageError(f"{', '.join(arms)} are not of like cost: {cost} multiply-adds")
     return arms
-
-
-_macs = functools.cache(lambda config: measure.macs(config).paper)
 
 
 def resolution(p: Profile) -> dict[str, RunSpec]:
@@ -254,10 +250,9 @@ def _transferred(p: Profile, width: str, data: str, images: str, strategy: str) 
     trunk = _supervised(own, _model(own, p.pairs, layer_scale=LAYER_SCALE))
     there = replace(own, data=data)
     model = _model(there, p.pairs, layer_scale=LAYER_SCALE)
-    epochs = next(epochs for most, epochs in recipes.TRANSFER_EPOCHS.items() if int(images) <= most)
+    recipe = recipes.transfer(own.width, data, int(images), "full" if strategy == "scratch" else strategy)
     # A mirrored digit is another sign or none.
-    base = recipes.TRANSFER["full" if strategy == "scratch" else strategy]
-    recipe = replace(base, epochs=min(epochs, p.few_labels_epochs), flip=data != "digits")
+    recipe = replace(recipe, epochs=min(recipe.epochs, p.few_labels_epochs), flip=data != "digits")
     if strategy == "scratch":
         return _spec(there, "supervised", model, recipe, images=int(images))
     return _spec(there, "finetune", model, recipe, images=int(images), parent=trunk, strategy=strategy)
@@ -318,7 +313,7 @@ def stems(p: Profile) -> dict[str, RunSpec]:
         arms[f"{name} scratch"] = _few_labels(p, model, None)
         arms[f"{name} pretrained"] = _few_labels(p, model, trunk)
         if p.every_arm:
-            arms[f"{name} supervised"] = _supervised(p, model)
+            arms[f"{name} supervised"] = _supervised(p, model, recipes.SUPERVISED_STEMS)
         if p.every_arm and name in PRIMARY_STEMS:
             arms[f"{name} pretrained k-means"] = _few_labels(p, model, _masked(p, model, "tokens"))
             # Paper: BEiT's fine-tuning, with layer decay. What is judged has none: see FEW_LABELS_BEIT

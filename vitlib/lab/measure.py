@@ -10,6 +10,7 @@ GELU, residual sum or LayerScale. That is the column `gmacs`; `gmacs_matmul` lea
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -84,13 +85,10 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     a configuration's own; a model has its size built in, and only one without a `config` (timm's) must be told it.
     """
     if isinstance(model, ViTConfig):
-        config = model if image_size is None else check(replace(model, image_size=image_size))
-        with torch.device("meta"):
-            model = ViT(config)
-    else:
-        config = getattr(model, "config", None)
-        if (config is None) == (image_size is None):
-            raise UsageError("macs wants an image_size with a configuration or with a model that has none")
+        return _macs_of(model if image_size is None else check(replace(model, image_size=image_size)))
+    config = getattr(model, "config", None)
+    if (config is None) == (image_size is None):
+        raise UsageError("macs wants an image_size with a configuration or with a model that has none")
     channels, side = (3, image_size) if config is None else (config.in_chans, config.image_size)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -113,6 +111,15 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     norms = sum(n for op, n in counts.items() if op in NORMS)
     matmul = (counter.get_total_flops() - norms) // 2  # a multiply-add is two FLOPs
     return Macs(matmul, matmul + norms)
+
+
+@functools.cache
+def _macs_of(config: ViTConfig) -> Macs:
+    """Every layer of a configuration runs the same operations: a model of one layer, and what the second one adds."""
+    with torch.device("meta"):
+        one, two = (ViT(replace(config, depth=depth)) for depth in (1, 2))
+    first, both = macs(one), macs(two)
+    return Macs(*(a + (config.depth - 1) * (b - a) for a, b in zip(first, both, strict=True)))
 
 
 KINDS = ("mhsa", "attention", "ffn", "stem", "head", "other")

@@ -87,10 +87,9 @@ class Page:
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries."""
-        every = report.verdicts(self.profile)
-        mine = [v for v in every if v.part.notebook == self.number]
+        mine = report.verdicts(self.profile, self.number)
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        self.table(report.verdict_rows(mine, every), "verdicts")
+        self.table(report.verdict_rows(mine, report.tested(self.profile)), "verdicts")
 
     def _file(self, name: str) -> str:
         return f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"

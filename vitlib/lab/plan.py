@@ -58,7 +58,7 @@ def _model_facts(config: ViTConfig | DVAEConfig) -> tuple[int, float]:
     """Parameters and multiply-adds (G) of one image's forward pass."""
     with torch.device("meta"):
         model = ViT(config) if isinstance(config, ViTConfig) else DVAE(config)
-    return measure.params(model), measure.macs(model)[0] / 1e9
+    return measure.params(model), measure.macs(config if isinstance(config, ViTConfig) else model).matmul / 1e9
 
 
 def formula_seconds(spec: RunSpec) -> float:

@@ -1,6 +1,6 @@
 """The committed reference: what was run at a profile, as files, a page and the README's claims table.
 
-    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
     outputs/reference/README.md   what held, what did not, what could not be seen and what it would take
     README.md                     the claims table, between two marks
 
@@ -45,7 +45,7 @@ def write(profile: str) -> list[Path]:
     if not any((paths.runs() / name / "result.json").is_file() for name in names):
         raise UsageError(f"no run of profile {profile} is in {paths.runs()}: nothing was written")
     runs.export_runs(kept / "runs.jsonl", names)
-    for file in ("claims.csv", "tuning.csv", "margins.csv"):
+    for file in ("claims.csv", "tuning.csv", "margins.csv", "best_rates.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)
     for folder, suffix in (("tables", ".csv"), ("figures", ".png")):
@@ -153,7 +153,25 @@ def page() -> str:
             mine = rows[[chosen(row) for row in rows.itertuples()]]
             body = "\n".join(line(row) for row in mine.itertuples()) or "Nothing."
             parts.append(f"\n### {title} ({len(mine)})\n\n{body}\n")
+        parts.append(_best_rates(profile))
     return "".join(parts)
+
+
+def _best_rates(profile: str) -> str:
+    """The contrasts of the tuning runs at the common rates and at each arm's best, where a profile was tuned."""
+    file = paths.REFERENCE / profile / "best_rates.csv"
+    if not file.is_file():
+        return ""
+    rows = pd.read_csv(file)
+    points = {"at_the_common_rate": "at the common rate", "at_each_best": "each arm at its best"}
+    shown = rows.assign(**{key: rows[key].map("{:+.2f}".format) for key in points})
+    shown = shown.rename(columns=points | {"best_rates": "best rates"}).drop(columns="n")
+    return (
+        f"\n### Whether it is the learning rate's ({len(rows)})\n\nVerdicts compare arms at the rate that is best for their "
+        f"group. The same contrasts on validation images, at that rate and with every arm at its own best of three, in points "
+        f"(mean of {rows['n'].iloc[0]} tuning seeds, no interval; [all rates]({profile}/tuning.csv)):\n\n"
+        f"{shown.to_markdown(index=False, disable_numparse=True)}\n"
+    )
 
 
 def _line(row) -> str:

@@ -1,6 +1,7 @@
 """Tuning: the same three learning rates for every arm, on validation images, before any judged run.
 
-A group of arms shares one rate, the best on the mean over its arms; in Tables 5 and 6 each strategy is a group of its own.
+A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group of its own, in
+Table 6 each arm: there the best rate depends on the number of images and on the width.
 The chosen rates stand in `train/recipes.py`; what they were chosen from is committed as outputs/reference/<profile>/tuning.csv.
 The same seeds give the margins: 10 % of a control's validation error (margins.csv), written down in the ledger beforehand.
 Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
@@ -14,10 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vitlib.errors import UsageError, unknown
-from vitlib.lab import runs
+from vitlib.lab import claims, runs
 from vitlib.lab.experiments import NOTEBOOKS, experiment
 from vitlib.lab.experiments import profile as scale
-from vitlib.lab.ledger import TRANSFER_IMAGES, ledger
+from vitlib.lab.ledger import POINT_KINDS, TRANSFER_IMAGES, Part, ledger
 from vitlib.lab.runs import FIRST_TUNING_SEED, RunSpec
 
 SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
@@ -44,10 +45,14 @@ class Group:
         ]  # fmt: skip
 
 
-def _transfer(strategy: str) -> Group:
-    """A strategy of Table 6 on the middle number of images of each data set."""
-    arms = tuple(f"W64 {data} {counts[1]} {strategy}" for data, counts in TRANSFER_IMAGES.items())
-    return Group("42", arms, (1e-3, 3e-3, 1e-2))
+def _transfer() -> dict[str, Group]:
+    """Table 6: each arm that F5 and F6 read is a group of its own, and so is each strategy at the middle number of images."""
+    arms = []
+    for data, (fewest, middle, most) in TRANSFER_IMAGES.items():
+        arms += [f"W64 {data} {fewest} {s}" for s in ("full", "attn", "head")]
+        arms += [f"W64 {data} {middle} {s}" for s in ("full", "attn", "ffn", "head")]
+        arms += [f"W{width} {data} {most} {s}" for width in (32, 64) for s in ("full", "attn")]
+    return {f"transfer {arm}": Group("42", (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
 
 
 # In the order in which they run: trunks first.
@@ -55,11 +60,12 @@ GROUPS = {
     "supervised+LS": Group("31", ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
     "supervised": Group("31", ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
     **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in ("full", "attn", "ffn", "head")},
+    "stems": Group("52", ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
     "few labels": Group(
         "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
         (5e-4, 1e-3, 2e-3),
     ),
-    **{f"transfer {s}": _transfer(s) for s in ("full", "attn", "ffn", "head")},
+    **_transfer(),
 }  # fmt: skip
 
 
@@ -120,11 +126,7 @@ def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
     """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
     rows = []
     for name, group in chosen.items():
-        found: dict[tuple[str, float], list[float]] = {}
-        for arm, lr, spec in group.specs(profile):
-            if result := runs.find(spec):
-                found.setdefault((arm, lr), []).append(result.metrics["top1"])
-        whole = {key: values for key, values in found.items() if len(values) == len(SEEDS)}
+        whole = _found(profile, group)
         taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
         rows += [
             {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
@@ -133,6 +135,49 @@ def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
             for (arm, lr), values in whole.items()
         ]  # fmt: skip
     return rows
+
+
+def _found(profile: str, group: Group) -> dict[tuple[str, float], list[float]]:
+    """(arm, rate) -> validation top-1 by seed, of those that are finished at every seed."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for arm, lr, spec in group.specs(profile):
+        if result := runs.find(spec):
+            found.setdefault((arm, lr), []).append(result.metrics["top1"])
+    return {key: values for key, values in found.items() if len(values) == len(SEEDS)}
+
+
+def contrasts(profile: str) -> list[dict]:
+    """One row a part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its own best.
+
+    In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the second says whether it is the rate's.
+    """
+    p, common, own = scale(profile), {}, {}
+    for group in GROUPS.values():
+        whole = _found(profile, group)
+        if len(whole) == len(group.arms) * len(group.rates):
+            for arm in group.arms:
+                mine = {key: values for key, values in whole.items() if key[0] == arm}
+                common[group.notebook, arm] = mine[arm, best(whole)]
+                own[group.notebook, arm] = mine[arm, best(mine)], best(mine)
+    rows = []
+    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
+        at_sizes = part.contrasts(max(p.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
+        arms = list(dict.fromkeys(arm for at_size in at_sizes for arm in at_size))
+        if arms and all((part.notebook, arm) in own for arm in arms):
+            at_common = {arm: common[part.notebook, arm] for arm in arms}
+            at_own = {arm: own[part.notebook, arm][0] for arm in arms}
+            rows.append({
+                "part": part.id, "n": len(SEEDS), "at_the_common_rate": _points(part, at_sizes, at_common),
+                "at_each_best": _points(part, at_sizes, at_own),
+                "best_rates": ", ".join(f"{arm}: {own[part.notebook, arm][1]:g}" for arm in arms),
+            })  # fmt: skip
+    return rows
+
+
+def _points(part: Part, at_sizes: Sequence[dict[str, float]], top1: dict[str, list[float]]) -> float:
+    """The part's contrast of these accuracies by seed; of a slope the change from its smallest size to its largest."""
+    points = [claims.difference(top1, contrast) for contrast in at_sizes]
+    return claims.slope(np.stack(points, axis=1), part.sizes).mean if part.sizes else float(points[0].mean())
 
 
 def best(found: dict[tuple[str, float], Sequence[float]]) -> float:

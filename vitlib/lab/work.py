@@ -96,7 +96,7 @@ def _plain(config: ViTConfig | DVAEConfig) -> ViTConfig | DVAEConfig:
 
 @functools.cache
 def _forward(config: ViTConfig | DVAEConfig) -> int:
-    return measure.macs(_on_meta(config)).matmul
+    return measure.macs(config if isinstance(config, ViTConfig) else _on_meta(config)).matmul
 
 
 @functools.cache

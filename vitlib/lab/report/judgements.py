@@ -25,9 +25,15 @@ def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
     return [_verdict(part, profile_name) for part in parts]
 
 
+def tested(profile_name: str) -> list[Verdict]:
+    """The verdict on every part that is no count: the family of Holm's correction."""
+    parts = [part for part in ledger().values() if part.kind != "exact" and part.belongs(profile_name)]
+    return [_verdict(part, profile_name) for part in parts]
+
+
 def _verdict(entry: Part, profile_name: str) -> Verdict:
     if entry.kind == "exact":
-        return judge(entry, {}, profile_name, 0, 0, holds=exact.exact_outcomes()[entry.id])
+        return judge(entry, {}, profile_name, 0, 0, holds=exact.holds(entry.id))
     try:
         return _trained_verdict(entry, profile_name)
     except DataAbsent as fault:
@@ -139,12 +145,16 @@ def claims_table(profile_name: str) -> str:
 
 
 def tuning_table(profile_name: str, chosen: Mapping[str, tuning.Group]) -> str:
-    """Validation accuracy of every arm at every rate, and the margins, for the terminal; also written as CSV, all of them."""
+    """Validation accuracy at every rate, margins, contrasts at the best rates, for the terminal; all of it written as CSV too."""
     margins = pd.DataFrame(tuning.margins(profile_name))
     save_table(pd.DataFrame(tuning.table(profile_name, tuning.GROUPS)), profile_name, "tuning", "")
     save_table(margins, profile_name, "margins", "")
+    contrasts = pd.DataFrame(tuning.contrasts(profile_name))
+    save_table(contrasts, profile_name, "best_rates", "")
     rates = pd.DataFrame(tuning.table(profile_name, chosen))
     parts = [
-        table.to_markdown(index=False, tablefmt="simple", floatfmt=".4g") for table in (rates, margins) if len(table)
+        table.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")
+        for table in (rates, margins, contrasts)
+        if len(table)
     ]
     return "\n\n".join(parts)
