@@ -213,4 +213,4 @@ def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
 
 def test_runs_are_described_in_words():
     spec = experiment("41", "cpu").arms["attn"]
-    assert runs.describe(spec) == "finetune, W64-12x1/4, 20 px, stem linear, 6000 images, attn, seed 0"
+    assert runs.describe(spec) == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 6000 images, attn, seed 0"

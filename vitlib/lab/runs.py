@@ -601,7 +601,7 @@ def trained_tokenizer(spec: RunSpec) -> DVAE:
 
 def describe(spec: RunSpec) -> str:
     """A run in a few words, for progress lines and errors."""
-    parts = [spec.protocol, spec.model.name, f"{spec.model.image_size} px"]
+    parts = [spec.protocol, spec.data, spec.model.name, f"{spec.model.image_size} px"]
     parts += [f"stem {spec.model.stem}"] if spec.protocol != "tokenizer" else []
     parts += [f"{spec.images} images"] if spec.images else []
     parts += [spec.strategy] if spec.protocol == "finetune" else []
