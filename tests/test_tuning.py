@@ -151,3 +151,21 @@ def test_table_6_is_tuned_on_every_target_at_the_widths_that_are_judged_there():
         near = f"W64 {data} {images} {strategy}", f"W64 {data} {TRANSFER_IMAGES[data][1]} {strategy}"
         like = next(arm for arm in near if arm in arms)
         assert made[name].recipe.lr == made[like].recipe.lr, name
+
+
+def test_the_committed_contrasts_at_the_best_rates_come_out_of_the_committed_tuning():
+    tuned = pd.read_csv(REFERENCE / "tuning.csv", dtype={"notebook": str}).astype({"chosen": bool})
+    shown = pd.read_csv(REFERENCE / "best_rates.csv").set_index("part")
+    for id, row in shown.iterrows():
+        part = ledger()[id].at_profile("study")
+        mine = tuned[tuned["notebook"] == part.notebook]
+        best = mine.groupby("arm")["top1_validation"].max()
+        common = mine[mine["chosen"]].set_index("arm")["top1_validation"]
+        contrasts = part.contrasts(max(12, part.min_pairs))
+        for top1, column in ((common, "at_the_common_rate"), (best, "at_each_best")):
+            points = [sum(c * top1[arm] for arm, c in contrast.items()) for contrast in contrasts]
+            expected = points[0]
+            if part.sizes:
+                x = np.log2(part.sizes)
+                expected = np.polyfit(x, points, 1)[0] * np.ptp(x)
+            assert row[column] == pytest.approx(expected), (id, column)
