@@ -189,7 +189,10 @@ def test_a_recipe_that_cannot_be_is_refused_in_one_sentence(sentence):
 def test_recipes_of_the_embedded_images_have_nothing_of_this_so_that_their_runs_keep_their_hashes():
     named = [r for value in vars(recipes).values() for r in (value.values() if isinstance(value, dict) else [value])]
     small = [r for r in named if isinstance(r, Recipe) and r.augment is None]
-    assert len(small) == 8 + 2 * 4  # of resolution and of transfer one for each strategy
+    assert len(small) == 8 + 4  # of resolution one for each strategy
+    targets = [name.split() for name in recipes.TRANSFER_RATES if not name.startswith("W")]
+    small += [recipes.transfer(64, data, int(images), s) for data, images in targets for s in recipes.FINE_TUNING]
+    assert len(small) == 12 + 4 * 12  # and of transfer one on each target
     for recipe in small:
         assert {n: getattr(recipe, n) for n in LATER_IN_RECIPE if n != "layer_decay"} == {
             n: default for n, default in LATER_IN_RECIPE.items() if n != "layer_decay"

@@ -17,7 +17,7 @@ from vitlib import paths
 from vitlib.data import load, subset
 from vitlib.data.registry import card
 from vitlib.errors import UsageError
-from vitlib.lab import exact, experiments, launch, plan, runs
+from vitlib.lab import exact, experiments, launch, measure, plan, runs
 from vitlib.lab.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
 from vitlib.lab.measure import macs
 from vitlib.lab.runs import Result, RunSpec
@@ -467,7 +467,7 @@ def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1(
 def test_more_pairs_and_more_width_cost_within_5_percent(name, monkeypatch):
     counts = [macs(spec.model).paper for spec in experiments.experiment("35", name).arms.values()]
     assert max(counts) < 1.05 * min(counts)
-    monkeypatch.setattr(experiments, "_macs", lambda config: config.pairs)
+    monkeypatch.setattr(measure, "macs", lambda config: measure.Macs(config.pairs, config.pairs))
     with pytest.raises(UsageError, match="not of like cost"):
         experiments.experiment("35", name)
 
