@@ -18,6 +18,15 @@ from vitlib.lab.runs import Result
 REFERENCE = paths.REFERENCE / "study"
 
 
+def pretend(monkeypatch, made):
+    """Only the runs of `made` are finished: hash -> top-1."""
+
+    def find(spec):
+        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
+
+    monkeypatch.setattr(runs, "find", find)
+
+
 def test_every_arm_of_a_group_tries_the_same_three_rates_on_tuning_seeds_and_differs_in_nothing_else():
     for name, group in tuning.GROUPS.items():
         arms = experiment(group.notebook, "study").arms
@@ -69,10 +78,7 @@ def test_the_table_says_what_was_found_and_chooses_only_when_all_is_there(monkey
     accuracy = {(arm, lr): 80 + i for i, (arm, lr) in enumerate((a, r) for r in group.rates for a in group.arms)}
     made = {spec.hash: accuracy[arm, lr] for arm, lr, spec in group.specs("study")}
 
-    def find(spec):
-        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
-
-    monkeypatch.setattr(runs, "find", find)
+    pretend(monkeypatch, made)
     rows = pd.DataFrame(tuning.table("study", {"supervised": group}))
     assert len(rows) == 6 and (rows["n"] == 2).all() and set(rows.loc[rows["chosen"], "lr"]) == {group.rates[-1]}
     made.pop(next(spec.hash for _, _, spec in group.specs("study")))
@@ -105,15 +111,12 @@ def test_a_contrast_is_shown_at_the_common_rate_and_at_the_best_rate_of_each_arm
     group = tuning.GROUPS["supervised+LS"]
     made = {spec.hash: accuracy[arm][lr] + seed % 2 for arm, lr, spec in group.specs("study") for seed in [spec.seed]}
 
-    def find(spec):
-        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
-
-    monkeypatch.setattr(runs, "find", find)
-    (row,) = tuning.contrasts("study")
+    pretend(monkeypatch, made)
+    (row,) = tuning.contrasts("study", tuning.table("study", tuning.GROUPS))
     assert (row["part"], row["n"], row["at_the_common_rate"], row["at_each_best"]) == ("A1", 2, 1.0, 0.0)
     assert row["best_rates"] == f"6x2+LS: {middle:g}, 12x1+LS: {low:g}"
     made.pop(next(iter(made)))
-    assert tuning.contrasts("study") == []
+    assert tuning.contrasts("study", tuning.table("study", tuning.GROUPS)) == []
 
 
 def test_a_slope_is_shown_as_its_change_from_the_smallest_size_to_the_largest(monkeypatch):
@@ -127,11 +130,11 @@ def test_a_slope_is_shown_as_its_change_from_the_smallest_size_to_the_largest(mo
     groups = [tuning.GROUPS[f"transfer {arm}"] for arm in top1]
     made = {spec.hash: top1[arm] for group in groups for arm, _, spec in group.specs("study")}
 
-    def find(spec):
-        return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
-
-    monkeypatch.setattr(runs, "find", find)
-    shown = {row["part"]: row["at_the_common_rate"] for row in tuning.contrasts("study")}
+    pretend(monkeypatch, made)
+    shown = {
+        row["part"]: row["at_the_common_rate"]
+        for row in tuning.contrasts("study", tuning.table("study", tuning.GROUPS))
+    }
     assert shown == {"F6-digits": 2.0, "F6-digits-slope": pytest.approx(3.0)}
 
 

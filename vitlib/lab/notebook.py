@@ -89,7 +89,7 @@ class Page:
         """The verdict on each part of a claim that this notebook carries."""
         mine = report.verdicts(self.profile, self.number)
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        self.table(report.verdict_rows(mine, report.tested(self.profile)), "verdicts")
+        self.table(report.verdict_rows(mine, report.tested_elsewhere(self.profile, self.number)), "verdicts")
 
     def _file(self, name: str) -> str:
         return f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"

@@ -29,8 +29,8 @@ from vitlib.data.registry import read_card
 from vitlib.errors import UsageError, unknown
 from vitlib.lab import measure, runs
 from vitlib.lab.runs import RunSpec
-from vitlib.lab.work import Job, flop, forward_macs, held, job, step_macs
-from vitlib.model import ViT, ViTConfig
+from vitlib.lab.work import Job, flop, forward_macs, held, job, on_meta, step_macs
+from vitlib.model import ViTConfig
 from vitlib.train.dvae import DVAE, DVAEConfig
 from vitlib.train.engine import own_parts
 
@@ -54,16 +54,22 @@ class Cost:
 
 
 @functools.cache
-def _model_facts(config: ViTConfig | DVAEConfig) -> tuple[int, float]:
-    """Parameters and multiply-adds (G) of one image's forward pass."""
+def _params(config: ViTConfig | DVAEConfig) -> int:
+    return measure.params(on_meta(config))
+
+
+@functools.cache
+def _gmacs(config: ViTConfig | DVAEConfig) -> float:
+    """Multiply-adds (G) of one image's forward pass; of a discrete VAE with hard tokens."""
+    if isinstance(config, ViTConfig):
+        return measure.macs(config).matmul / 1e9
     with torch.device("meta"):
-        model = ViT(config) if isinstance(config, ViTConfig) else DVAE(config)
-    return measure.params(model), measure.macs(config if isinstance(config, ViTConfig) else model).matmul / 1e9
+        return measure.macs(DVAE(config)).matmul / 1e9
 
 
 def formula_seconds(spec: RunSpec) -> float:
     """CPU seconds of a run by the formula above."""
-    _, gmacs = _model_facts(spec.model)
+    gmacs = _gmacs(spec.model)
     batch = min(spec.recipe.batch_size, spec.training_images)
     step = SECONDS_A_PAIR * spec.model.pairs + SECONDS_A_GMAC * 3 * gmacs * batch
     return SECONDS_A_RUN + spec.steps * step * WORK[spec.strategy]
@@ -101,7 +107,7 @@ def cost(specs: Iterable[RunSpec], jobs: int) -> Cost:
     todo = runs.missing(specs)
     cpu = sum(cpu_seconds(spec) for spec in todo)
     longest = max((cpu_seconds(spec) for spec in todo), default=0.0)
-    disk = sum(4 * _model_facts(spec.model)[0] + 20_000 for spec in todo) / 2**20
+    disk = sum(4 * _params(spec.model) + 20_000 for spec in todo) / 2**20
     return Cost(len(family), len(todo), cpu, max(cpu / jobs, longest), MB_A_WORKER * min(jobs, max(len(todo), 1)), disk)
 
 

@@ -20,6 +20,7 @@ from vitlib.lab.experiments import NOTEBOOKS, experiment
 from vitlib.lab.experiments import profile as scale
 from vitlib.lab.ledger import POINT_KINDS, TRANSFER_IMAGES, Part, ledger
 from vitlib.lab.runs import FIRST_TUNING_SEED, RunSpec
+from vitlib.train.finetune import STRATEGIES
 
 SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
 
@@ -50,7 +51,7 @@ def _transfer() -> dict[str, Group]:
     arms = []
     for data, (fewest, middle, most) in TRANSFER_IMAGES.items():
         arms += [f"W64 {data} {fewest} {s}" for s in ("full", "attn", "head")]
-        arms += [f"W64 {data} {middle} {s}" for s in ("full", "attn", "ffn", "head")]
+        arms += [f"W64 {data} {middle} {s}" for s in STRATEGIES]
         arms += [f"W{width} {data} {most} {s}" for width in (32, 64) for s in ("full", "attn")]
     return {f"transfer {arm}": Group("42", (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
 
@@ -59,7 +60,7 @@ def _transfer() -> dict[str, Group]:
 GROUPS = {
     "supervised+LS": Group("31", ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
     "supervised": Group("31", ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
-    **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in ("full", "attn", "ffn", "head")},
+    **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in STRATEGIES},
     "stems": Group("52", ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
     "few labels": Group(
         "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
@@ -126,7 +127,11 @@ def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
     """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
     rows = []
     for name, group in chosen.items():
-        whole = _found(profile, group)
+        found: dict[tuple[str, float], list[float]] = {}
+        for arm, lr, spec in group.specs(profile):
+            if result := runs.find(spec):
+                found.setdefault((arm, lr), []).append(result.metrics["top1"])
+        whole = {key: values for key, values in found.items() if len(values) == len(SEEDS)}
         taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
         rows += [
             {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
@@ -137,47 +142,37 @@ def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
     return rows
 
 
-def _found(profile: str, group: Group) -> dict[tuple[str, float], list[float]]:
-    """(arm, rate) -> validation top-1 by seed, of those that are finished at every seed."""
-    found: dict[tuple[str, float], list[float]] = {}
-    for arm, lr, spec in group.specs(profile):
-        if result := runs.find(spec):
-            found.setdefault((arm, lr), []).append(result.metrics["top1"])
-    return {key: values for key, values in found.items() if len(values) == len(SEEDS)}
-
-
-def contrasts(profile: str) -> list[dict]:
+def contrasts(profile: str, rows: Sequence[dict]) -> list[dict]:
     """One row a part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its own best.
 
-    In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the second says whether it is the rate's.
+    `rows` are those of `table`. In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the
+    second says whether it is the rate's.
     """
-    p, common, own = scale(profile), {}, {}
-    for group in GROUPS.values():
-        whole = _found(profile, group)
-        if len(whole) == len(group.arms) * len(group.rates):
-            for arm in group.arms:
-                mine = {key: values for key, values in whole.items() if key[0] == arm}
-                common[group.notebook, arm] = mine[arm, best(whole)]
-                own[group.notebook, arm] = mine[arm, best(mine)], best(mine)
-    rows = []
+    tried: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["chosen"] is not None:  # its whole group is finished
+            tried.setdefault((row["notebook"], row["arm"]), []).append(row)
+    common = {key: next(row for row in mine if row["chosen"]) for key, mine in tried.items()}
+    own = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
+    p, shown = scale(profile), []
     for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
         at_sizes = part.contrasts(max(p.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
-        arms = list(dict.fromkeys(arm for at_size in at_sizes for arm in at_size))
-        if arms and all((part.notebook, arm) in own for arm in arms):
-            at_common = {arm: common[part.notebook, arm] for arm in arms}
-            at_own = {arm: own[part.notebook, arm][0] for arm in arms}
-            rows.append({
-                "part": part.id, "n": len(SEEDS), "at_the_common_rate": _points(part, at_sizes, at_common),
-                "at_each_best": _points(part, at_sizes, at_own),
-                "best_rates": ", ".join(f"{arm}: {own[part.notebook, arm][1]:g}" for arm in arms),
+        keys = {arm: (part.notebook, arm) for at_size in at_sizes for arm in at_size}
+        if keys and all(key in tried for key in keys.values()):
+            shown.append({
+                "part": part.id, "n": len(SEEDS),
+                "at_the_common_rate": _points(part, at_sizes, {arm: common[key] for arm, key in keys.items()}),
+                "at_each_best": _points(part, at_sizes, {arm: own[key] for arm, key in keys.items()}),
+                "best_rates": ", ".join(f"{arm}: {own[key]['lr']:g}" for arm, key in keys.items()),
             })  # fmt: skip
-    return rows
+    return shown
 
 
-def _points(part: Part, at_sizes: Sequence[dict[str, float]], top1: dict[str, list[float]]) -> float:
-    """The part's contrast of these accuracies by seed; of a slope the change from its smallest size to its largest."""
-    points = [claims.difference(top1, contrast) for contrast in at_sizes]
-    return claims.slope(np.stack(points, axis=1), part.sizes).mean if part.sizes else float(points[0].mean())
+def _points(part: Part, at_sizes: Sequence[dict[str, float]], rows: dict[str, dict]) -> float:
+    """The part's contrast of these rows, one an arm; of a slope the change from its smallest size to its largest."""
+    top1 = {arm: row["top1_validation"] for arm, row in rows.items()}
+    points = [float(claims.difference(top1, contrast)) for contrast in at_sizes]
+    return float(claims.change(np.array([points]), part.sizes)[0]) if part.sizes else points[0]
 
 
 def best(found: dict[tuple[str, float], Sequence[float]]) -> float:

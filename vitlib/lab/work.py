@@ -84,7 +84,8 @@ class _Relaxed(nn.Module):
         return self.dvae.decode(self.dvae.logits(images).softmax(dim=-1) @ self.dvae.codebook)
 
 
-def _on_meta(config: ViTConfig | DVAEConfig) -> nn.Module:
+def on_meta(config: ViTConfig | DVAEConfig) -> nn.Module:
+    """The model that a run trains, without its values."""
     with torch.device("meta"):
         return ViT(config) if isinstance(config, ViTConfig) else _Relaxed(config)
 
@@ -96,7 +97,7 @@ def _plain(config: ViTConfig | DVAEConfig) -> ViTConfig | DVAEConfig:
 
 @functools.cache
 def _forward(config: ViTConfig | DVAEConfig) -> int:
-    return measure.macs(config if isinstance(config, ViTConfig) else _on_meta(config)).matmul
+    return measure.macs(config if isinstance(config, ViTConfig) else on_meta(config)).matmul
 
 
 @functools.cache
@@ -106,7 +107,7 @@ def _frozen_step(config: ViTConfig, strategy: str) -> int:
 
 @functools.cache
 def _encoder(config: DVAEConfig) -> int:
-    encoder = _on_meta(config).dvae.encoder
+    encoder = on_meta(config).dvae.encoder
     encoder.config = config  # which tells `macs` the size of an image
     return measure.macs(encoder).matmul
 
@@ -209,11 +210,11 @@ def held(job: Job) -> Held:
 def _trained(job: Job) -> nn.Module:
     """All parameters of a run, on the meta device, those frozen that its strategy freezes."""
     if job.protocol != "masked":
-        model = _on_meta(job.model)
+        model = on_meta(job.model)
         if job.strategy != "full":
             freeze(model, job.strategy)
         return model
-    model = _on_meta(replace(job.model, num_classes=_outputs(job)))  # the head in the predictor's place
+    model = on_meta(replace(job.model, num_classes=_outputs(job)))  # the head in the predictor's place
     model.mask_token = nn.Parameter(torch.empty(job.model.width, device="meta"))
     return model
 
@@ -242,7 +243,7 @@ def _kept(config: ViTConfig, strategy: str, batch: int, precision: str) -> int:
 
 
 def _relaxed_activations(job: Job) -> tuple[int, int]:
-    model, c = _on_meta(job.model), job.model
+    model, c = on_meta(job.model), job.model
 
     def saved(batch: int) -> int:
         images = torch.empty(batch, c.in_chans, c.image_size, c.image_size, device="meta")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
+from vitlib.train.finetune import STRATEGIES
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")  # timm's names; sgd has Nesterov momentum 0.9
 LOSSES = ("cross_entropy", "bce")
@@ -81,8 +82,7 @@ FINE_TUNING = {
 # and 1e-2 in the same way, since that depends on the number of images and on the width. Arms that no verdict reads take that of
 # width 64, or of their strategy at the middle number of images. Where the best is the largest tried, a larger one may be better
 # still, here and above.
-_STRATEGIES = ("full", "attn", "ffn", "head")
-TRANSFER_RATES = {  # target -> the rates of these strategies at width 64, and at others that are not named
+TRANSFER_RATES = {  # target -> the rates of the four strategies at width 64, and at others that are not named
     "fashion-mnist-4 200": (3e-3, 1e-2, 1e-2, 1e-2),
     "fashion-mnist-4 1000": (3e-3, 3e-3, 1e-2, 1e-2),
     "fashion-mnist-4 7200": (3e-3, 3e-3, 1e-2, 1e-2),
@@ -114,11 +114,11 @@ def transfer(width: int, data: str, images: int, strategy: str) -> Recipe:
     target = f"{data} {images}"
     if target not in TRANSFER_RATES:
         raise unknown("target of Table 6", target, [name for name in TRANSFER_RATES if name[0] != "W"])
-    if strategy not in _STRATEGIES:
-        raise unknown("strategy of Table 6", strategy, _STRATEGIES)
+    if strategy not in STRATEGIES:
+        raise unknown("strategy of Table 6", strategy, STRATEGIES)
     rates = TRANSFER_RATES.get(f"W{width} {target}", TRANSFER_RATES[target])
     epochs = next(epochs for most, epochs in TRANSFER_EPOCHS.items() if images <= most)
-    return Recipe(epochs=epochs, batch_size=32, lr=rates[_STRATEGIES.index(strategy)])
+    return Recipe(epochs=epochs, batch_size=32, lr=rates[STRATEGIES.index(strategy)])
 
 
 # Masked pre-training: betas of the BEiT recipe (microsoft/unilm, beit/README.md), its clip 3.0.

@@ -39,7 +39,7 @@ from vitlib.lab.report.costs import (
     throughput_figure,
     trained_shares,
 )
-from vitlib.lab.report.judgements import claims_table, stances, tested, tuning_table, verdict_rows, verdicts
+from vitlib.lab.report.judgements import claims_table, stances, tested_elsewhere, tuning_table, verdict_rows, verdicts
 from vitlib.lab.report.models import arm_sizes, figure_models, fused_sizes, sizes, table1_sizes, table3_models
 from vitlib.lab.report.printed import (
     figure1,

@@ -25,10 +25,10 @@ def verdicts(profile_name: str, notebook: str | None = None) -> list[Verdict]:
     return [_verdict(part, profile_name) for part in parts]
 
 
-def tested(profile_name: str) -> list[Verdict]:
-    """The verdict on every part that is no count: the family of Holm's correction."""
-    parts = [part for part in ledger().values() if part.kind != "exact" and part.belongs(profile_name)]
-    return [_verdict(part, profile_name) for part in parts]
+def tested_elsewhere(profile_name: str, notebook: str) -> list[Verdict]:
+    """The verdict on every part of other notebooks that is no count: with this one's, the family of Holm's correction."""
+    parts = [part for part in ledger().values() if part.notebook != notebook and part.belongs(profile_name)]
+    return [_verdict(part, profile_name) for part in parts if part.kind != "exact"]
 
 
 def _verdict(entry: Part, profile_name: str) -> Verdict:
@@ -146,12 +146,12 @@ def claims_table(profile_name: str) -> str:
 
 def tuning_table(profile_name: str, chosen: Mapping[str, tuning.Group]) -> str:
     """Validation accuracy at every rate, margins, contrasts at the best rates, for the terminal; all of it written as CSV too."""
+    rows = tuning.table(profile_name, tuning.GROUPS)
     margins = pd.DataFrame(tuning.margins(profile_name))
-    save_table(pd.DataFrame(tuning.table(profile_name, tuning.GROUPS)), profile_name, "tuning", "")
-    save_table(margins, profile_name, "margins", "")
-    contrasts = pd.DataFrame(tuning.contrasts(profile_name))
-    save_table(contrasts, profile_name, "best_rates", "")
-    rates = pd.DataFrame(tuning.table(profile_name, chosen))
+    contrasts = pd.DataFrame(tuning.contrasts(profile_name, rows))
+    for table, name in ((pd.DataFrame(rows), "tuning"), (margins, "margins"), (contrasts, "best_rates")):
+        save_table(table, profile_name, name, "")
+    rates = pd.DataFrame([row for row in rows if row["group"] in chosen])
     parts = [
         table.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")
         for table in (rates, margins, contrasts)
