@@ -76,7 +76,7 @@ PROFILES = {
     ),
     "cpu": Profile(
         name="cpu", data="fashion-mnist", seeds=(0, 1, 2, 3, 4), width=64, pairs=12, image_size=16, finetune_size=20,
-        patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2, masked_epochs=3,
+        patch_size=4, stem_pairs=6, images=12000, finetune_images=4500, few_labels=500, epochs=2, masked_epochs=3,
         few_labels_epochs=24, every_arm=False,
     ),
     "study": Profile(
