@@ -445,6 +445,20 @@ def test_the_study_has_every_arm_that_the_ledger_names():
             assert set(experiments.experiment(notebook, name).arms) <= set(ARMS[notebook])
 
 
+@pytest.mark.parametrize("profile", ["cpu", "study"])
+def test_every_part_fixes_the_number_of_images_that_its_arms_are_trained_on(profile):
+    """Or the part would read "not run" after its runs were made."""
+    pairs = experiments.profile(profile).pairs
+    read = set()
+    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
+        arms = experiments.experiment(part.notebook, profile).arms if part.images and part.notebook != "21" else {}
+        contrasted = {arm for at in part.contrasts(max(pairs, part.min_pairs)) for arm in at} & {*arms}
+        for arm in contrasted:
+            assert arms[arm].images == (None if part.images == "all" else part.images), (part.id, arm)
+            read.add(part.id)
+    assert {"A1", "F1", "F2-full", "F2-attn", "H4-linear", "H4i"} <= read
+
+
 FORMS = ("32", "33", "34", "35")
 
 
