@@ -15,7 +15,7 @@ from vitlib.model import vit_config
 
 ROWS = {
     "table1": 8, "table2": 8, "table3": 6, "table4": 14, "table5": 12, "table6": 18, "table7": 10, "table8": 24, "table9": 7,
-    "figure1": 12, "figure2": 8, "figure3": 14, "figure4": 3, "figure6": 8, "disagreements": 23,
+    "figure1": 12, "figure2": 8, "figure3": 14, "figure4": 3, "figure6": 8, "disagreements": 27,
 }  # fmt: skip
 KEYS = {
     "table1": ["model", "epochs"], "table2": ["model", "epochs", "layer_scale"], "table3": ["model"],
@@ -260,7 +260,7 @@ def test_disagreements_quote_the_tables():
 def test_disagreements_quote_single_cells():
     said = paper_table("disagreements").set_index("quantity")[["first", "second"]]
     t7 = paper_table("table7").query("model == 'ViT-B12'").set_index(["stem", "norm", "act"])
-    linear, hmlp = t7.loc["linear", "none", "none"], t7.loc["hmlp", "bn", "gelu"]
+    linear, conv, hmlp = t7.loc["linear", "none", "none"], t7.loc["conv", "bn", "gelu"], t7.loc["hmlp", "bn", "gelu"]
     t1, t3 = paper_table("table1").query("epochs == '300'").set_index("model"), paper_table("table3").set_index("model")
     t8 = paper_table("table8").set_index(["procedure", "model"])["top1"]
     figure6 = paper_table("figure6").set_index(["stem", "quantity"])["value"]
@@ -270,6 +270,9 @@ def test_disagreements_quote_single_cells():
         ("top-1 on ImageNet-V2 of ViT-B12, 300 epochs", t1.loc["B12", "top1_v2"], linear["supervised_v2"]),
         ("gain of the hMLP stem after masked pre-training, points", "0.3", f"{gain:.2f}"),
         ("top-1 of ViT-B12 with the linear stem, supervised", figure6["linear", "supervised_top1"], linear["supervised_top1"]),
+        ("top-1 of ViT-B12 with the convolutional stem, supervised", figure6["conv", "supervised_top1"], conv["supervised_top1"]),
+        ("top-1 of ViT-B12 with the hMLP stem, supervised", figure6["hmlp", "supervised_top1"], hmlp["supervised_top1"]),
+        ("top-1 of ViT-B12 with the hMLP stem, pre-trained", figure6["hmlp", "pretrained_top1"], hmlp["pretrained_top1"]),
         ("top-1 of ViT-S, 300 epochs: this recipe against DeiT's", t8["this paper", "ViT-S"], t8["DeiT", "ViT-S"]),
     ):  # fmt: skip
         assert list(said.loc[quantity]) == [first, second], quantity

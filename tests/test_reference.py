@@ -41,6 +41,22 @@ def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
             assert reference.PAGE.read_text(encoding="utf-8").count(f"- **{row.part}** ") == len(reference.profiles())
 
 
+def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_which_parts_were_not_tuned():
+    kept = paths.REFERENCE / "study"
+    tried = pd.read_csv(kept / "tuning.csv").pivot_table(index="arm", columns="lr", values="top1_validation")
+    ffn = tried.loc["ffn"].dropna()
+    ends = reference._at_an_end("study")
+    assert ends["ffn"] == ("highest" if ffn.iloc[-1] == ffn.max() else "lowest") and "full" not in ends
+    assert len(ffn) == 3 and tried.loc["full"].dropna().argmax() == 1  # three rates, full's in the middle
+    text = reference.PAGE.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| F2-full "))
+    assert f"ffn ({ends['ffn']})" in row and "full (" not in row
+    named = text.partition("untuned: ")[2].partition(".\n")[0].split(", ")
+    shown, judged = set(pd.read_csv(kept / "best_rates.csv")["part"]), committed("study")
+    assert shown.isdisjoint(named)
+    assert shown | {*named} == {*judged.index[judged["ours"].notna() & (judged["test"] != "ratio")]}
+
+
 def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp_path):
     """The runs are read into an empty store, and every part that was judged on runs is judged again."""
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))

@@ -1,7 +1,7 @@
 """The committed reference: what was run at a profile, as files, a page and the README's claims table.
 
     outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
-    outputs/reference/README.md   what held, what did not, what could not be seen and what it would take
+    outputs/reference/README.md   what held, what did not, what stays open and what it would take
     README.md                     the claims table, between two marks
 
 Page and table are written from claims.csv alone, so that a test can hold them against it.
@@ -134,7 +134,7 @@ def _about(profile: str) -> str:
 HEAD = """# What was measured, and what it says
 
 Written by `python -m vitlib report` from the claims table of each profile; no sentence here is typed by hand. Every number is a
-difference of top-1 in points with its 95 % interval over seeds and test images, or a ratio; the words are those of
+difference of top-1 in points with its 95 % interval over seeds and test images (a slope's over seeds), or a ratio; the words are those of
 "How to read a verdict" in the project's README. A small scale is no reproduction of the paper.
 """
 
@@ -158,20 +158,38 @@ def page() -> str:
 
 
 def _best_rates(profile: str) -> str:
-    """The contrasts of the tuning runs at the common rates and at each arm's best, where a profile was tuned."""
+    """The contrasts of the tuning runs at the verdicts' rates and at each arm's best, where a profile was tuned."""
     file = paths.REFERENCE / profile / "best_rates.csv"
     if not file.is_file():
         return ""
-    rows = pd.read_csv(file)
-    points = {"at_the_common_rate": "at the common rate", "at_each_best": "each arm at its best"}
+    rows, edge = pd.read_csv(file), _at_an_end(profile)
+    tried = [[arm for arm in edge if f"{arm}: " in f", {best}"] for best in rows["best_rates"]]
+    rows["at an end of the rates tried"] = [", ".join(f"{arm} ({edge[arm]})" for arm in arms) for arms in tried]
+    points = {"at_the_common_rate": "at the verdict's rates", "at_each_best": "each arm at its best"}
     shown = rows.assign(**{key: rows[key].map("{:+.2f}".format) for key in points})
     shown = shown.rename(columns=points | {"best_rates": "best rates"}).drop(columns="n")
+    judged = table(profile)
+    estimated = judged[judged["ours"].notna() & (judged["test"] != "ratio")]["part"]
+    untuned = [part for part in estimated if part not in set(rows["part"])]
     return (
-        f"\n### Whether it is the learning rate's ({len(rows)})\n\nVerdicts compare arms at the rate that is best for their "
-        f"group. The same contrasts on validation images, at that rate and with every arm at its own best of three, in points "
-        f"(mean of {rows['n'].iloc[0]} tuning seeds, no interval; [all rates]({profile}/tuning.csv)):\n\n"
+        f"\n### Whether it is the learning rate's ({len(rows)} of {len(estimated)})\n\nVerdicts compare arms at the rate that is "
+        f"best for their group; in Tables 5 and 6 each strategy has its own. The same contrasts on validation images, at "
+        f"those rates and with every arm at its own best of three, in points (mean of {rows['n'].iloc[0]} tuning seeds, no "
+        f"interval; [all rates]({profile}/tuning.csv)). Where an arm was best at the lowest or highest rate tried, a rate "
+        f"beyond may be better still, and the contrast another. Not here, because an arm took its group's rate untuned: "
+        f"{', '.join(untuned) or 'none'}.\n\n"
         f"{shown.to_markdown(index=False, disable_numparse=True)}\n"
     )
+
+
+def _at_an_end(profile: str) -> dict[str, str]:
+    """Arm -> "lowest" or "highest", where the best of the rates that it was tried at is the first or the last of them."""
+    tried = pd.read_csv(paths.REFERENCE / profile / "tuning.csv").sort_values("lr")
+    ends = {}
+    for arm, rows in tried.groupby("arm", sort=False):
+        best = rows.loc[rows["top1_validation"].idxmax(), "lr"]  # of equals the lowest, as in tuning
+        ends |= {arm: word for word, end in (("lowest", rows["lr"].min()), ("highest", rows["lr"].max())) if best == end}
+    return ends
 
 
 def _line(row) -> str:
@@ -211,7 +229,7 @@ SECTIONS: tuple[tuple[str, Callable, Callable], ...] = (
     ("What held", lambda row: row.stance == "supports", _line),
     ("What did not", lambda row: row.stance == "contradicts", _line),
     (
-        "What could not be seen, and what it would take",
+        "What stays open, and what it would take",
         lambda row: row.stance == "open" and not _not_run(row),
         _open_line,
     ),
