@@ -186,6 +186,22 @@ def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, untouched):
     assert [p for p in target.parent.iterdir() if p.name.startswith(".")] == []
 
 
+def test_an_executed_notebook_is_current_until_something_that_it_shows_changes(monkeypatch, tmp_path):
+    """The paper's numbers and the committed reference stand in the notebooks beside the runs."""
+    for name in ("PAPER", "REFERENCE"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(paths, name, tmp_path / name)
+    shown = [tmp_path / "PAPER" / "table1.csv", *(tmp_path / "REFERENCE" / n for n in ("t.csv", "runs.jsonl"))]
+    for path in shown:
+        path.write_text("1")
+    keys = [render._content_key(render.source("34"), {}, [])]
+    assert render._content_key(render.source("34"), {}, []) == keys[0]
+    for path in shown:
+        path.write_text("2")
+        keys.append(render._content_key(render.source("34"), {}, []))
+    assert len(set(keys)) == 4
+
+
 def test_notebook_parameters_are_checked_by_name_and_type(untouched):
     import nbformat
 
@@ -213,4 +229,4 @@ def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
 
 def test_runs_are_described_in_words():
     spec = experiment("41", "cpu").arms["attn"]
-    assert runs.describe(spec) == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 6000 images, attn, seed 0"
+    assert runs.describe(spec) == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 4500 images, attn, seed 0"

@@ -188,7 +188,8 @@ def _at_an_end(profile: str) -> dict[str, str]:
     ends = {}
     for arm, rows in tried.groupby("arm", sort=False):
         best = rows.loc[rows["top1_validation"].idxmax(), "lr"]  # of equals the lowest, as in tuning
-        ends |= {arm: word for word, end in (("lowest", rows["lr"].min()), ("highest", rows["lr"].max())) if best == end}
+        if best in (rows["lr"].min(), rows["lr"].max()):
+            ends[arm] = "lowest" if best == rows["lr"].min() else "highest"
     return ends
 
 

@@ -121,10 +121,14 @@ def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:
-    """What an executed notebook depends on: its code, its parameters, vitlib, the ledger, the results. No file times."""
+    """What an executed notebook depends on: its code, its parameters, vitlib, the paper's numbers, the reference, the results.
+
+    Contents, no file times.
+    """
     cells = [cell.source for cell in nbformat.read(notebook, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters, evidence]).encode())
-    for path in sorted(paths.ROOT.glob("vitlib/**/*.py")) + sorted(paths.PAPER.glob("*")):
+    shown = [*paths.PAPER.glob("*"), *paths.REFERENCE.rglob("*.csv"), *paths.REFERENCE.rglob("*.jsonl")]
+    for path in sorted(paths.ROOT.glob("vitlib/**/*.py")) + sorted(shown):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
