@@ -122,7 +122,7 @@ def _about(profile: str) -> str:
     """What the numbers were measured on: n, devices, dates, number of runs, from runs.jsonl."""
     path = paths.REFERENCE / profile / "runs.jsonl"
     records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
-    devices = ", ".join(sorted({r["device"] for r in records}))
+    devices = " and ".join(sorted({r["device"] for r in records}))
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r for r in records) else ("CPU", "cpu_s")
     hours = sum(r[spent] for r in records) / 3600
     when = span(r["date"] for r in records)
