@@ -354,7 +354,7 @@ def test_other_than_the_ledgers_number_of_seeds_reads_not_run():
 def test_runs_without_the_entrys_hash_read_not_run():
     part, arms = LEDGER["A1"], every_arm(LEDGER["A1"], {})
     stored = HASHES[0]
-    for hashes in ([], [{}], [stored, {}], [stored, stored | {"A1": "0" * 16}]):
+    for hashes in ([], [{}], [stored, {}], [stored, stored | {part.key("cpu"): "0" * 16}]):
         assert judge(part, arms, "cpu", 12, 10, hashes=hashes).word == "not run"
     assert judge(part, arms, "cpu", 12, 10, hashes=[stored, stored]).word == "equivalent within m"
 
@@ -598,7 +598,7 @@ def test_a_key_of_one_profile_changes_what_is_fixed_for_that_profile_alone(tmp_p
     changed = ledger(tmp_path / "claims.toml")["A1"]
     assert ledger_hashes(tmp_path / "claims.toml").items() >= ledger_hashes().items() - {("A1 at gpu", None)}
     arms = every_arm(changed, {})
-    before = [{changed.id: part_hash(LEDGER["A1"])}]
+    before = [{changed.id: part_hash(LEDGER["A1"].entry("study"))}]
     assert judge(changed, arms, "study", 12, 10, hashes=before).margin == LEDGER["A1"].at_profile("study").margin
     assert judge(changed, arms, "study", 12, 10, hashes=before).word == "equivalent within m"
     assert judge(changed, arms, "gpu", 12, 10, hashes=before).word == "not run"  # made before gpu's margin was fixed
