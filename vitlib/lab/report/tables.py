@@ -26,11 +26,12 @@ def legend(profile_name: str) -> str:
     """The scale of a profile, and what the three kinds of columns are, in a few sentences."""
     p = profile(profile_name)
     seeds = ", ".join(map(str, p.seeds))
+    images = f", {p.images:,} of the training images" if p.judged and p.images else ""
     dates = reference_dates("study")
     kept = f"profile `study`, n = {len(profile('study').seeds)}, made {dates}" if dates else "none yet"
     return (
         f"**Profile `{p.name}`**: {card(p.data)['pretty_name']} at {p.image_size} pixels, patches of {p.patch_size}, width "
-        f"{p.width}, {p.pairs} pairs unless an arm says otherwise, {p.epochs} epochs, seeds {seeds}.\n\n"
+        f"{p.width}, {p.pairs} pairs unless an arm says otherwise, {p.epochs} epochs{images}, seeds {seeds}.\n\n"
         f"Columns: *paper* is ImageNet as printed; *committed reference* is what this project measured ({kept}); *this run* is "
         f"what this page's own runs say."
     )
