@@ -51,6 +51,8 @@ def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_whi
     text = reference.PAGE.read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| F2-full "))
     assert f"ffn ({ends['ffn']})" in row and "full (" not in row
+    # "attn" of Table 5 is not the "W64 digits 100 attn" of Table 6.
+    assert "| attn (" not in next(line for line in text.splitlines() if line.startswith("| F5-digits "))
     named = text.partition("untuned: ")[2].partition(".\n")[0].split(", ")
     shown, judged = set(pd.read_csv(kept / "best_rates.csv")["part"]), committed("study")
     assert shown.isdisjoint(named)

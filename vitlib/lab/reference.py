@@ -163,8 +163,10 @@ def _best_rates(profile: str) -> str:
     if not file.is_file():
         return ""
     rows, edge = pd.read_csv(file), _at_an_end(profile)
-    tried = [[arm for arm in edge if f"{arm}: " in f", {best}"] for best in rows["best_rates"]]
-    rows["at an end of the rates tried"] = [", ".join(f"{arm} ({edge[arm]})" for arm in arms) for arms in tried]
+    tuned = [[entry.rpartition(": ")[0] for entry in best.split(", ")] for best in rows["best_rates"]]
+    rows["at an end of the rates tried"] = [
+        ", ".join(f"{arm} ({edge[arm]})" for arm in arms if arm in edge) for arms in tuned
+    ]
     points = {"at_the_common_rate": "at the verdict's rates", "at_each_best": "each arm at its best"}
     shown = rows.assign(**{key: rows[key].map("{:+.2f}".format) for key in points})
     shown = shown.rename(columns=points | {"best_rates": "best rates"}).drop(columns="n")
