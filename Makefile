@@ -47,12 +47,12 @@ else
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes requirements.lock
 endif
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
-	@$(PY) -m vitlib check
+	@$(PY) -m lab check
 	@echo "$(TORCH)" > $(VENV)/torch
 	@touch $@
 
 reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
-	@$(PY) -m vitlib reproduce --profile "$(PROFILE)" $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+	@$(PY) -m lab reproduce --profile "$(PROFILE)" $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
 
 test: $(READY)  ## pytest and nbval, each with an empty temporary run store
 	@$(PY) -m pytest
@@ -62,7 +62,7 @@ lab: $(READY)  ## JupyterLab on the index notebook
 	$(PY) -m jupyter lab notebooks/00_claims.ipynb
 
 refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
-	@$(PY) -m vitlib refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+	@$(PY) -m lab refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""One test session: an empty run store of its own, no network, and notebooks compared as `vitlib.lab.compare` says.
+"""One test session: an empty run store of its own, no network, and notebooks compared as `tools.compare` says.
 
 Plain `python -m pytest` also runs notebooks/*.ipynb with nbval; `python -m pytest -k 31_fig1` runs one of them. nbval is
 switched on here and not in pyproject.toml, so that without this file a notebook is an error ("not found") and never a
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from vitlib.lab.compare import agree, differences
+from tools.compare import agree, differences
 
 CELL_SECONDS = 600  # all notebooks together take less; a kernel that died is noticed only after this
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from vitlib import paths
-from vitlib.__main__ import main
+from lab import paths, report
+from lab.__main__ import main
+from lab.bench import branches, data, finetune, masked, runner, stopwatch, train
+from lab.claims.ledger import ledger, ledger_hashes
 from vitlib.errors import UsageError
-from vitlib.lab import report
-from vitlib.lab.bench import branches, data, finetune, masked, runner, stopwatch, train
-from vitlib.lab.ledger import ledger, ledger_hashes
 from vitlib.model import ViT, vit_config
 from vitlib.train.finetune import STRATEGIES
 from vitlib.train.masked import block_masks
@@ -208,7 +207,7 @@ def test_a_restart_is_a_process_that_gives_a_row_an_arm(outputs):
 
 def test_every_case_has_a_name_of_its_own_and_its_reference_among_the_arms():
     for name in runner.BENCHES:
-        module = runner.importlib.import_module(f"vitlib.lab.bench.{name}")
+        module = runner.importlib.import_module(f"lab.bench.{name}")
         for device in runner.DEVICES:
             every = module.cases("cpu", device)
             assert len({case.name for case in every}) == len(every)
@@ -325,7 +324,7 @@ def test_benchmarks_import_where_only_torch_and_timm_are():
         "IPython",
         "nbformat",
     )
-    modules = ", ".join(f"vitlib.lab.bench.{name}" for name in ("runner", *runner.BENCHES))
+    modules = ", ".join(f"lab.bench.{name}" for name in ("runner", *runner.BENCHES))
     code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from vitlib import paths
+from lab import paths
+from lab.claims import judge as judging
+from lab.claims import statistics
+from lab.claims.judge import judge
+from lab.claims.ledger import ARMS, CHECKS, TRANSFER_IMAGES, ledger, ledger_hashes, part_hash
+from lab.claims.statistics import Estimate, interval
 from vitlib.errors import UsageError
-from vitlib.lab import claims
-from vitlib.lab.claims import Estimate, interval, judge
-from vitlib.lab.ledger import ARMS, CHECKS, TRANSFER_IMAGES, ledger, ledger_hashes, part_hash
 
 LEDGER = ledger()
 HASHES = [ledger_hashes()]
@@ -132,11 +134,11 @@ def test_an_interval_of_one_seed_or_one_image_is_refused(shape):
 def test_a_slope_is_the_change_from_the_smallest_to_the_largest_size():
     widths = [64, 128, 512]
     line = np.array([0.0, 1.0, 3.0])  # one point a doubling
-    e = claims.slope(line[None] + np.array([[0.0], [5.0], [-5.0]]) + 0.0, widths)
+    e = statistics.slope(line[None] + np.array([[0.0], [5.0], [-5.0]]) + 0.0, widths)
     assert e.mean == pytest.approx(3.0) and e.se == pytest.approx(0.0, abs=1e-12)
     noisy = line + np.random.default_rng(0).normal(size=(5, 3))
     per_seed = [3 * np.polyfit(np.log2(widths), y, 1)[0] for y in noisy]
-    e = claims.slope(noisy, widths)
+    e = statistics.slope(noisy, widths)
     assert e.df == 4
     assert (e.low, e.high) == pytest.approx(stats.t.interval(0.95, 4, np.mean(per_seed), stats.sem(per_seed)))
 
@@ -152,24 +154,24 @@ def spread(mean: float, se: float = 0.2) -> Estimate:
 @pytest.mark.parametrize(
     "test, mean, se, word",
     [
-        (claims.superiority, 2.0, 0.2, "same direction"),
-        (claims.superiority, -2.0, 0.2, "opposite direction"),
-        (claims.superiority, 0.1, 0.2, "equivalent within m"),
-        (claims.superiority, 0.1, 2.0, "inconclusive"),
-        (claims.superiority, 0.7, 0.2, "same direction"),  # inside the margin too, but beyond 0 comes first
-        (claims.equivalence, 0.7, 0.2, "equivalent within m"),  # beyond 0 too, but inside the margin comes first
-        (claims.equivalence, 3.0, 0.2, "different by more than m"),
-        (claims.equivalence, -3.0, 0.2, "different by more than m"),
-        (claims.equivalence, 1.5, 0.2, "inconclusive"),
-        (claims.non_inferiority, 5.0, 0.2, "not inferior by m"),
+        (judging.superiority, 2.0, 0.2, "same direction"),
+        (judging.superiority, -2.0, 0.2, "opposite direction"),
+        (judging.superiority, 0.1, 0.2, "equivalent within m"),
+        (judging.superiority, 0.1, 2.0, "inconclusive"),
+        (judging.superiority, 0.7, 0.2, "same direction"),  # inside the margin too, but beyond 0 comes first
+        (judging.equivalence, 0.7, 0.2, "equivalent within m"),  # beyond 0 too, but inside the margin comes first
+        (judging.equivalence, 3.0, 0.2, "different by more than m"),
+        (judging.equivalence, -3.0, 0.2, "different by more than m"),
+        (judging.equivalence, 1.5, 0.2, "inconclusive"),
+        (judging.non_inferiority, 5.0, 0.2, "not inferior by m"),
         (
-            claims.non_inferiority,
+            judging.non_inferiority,
             -1.0,
             0.2,
             "not inferior by m",
         ),  # by the one-sided limit; the 95 % interval reaches -m
-        (claims.non_inferiority, -3.0, 0.2, "inferior by more than m"),
-        (claims.non_inferiority, -1.5, 0.2, "inconclusive"),
+        (judging.non_inferiority, -3.0, 0.2, "inferior by more than m"),
+        (judging.non_inferiority, -1.5, 0.2, "inconclusive"),
     ],
 )
 def test_each_word_is_reached(test, mean, se, word):
@@ -177,28 +179,28 @@ def test_each_word_is_reached(test, mean, se, word):
 
 
 def test_exact_parts_hold_or_fail():
-    assert (claims.exact(True), claims.exact(False)) == ("exact", "fails")
-    assert claims.exact_holds("0", 0.0) and not claims.exact_holds("0", 1e-12)
-    assert claims.exact_holds("not 0", 1e-12) and not claims.exact_holds("not 0", 0.0)
-    assert not claims.exact_holds("not 0", math.nan)
-    assert claims.prints_as(17.583, "17.58") and not claims.prints_as(17.583, "17.59")
-    assert claims.prints_as(256.7, "257")
+    assert (judging.exact(True), judging.exact(False)) == ("exact", "fails")
+    assert judging.exact_holds("0", 0.0) and not judging.exact_holds("0", 1e-12)
+    assert judging.exact_holds("not 0", 1e-12) and not judging.exact_holds("not 0", 0.0)
+    assert not judging.exact_holds("not 0", math.nan)
+    assert statistics.prints_as(17.583, "17.58") and not statistics.prints_as(17.583, "17.59")
+    assert statistics.prints_as(256.7, "257")
 
 
 @pytest.mark.parametrize(
     "test, level, bound",
     [
-        (claims.superiority, 0.95, 0.0),
-        (claims.equivalence, 0.90, 1.5),
-        (claims.equivalence, 0.95, 1.5),
-        (claims.non_inferiority, 0.90, -1.5),
-        (claims.non_inferiority, 0.95, -1.5),
+        (judging.superiority, 0.95, 0.0),
+        (judging.equivalence, 0.90, 1.5),
+        (judging.equivalence, 0.95, 1.5),
+        (judging.non_inferiority, 0.90, -1.5),
+        (judging.non_inferiority, 0.95, -1.5),
     ],
 )
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_touched_bound_is_inconclusive(test, level, bound, side):
     """The margin is set to the very number that is the interval's end, so that they touch to the last bit."""
-    se = 2.0 if test is claims.superiority else 0.2  # too wide to be equivalent instead
+    se = 2.0 if test is judging.superiority else 0.2  # too wide to be equivalent instead
     if bound == 0.0:
         half = spread(0.0, se).bounds(level)[1]
         estimate, m = spread(half if side == 0 else -half, se), 1.5
@@ -208,7 +210,7 @@ def test_a_touched_bound_is_inconclusive(test, level, bound, side):
         estimate = spread(sign * abs(bound))
         # the inner or the outer end, whichever the test looks at
         m = abs(estimate.bounds(level)[side if level == 0.95 else 1 - side])
-        if test is claims.non_inferiority:
+        if test is judging.non_inferiority:
             estimate = spread(-abs(bound))
             m = -estimate.bounds(level)[0 if level == 0.90 else 1]
     assert test(estimate, m) == "inconclusive"
@@ -218,28 +220,30 @@ def test_swapping_the_arms_swaps_the_direction_and_leaves_equivalence():
     a, b = answers(0.75, seed=1), answers(0.70, seed=2)
     there, back = (interval(x.astype(float) - y) for x, y in ((a, b), (b, a)))
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
-    assert claims.superiority(there, 1.5) == "same direction"
-    assert claims.superiority(back, 1.5) == "opposite direction"
+    assert judging.superiority(there, 1.5) == "same direction"
+    assert judging.superiority(back, 1.5) == "opposite direction"
     for m in (1.5, 5.0, 20.0):
-        assert claims.equivalence(there, m) == claims.equivalence(back, m)
-        assert claims.p_value("equivalence", there, m) == pytest.approx(claims.p_value("equivalence", back, m))
+        assert judging.equivalence(there, m) == judging.equivalence(back, m)
+        assert statistics.p_value("equivalence", there, m) == pytest.approx(statistics.p_value("equivalence", back, m))
 
 
 @pytest.mark.parametrize("mean", [-3.0, -1.2, -1.0, -0.4, 0.0, 0.3, 0.5, 0.6, 1.1, 2.5])
 def test_p_and_word_agree(mean):
     e, m = spread(mean), 1.5
-    assert (claims.p_value("superiority", e, m) < 0.05) == (
-        claims.superiority(e, m) in ("same direction", "opposite direction")
+    assert (statistics.p_value("superiority", e, m) < 0.05) == (
+        judging.superiority(e, m) in ("same direction", "opposite direction")
     )
-    assert (claims.p_value("equivalence", e, m) < 0.05) == (claims.equivalence(e, m) == "equivalent within m")
-    assert (claims.p_value("non-inferiority", e, m) < 0.05) == (claims.non_inferiority(e, m) == "not inferior by m")
+    assert (statistics.p_value("equivalence", e, m) < 0.05) == (judging.equivalence(e, m) == "equivalent within m")
+    assert (statistics.p_value("non-inferiority", e, m) < 0.05) == (
+        judging.non_inferiority(e, m) == "not inferior by m"
+    )
 
 
 def test_arms_that_answer_alike_are_equivalent_with_certainty():
     e = interval(np.zeros((5, 100)))
     assert (e.low, e.high, e.df) == (0, 0, 4)
-    assert claims.equivalence(e, 1.5) == "equivalent within m"
-    assert (claims.p_value("equivalence", e, 1.5), claims.p_value("superiority", e, 1.5)) == (0, 1)
+    assert judging.equivalence(e, 1.5) == "equivalent within m"
+    assert (statistics.p_value("equivalence", e, 1.5), statistics.p_value("superiority", e, 1.5)) == (0, 1)
 
 
 # ---- Beside a verdict ----
@@ -247,20 +251,20 @@ def test_arms_that_answer_alike_are_equivalent_with_certainty():
 
 def test_holm_agrees_with_a_hand_computation():
     # sorted .01 .02 .03 .04, times 4 3 2 1 = .04 .06 .06 .04, then the running maximum
-    assert claims.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert claims.holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
-    assert len(claims.holm([])) == 0
+    assert statistics.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.001]) == pytest.approx([0.5, 0.002])
+    assert len(statistics.holm([])) == 0
 
 
 def test_seeds_needed_are_the_fewest_that_make_the_papers_difference_visible():
     e = spread(0.0)
-    n = claims.seeds_needed(e, 0.4)
-    again = [claims.smallest_visible(replace(e, n=k)) for k in (n - 1, n)]
+    n = statistics.seeds_needed(e, 0.4)
+    again = [statistics.smallest_visible(replace(e, n=k)) for k in (n - 1, n)]
     assert again[0] > 0.4 >= again[1]
-    assert claims.seeds_needed(e, -0.4) == n
-    assert claims.seeds_needed(e, claims.smallest_visible(e) * (1 + 1e-12)) == e.n
+    assert statistics.seeds_needed(e, -0.4) == n
+    assert statistics.seeds_needed(e, statistics.smallest_visible(e) * (1 + 1e-12)) == e.n
     with_images = Estimate(0.0, (40.0, 90.0, 9.0), n=50, images=500)
-    assert claims.seeds_needed(with_images, claims.smallest_visible(with_images) * (1 + 1e-12)) == 50
+    assert statistics.seeds_needed(with_images, statistics.smallest_visible(with_images) * (1 + 1e-12)) == 50
 
 
 def test_more_seeds_cannot_make_up_for_too_few_images():
@@ -268,8 +272,8 @@ def test_more_seeds_cannot_make_up_for_too_few_images():
     e = interval(D)
     assert e.image_term > 10 * e.seed_term
     floor = (stats.t.ppf(0.975, 1999) + stats.t.ppf(0.8, 1999)) * math.sqrt(e.image_term)
-    assert claims.seeds_needed(e, 0.99 * floor) == "not reachable with this test set"
-    assert claims.seeds_needed(e, 1.05 * floor) > 1
+    assert statistics.seeds_needed(e, 0.99 * floor) == "not reachable with this test set"
+    assert statistics.seeds_needed(e, 1.05 * floor) > 1
 
 
 # ---- Verdicts ----
@@ -322,7 +326,7 @@ def test_no_trained_part_is_judged_at_smoke(part):
 
 
 def test_exact_parts_are_judged_at_every_profile():
-    for profile in claims.PROFILES:
+    for profile in judging.PROFILES:
         for part in LEDGER.values():
             if part.kind == "exact":
                 assert judge(part, {}, profile, 12, 10).word == "not run"
@@ -467,7 +471,7 @@ def test_a_slope_needs_every_size_and_a_control_that_learned_at_each(id):
         assert verdict_on(id, {control: 0.15}, pairs=12).word == "inconclusive (check failed: control learned)"
 
 
-@pytest.mark.parametrize("profile", [p for p in claims.PROFILES if p != "imagenet"])
+@pytest.mark.parametrize("profile", [p for p in judging.PROFILES if p != "imagenet"])
 def test_reproduced_is_never_said_below_imagenet(profile):
     for part in OF_POINTS:
         for accuracy in (0.6, 0.7, 0.71, 0.8):
@@ -498,12 +502,12 @@ def test_imagenet_may_say_reproduced_where_the_papers_difference_lies_in_the_int
 def test_a_claim_is_as_strong_as_its_weakest_part():
     win, lose = ([verdict_on(f"P2-{k}", {"18x2": x}) for k in (1, 3, 4)] for x in (0.75, 0.65))
     tie = verdict_on("P2-4", {})
-    assert claims.claim_stance(win) == "supports"
-    assert claims.claim_stance([*win[:2], lose[2]]) == "contradicts"
-    assert claims.claim_stance([*win[:2], tie]) == "open (P2-4)"
-    assert claims.claim_stance(win[:1]) == "open (P2-3, P2-4)"
+    assert judging.claim_stance(win) == "supports"
+    assert judging.claim_stance([*win[:2], lose[2]]) == "contradicts"
+    assert judging.claim_stance([*win[:2], tie]) == "open (P2-4)"
+    assert judging.claim_stance(win[:1]) == "open (P2-3, P2-4)"
     with pytest.raises(UsageError, match="one claim"):
-        claims.claim_stance([win[0], verdict_on("A1", {})])
+        judging.claim_stance([win[0], verdict_on("A1", {})])
 
 
 def test_the_table_has_a_row_a_verdict_and_adjusts_p_within_a_profile():
@@ -515,7 +519,7 @@ def test_the_table_has_a_row_a_verdict_and_adjusts_p_within_a_profile():
         verdict_on("P5", {}, pairs=12),
         judge(LEDGER["P1"], {}, "study", 36, 10, holds=True),
     ]
-    table = claims.verdict_table(verdicts)
+    table = judging.verdict_table(verdicts)
     assert (
         list(table.columns)
         == (
@@ -532,12 +536,12 @@ def test_the_table_has_a_row_a_verdict_and_adjusts_p_within_a_profile():
     ]
     assert first["sd"] == pytest.approx(np.std(by_seed, ddof=1)) and first["checks"] == "control learned: passed"
     assert list(table["part"]) == ["P2-1", "P2-3", "A1", "A1", "P5", "P1"]
-    assert list(table["p_holm"][:3]) == pytest.approx(list(claims.holm([v.p for v in verdicts[:3]])))
+    assert list(table["p_holm"][:3]) == pytest.approx(list(statistics.holm([v.p for v in verdicts[:3]])))
     assert table["p_holm"][3] == pytest.approx(verdicts[3].p)  # alone in its profile
     assert table["p_holm"].isna().tolist() == [False] * 4 + [True] * 2
-    part_of_it = claims.verdict_table(verdicts[:1], family=verdicts)
+    part_of_it = judging.verdict_table(verdicts[:1], family=verdicts)
     assert part_of_it["p_holm"][0] == pytest.approx(table["p_holm"][0])
-    assert len(claims.verdict_table([])) == 0
+    assert len(judging.verdict_table([])) == 0
 
 
 def test_arms_of_different_images_are_refused():
@@ -619,8 +623,8 @@ def test_parts_of_other_profiles_do_not_hold_a_claim_open():
     only = replace(LEDGER["P2-4"], profiles=("gpu",))
     entries = LEDGER | {"P2-4": only}
     won = [verdict_on(f"P2-{k}", {"18x2": 0.75}) for k in (1, 3)]
-    assert claims.claim_stance(won, entries) == "supports"
-    assert claims.claim_stance([replace(v, profile="gpu") for v in won], entries) == "open (P2-4)"
+    assert judging.claim_stance(won, entries) == "supports"
+    assert judging.claim_stance([replace(v, profile="gpu") for v in won], entries) == "open (P2-4)"
 
 
 @pytest.mark.parametrize("data, counts", TRANSFER_IMAGES.items())
@@ -738,14 +742,14 @@ def test_the_ledgers_differences_are_those_of_the_papers_tables():
             continue
         if part.notebook == "42" and part.kind == "slope":
             gaps = [t6.loc[(next(iter(part.contrast)).split()[1], m)] for m in ("ViT-S", "ViT-B", "ViT-L")]
-            change = claims.slope(np.array([[row["attn"] - row["full"] for row in gaps]] * 2), part.sizes).mean
+            change = statistics.slope(np.array([[row["attn"] - row["full"] for row in gaps]] * 2), part.sizes).mean
             assert part.paper == pytest.approx(change, abs=5e-3), part.id
             continue
         if part.kind == "slope":
             chart = paper_csv({"P3": "figure2", "P4": "figure3"}[part.id])
             chart = chart[chart["model_family"] == "ViT-B"] if part.id == "P4" else chart[chart["layer_scale"] == "no"]
             chart = chart.pivot(index="pairs" if part.id == "P4" else "width", columns="branches", values="top1")
-            change = claims.slope(np.stack([(chart[2] - chart[1]).to_numpy()] * 2), list(chart.index)).mean
+            change = statistics.slope(np.stack([(chart[2] - chart[1]).to_numpy()] * 2), list(chart.index)).mean
             assert part.paper == pytest.approx(change, abs=5e-3), part.id
             continue
         if part.notebook == "21":

@@ -7,11 +7,13 @@ import sys
 import papermill
 import pytest
 
-from vitlib import paths
-from vitlib.__main__ import main, parser
+from lab import paths, report
+from lab.__main__ import main, parser
+from lab.experiments.catalogue import NOTEBOOKS, experiment
+from lab.report import render
+from lab.runs import cluster, launch
+from vitlib import installation
 from vitlib.errors import UsageError
-from vitlib.lab import cluster, installation, launch, render, report, runs
-from vitlib.lab.experiments import NOTEBOOKS, experiment
 
 PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -50,7 +52,7 @@ BAD = {
     "a part without runs": (["run", "--profile", "study", "--part", "P1"], "part P1 has no runs at profile study"),
     "a part of another profile": (["run", "--profile", "study", "--part", "F5-cifar-10"], "part F5-cifar-10 has no runs"),
     "a part to tune": (["tune", "--part", "P1"], "unknown part with a control 'P1'"),
-    "a report of nothing": (["report"], "run `python -m vitlib reproduce --profile study` first"),
+    "a report of nothing": (["report"], "run `python -m lab reproduce --profile study` first"),
     "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
 }  # fmt: skip
 
@@ -86,7 +88,7 @@ def test_make_passes_the_exit_code_on():
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys; from vitlib.__main__ import parser; parser().format_help(); print(*sorted(sys.modules))"
+    code = "import sys; from lab.__main__ import parser; parser().format_help(); print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "pandas", "timm", "papermill"} & set(loaded)
 
@@ -229,4 +231,4 @@ def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
 
 def test_runs_are_described_in_words():
     spec = experiment("41", "cpu").arms["attn"]
-    assert runs.describe(spec) == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 4500 images, attn, seed 0"
+    assert spec.describe() == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 4500 images, attn, seed 0"

@@ -13,8 +13,11 @@ import torch
 import yaml
 from scipy import stats
 
-from vitlib import draws, paths
-from vitlib.data import epoch_batches, load, load_resized, registry, resize, subset
+from lab import paths
+from lab.data import registry
+from lab.data.registry import load, load_resized
+from vitlib import draws
+from vitlib.data import epoch_batches, resize, subset
 from vitlib.errors import UsageError
 
 NAME = "fashion-mnist"
@@ -131,7 +134,7 @@ def test_every_card_is_in_hugging_face_form_and_has_the_headings():
 
 
 def test_a_data_set_that_no_run_can_name_is_answered_with_its_card():
-    """`names` (what `python -m vitlib check` loads) has the embedded ones only; the others raise one sentence."""
+    """`names` (what `python -m lab check` loads) has the embedded ones only; the others raise one sentence."""
     assert registry.names() == sorted(SIZES)
     others = {path.stem for path in paths.DATA_CARDS.glob("*.md")} - set(SIZES)
     assert others == set(

@@ -23,21 +23,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, load_resized, subset, tensors
+from lab.claims.ledger import ledger_hashes
+from lab.data.registry import load_resized
+from lab.runs import cluster, execute, launch, store
+from lab.runs.spec import RunSpec
+from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, memory, subset
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
-from vitlib.lab import cluster, launch, runs
-from vitlib.lab.ledger import ledger_hashes
-from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, vit_config
 from vitlib.train import engine as engines
 from vitlib.train import loop
+from vitlib.train.checkpoint import Checkpoints, Step
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.engine import Engine
 from vitlib.train.finetune import freeze
-from vitlib.train.losses import cross_entropy, loss_of
-from vitlib.train.recipes import Recipe
-from vitlib.train.state import Checkpoints, Step
+from vitlib.train.recipe import Recipe
+from vitlib.train.supervised import cross_entropy, loss_of
 
 torch.set_num_threads(1)
 RECIPE = Recipe(epochs=2, batch_size=16, lr=1e-3)
@@ -56,7 +57,7 @@ RUNS = {
 
 
 @pytest.fixture(autouse=True)
-def store(monkeypatch, tmp_path):
+def run_store(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
@@ -106,8 +107,8 @@ def test_the_parts_of_all_processes_make_the_batch_and_their_weighted_means_its_
 
 def test_skipped_batches_are_left_out_and_not_computed(images, monkeypatch):
     rows, made = subset(images, 60, 1), []
-    flipped = tensors._flipped
-    monkeypatch.setattr(tensors, "_flipped", lambda data, index, *rest: made.append(1) or flipped(data, index, *rest))
+    flipped = memory._flipped
+    monkeypatch.setattr(memory, "_flipped", lambda data, index, *rest: made.append(1) or flipped(data, index, *rest))
     for skip in (0, 1, 3, 4):
         made.clear()
         rest = list(epoch_batches(images, rows, 1, 2, 16, True, 0.0, skip=skip))
@@ -132,7 +133,7 @@ def test_evaluation_covers_the_split_once_in_its_order_whatever_the_processes(im
         batches = [b for rank in range(world) for b in evaluation_batches(data, 5, Shard(rank, world))]
         assert np.concatenate([b.index for b in batches]).tolist() == list(range(23))
         assert torch.equal(torch.cat([b.targets for b in batches]), data.labels)
-        assert torch.equal(torch.cat([b.images for b in batches]), tensors.normalise(data.images, data))
+        assert torch.equal(torch.cat([b.images for b in batches]), memory.normalise(data.images, data))
 
 
 def test_images_in_memory_are_not_cropped_or_cut_silently(images):
@@ -190,7 +191,7 @@ def test_a_compiled_model_has_its_names_and_gradients_and_is_really_compiled(ima
 def test_all_switches_together_train_a_masked_model_and_change_only_the_rounding(monkeypatch):
     monkeypatch.setattr(engines, "BACKEND", "eager")
     switches = {"accumulate": 2, "compile": True, "channels_last": True, "checkpointing": True, "precision": "bf16"}
-    plain, found = (runs.execute(replace(MASKED, **more)).metrics for more in ({}, switches))
+    plain, found = (execute.execute(replace(MASKED, **more)).metrics for more in ({}, switches))
     assert found != plain and found == pytest.approx(plain, rel=0.02)
 
 
@@ -210,7 +211,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_weights_and_gradients_in_float32(im
     assert seen == [torch.bfloat16]
 
 
-def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, store):
+def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, run_store):
     weights = []
     vit = model()
     ema = ModelEmaV3(vit, 0.8)
@@ -220,42 +221,42 @@ def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, st
     for after in weights:
         expected = 0.8 * expected + 0.2 * after
     torch.testing.assert_close(ema.module.head.weight, expected)
-    raw, averaged = (runs.execute(replace(TINY, recipe=replace(RECIPE, ema=ema))) for ema in (None, 0.8))
+    raw, averaged = (execute.execute(replace(TINY, recipe=replace(RECIPE, ema=ema))) for ema in (None, 0.8))
     both = averaged.metrics
     assert {k: both[k] for k in raw.metrics} == raw.metrics and set(both) - set(raw.metrics) == {"top1_ema", "loss_ema"}
     assert both["loss_ema"] != both["loss"] and np.array_equal(raw.correct, averaged.correct)
 
 
-def test_the_average_of_the_weights_is_kept_beside_them(store):
+def test_the_average_of_the_weights_is_kept_beside_them(run_store):
     spec = replace(TINY, recipe=replace(RECIPE, ema=0.8))
-    metrics = runs.execute(spec).metrics
-    last, averaged = runs.weights(spec), runs.weights(spec, ema=True)
+    metrics = execute.execute(spec).metrics
+    last, averaged = store.weights(spec), store.weights(spec, ema=True)
     assert last.keys() == averaged.keys() and not torch.equal(last["head.weight"], averaged["head.weight"])
     vit = ViT(spec.model)
     vit.load_state_dict(averaged)
-    correct, loss = loop.evaluate(vit, runs.data_of(spec, spec.split))
+    correct, loss = loop.evaluate(vit, execute.data_of(spec, spec.split))
     assert (100 * correct.mean(), loss) == pytest.approx((metrics["top1_ema"], metrics["loss_ema"]))
     trunk = replace(MASKED, recipe=replace(MASKED.recipe, ema=0.8))
-    runs.execute(trunk)
-    assert runs.weights(trunk, ema=True).keys() == runs.weights(trunk).keys()
+    execute.execute(trunk)
+    assert store.weights(trunk, ema=True).keys() == store.weights(trunk).keys()
     with pytest.raises(UsageError, match="keeps no moving average: its recipe's ema is None"):
-        runs.weights(TOKENIZER, ema=True)
-    (store / spec.hash / "ema.safetensors").unlink()
+        store.weights(TOKENIZER, ema=True)
+    (run_store / spec.hash / "ema.safetensors").unlink()
     with pytest.raises(UsageError, match="has no moving average in"):
-        runs.weights(spec, ema=True)
+        store.weights(spec, ema=True)
 
 
-def test_a_run_whose_average_cannot_be_written_is_not_kept(store, monkeypatch):
+def test_a_run_whose_average_cannot_be_written_is_not_kept(run_store, monkeypatch):
     def full(state, path):
         if path.name == "ema.safetensors":
             raise OSError(errno.ENOSPC, "no space")
         save_file(state, path)
 
-    save_file = runs.save_file
-    monkeypatch.setattr(runs, "save_file", full)
+    save_file = execute.save_file
+    monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(OSError, match="no space"):
-        runs.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))
-    assert not [path for path in store.iterdir() if not path.name.startswith((".checkpoints", ".locks"))]
+        execute.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))
+    assert not [path for path in run_store.iterdir() if not path.name.startswith((".checkpoints", ".locks"))]
 
 
 def test_smoothing_spreads_a_share_evenly_and_is_refused_where_every_class_would_be_positive():
@@ -275,8 +276,8 @@ def test_a_device_that_is_not_there_is_refused_and_auto_is_what_there_is(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engines.resolve("auto") == engines.resolve("cpu") == "cpu"
     with pytest.raises(UsageError, match="'cuda' needs a GPU"):
-        runs.execute(replace(TINY, device="cuda"))
-    found = runs.execute(replace(TINY, device="auto")).about
+        execute.execute(replace(TINY, device="cuda"))
+    found = execute.execute(replace(TINY, device="auto")).about
     assert found["device"].endswith("cores") and found["world"] == 1 and "gpu_mem_mb" not in found
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert engines.resolve("auto") == "cuda"
@@ -301,51 +302,51 @@ def killed_at(step: int, spec: RunSpec, every_s: float = 0.0) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        runs.execute(spec, on_step=on_step, every_s=every_s)
+        execute.execute(spec, on_step=on_step, every_s=every_s)
 
 
-def kept(store, spec: RunSpec):
+def kept(run_store, spec: RunSpec):
     """Everything that a run's numbers are in."""
-    folder = store / spec.hash
+    folder = run_store / spec.hash
     result = json.loads((folder / "result.json").read_text())
     weights = {name: w.numpy().tobytes() for name, w in load_file(folder / "weights.safetensors").items()}
     return weights, (folder / "history.csv").read_text(), result["metrics"], result["correct"], result["ledger"]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_killed_ends_bit_for_bit_like_an_uninterrupted_one(store, monkeypatch, tmp_path, name):
+def test_a_run_that_was_killed_ends_bit_for_bit_like_an_uninterrupted_one(run_store, monkeypatch, tmp_path, name):
     spec = RUNS[name]
     if spec.parent:
-        runs.execute(spec.parent)
-    runs.execute(spec)
-    expected = kept(store, spec)
+        execute.execute(spec.parent)
+    execute.execute(spec)
+    expected = kept(run_store, spec)
     steps = [*random.Random(name).sample(range(1, spec.steps), 2), spec.steps]
     for step in sorted(steps):  # killed three times, the last time when nothing but the evaluation was left
         monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
-        if spec.parent and not runs.find(spec.parent):
-            runs.execute(spec.parent)
+        if spec.parent and not store.find(spec.parent):
+            execute.execute(spec.parent)
         killed_at(step, spec)
     seen = []
-    runs.execute(spec, on_step=lambda step, steps: seen.append(step))
+    execute.execute(spec, on_step=lambda step, steps: seen.append(step))
     assert seen == [] and kept(tmp_path / "again", spec) == expected
     assert list((tmp_path / "again" / ".checkpoints").iterdir()) == []
 
 
-def test_what_a_run_took_before_it_was_killed_counts_and_its_ledger_is_that_of_its_first_start(store, monkeypatch):
+def test_what_a_run_took_before_it_was_killed_counts_and_its_ledger_is_that_of_its_first_start(run_store, monkeypatch):
     killed_at(2, TINY)
-    path = runs.checkpoint_path(TINY)
+    path = store.checkpoint_path(TINY)
     state = torch.load(path, weights_only=True)
     assert state["notes"] == ledger_hashes() and state["wall_s"] > 0 and state["cpu_s"] > 0
     torch.save(state | {"wall_s": 5000.0, "cpu_s": 4000.0}, path)
-    monkeypatch.setattr(runs, "ledger_hashes", lambda: {"P1": "another"})
+    monkeypatch.setattr(execute, "ledger_hashes", lambda: {"P1": "another"})
     seen = []
-    result = runs.execute(TINY, on_step=lambda step, steps: seen.append(step))
+    result = execute.execute(TINY, on_step=lambda step, steps: seen.append(step))
     assert seen == list(range(3, 9))
     assert result.ledger == ledger_hashes()
     assert result.about["wall_s"] > 5000 and 4000 < result.about["cpu_s"] < 4100
 
 
-def test_generators_go_on_where_they_were(store):
+def test_generators_go_on_where_they_were(run_store):
     def draw():
         return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
 
@@ -357,27 +358,27 @@ def test_generators_go_on_where_they_were(store):
             raise Killed
 
     with pytest.raises(Killed):
-        runs.execute(TINY, on_step=on_step, every_s=0)
+        execute.execute(TINY, on_step=on_step, every_s=0)
     for _ in range(5):
         draw()
     parts = {"model": model()}
-    checkpoints = Checkpoints(runs.checkpoint_path(TINY))
+    checkpoints = Checkpoints(store.checkpoint_path(TINY))
     assert len(checkpoints.read(parts)) == 3 and draw() == after[0]
 
 
-def test_a_checkpoint_is_written_when_it_is_due_and_by_one_process_only(store, tmp_path):
+def test_a_checkpoint_is_written_when_it_is_due_and_by_one_process_only(run_store, tmp_path):
     killed_at(4, TINY, every_s=1000)
-    assert not (store / ".checkpoints").exists()
+    assert not (run_store / ".checkpoints").exists()
     assert not Checkpoints(tmp_path / "a.pt", every_s=0, writes=False).due() and Checkpoints(tmp_path / "a.pt", 0).due()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty", "another model"])
-def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(store, damage):
-    runs.execute(TINY)
-    expected = kept(store, TINY)
-    (store / TINY.hash / "result.json").unlink()
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(run_store, damage):
+    execute.execute(TINY)
+    expected = kept(run_store, TINY)
+    (run_store / TINY.hash / "result.json").unlink()
     killed_at(5, TINY)
-    path = runs.checkpoint_path(TINY)
+    path = store.checkpoint_path(TINY)
     whole = path.read_bytes()
     half = len(whole) // 2
     bad = {"cut": whole[:half], "flipped": whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :], "empty": b""}
@@ -390,26 +391,26 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(sto
         torch.save(state | {"model": {"w": torch.zeros(3)}}, path)
     left, seen = path.read_bytes(), []
     with pytest.warns(UserWarning, match=f"the checkpoint .*{TINY.hash}.pt is damaged") as warned:
-        runs.execute(TINY, on_step=lambda step, steps: seen.append(step))
+        execute.execute(TINY, on_step=lambda step, steps: seen.append(step))
     assert "\n" not in str(warned[0].message) and seen[0] == 1
-    assert path.with_suffix(".damaged").read_bytes() == left and kept(store, TINY) == expected
+    assert path.with_suffix(".damaged").read_bytes() == left and kept(run_store, TINY) == expected
 
 
-def test_a_checkpoint_runs_no_code_when_it_is_read(store, tmp_path):
+def test_a_checkpoint_runs_no_code_when_it_is_read(run_store, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run by pickle"),)
 
     killed_at(2, TINY)
-    torch.save({"model": Evil()}, runs.checkpoint_path(TINY))
+    torch.save({"model": Evil()}, store.checkpoint_path(TINY))
     with pytest.warns(UserWarning, match="is damaged"):
-        runs.execute(TINY)
+        execute.execute(TINY)
     assert not (tmp_path / "run by pickle").exists()
 
 
-def test_without_room_on_disk_the_older_checkpoint_stays_and_one_sentence_says_so(store, monkeypatch):
+def test_without_room_on_disk_the_older_checkpoint_stays_and_one_sentence_says_so(run_store, monkeypatch):
     killed_at(3, TINY)
-    path = runs.checkpoint_path(TINY)
+    path = store.checkpoint_path(TINY)
     before = path.read_bytes()
 
     def full(state, file):
@@ -418,21 +419,21 @@ def test_without_room_on_disk_the_older_checkpoint_stays_and_one_sentence_says_s
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UsageError, match=r"no room on disk .* the one of step 3 stays") as error:
-        runs.execute(TINY, every_s=0)
+        execute.execute(TINY, every_s=0)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_and_says_where(store):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_and_says_where(run_store):
     bad = replace(TINY, recipe=replace(RECIPE, lr=1e38, clip=None, warmup=0.5))  # finite for some steps
     with pytest.raises(loop.NonFiniteLoss, match=r"last good checkpoint, of step \d, is .*\.pt$") as error:
-        runs.execute(bad, every_s=0)
-    assert str(runs.checkpoint_path(bad)) in str(error.value)
-    state = torch.load(runs.checkpoint_path(bad), weights_only=True)
+        execute.execute(bad, every_s=0)
+    assert str(store.checkpoint_path(bad)) in str(error.value)
+    state = torch.load(store.checkpoint_path(bad), weights_only=True)
     assert all(t.isfinite().all() for t in state["model"].values())
     with pytest.raises(loop.NonFiniteLoss, match="no checkpoint is kept"):
-        runs.execute(bad.with_seed(1001))
-    vit, checkpoints = model(), Checkpoints(runs.checkpoint_path(TINY))
+        execute.execute(bad.with_seed(1001))
+    vit, checkpoints = model(), Checkpoints(store.checkpoint_path(TINY))
     checkpoints.write({"model": vit}, [Step(1, 0, 0.1, 2.0)])
     torch.nn.init.constant_(vit.head.bias, float("inf"))  # found out by the next loss only
     checkpoints.write({"model": vit}, [Step(1, 0, 0.1, 2.0), Step(2, 0, 0.1, 2.0)])
@@ -441,27 +442,27 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint_and_says_where
 
 def test_the_temperature_of_a_tokenizer_falls_once_a_step_however_many_parts_a_batch_has():
     spec = RUNS["tokenizer"]
-    runs.execute(spec)
-    assert spec.accumulate == 2 and int(runs.weights(spec)["step"]) == spec.steps == 8
+    execute.execute(spec)
+    assert spec.accumulate == 2 and int(store.weights(spec)["step"]) == spec.steps == 8
 
 
-def test_a_process_that_was_really_killed_is_gone_on_from(store, tmp_path, monkeypatch):
+def test_a_process_that_was_really_killed_is_gone_on_from(run_store, tmp_path, monkeypatch):
     spec = replace(TINY, recipe=replace(RECIPE, epochs=25))
-    process = multiprocessing.get_context("fork").Process(target=runs.execute, args=(spec,), kwargs={"every_s": 0})
+    process = multiprocessing.get_context("fork").Process(target=execute.execute, args=(spec,), kwargs={"every_s": 0})
     process.start()
     deadline = time.monotonic() + 60
-    while not runs.checkpoint_path(spec).is_file() and time.monotonic() < deadline:
+    while not store.checkpoint_path(spec).is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)  # somewhere in the middle of a step or of the writing
     process.kill()
     process.join()
-    assert runs.checkpoint_path(spec).is_file() and not runs.find(spec)
+    assert store.checkpoint_path(spec).is_file() and not store.find(spec)
     seen = []
-    runs.execute(spec, on_step=lambda step, steps: seen.append(step))
+    execute.execute(spec, on_step=lambda step, steps: seen.append(step))
     assert 1 < seen[0] and seen[-1] == 100
-    expected = kept(store, spec)
+    expected = kept(run_store, spec)
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "again"))
-    runs.execute(spec)
+    execute.execute(spec)
     assert kept(tmp_path / "again", spec) == expected
 
 
@@ -523,26 +524,26 @@ def test_parts_are_of_the_global_batch_and_with_batch_norm_of_all_processes_toge
         assert [Engine(accumulate=8, shard=Shard(0, world)).parts(vit) for world in (1, 2, 3, 8, 16)] == found
 
 
-def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(store, tmp_path):
+def test_the_first_process_writes_and_all_know_the_result_and_go_on_in_one(run_store, tmp_path):
     def interrupted(shard: Shard):
         killed_at(3, TINY)
 
     def whole(shard: Shard):
-        result = runs.execute(TINY)
+        result = execute.execute(TINY)
         return result.metrics, result.about["world"]
 
     started(2, interrupted, tmp_path)
-    assert torch.load(runs.checkpoint_path(TINY), weights_only=True)["history"].shape == (3, 4)
+    assert torch.load(store.checkpoint_path(TINY), weights_only=True)["history"].shape == (3, 4)
     one, two = started(2, whole, tmp_path)
-    assert one == two and one[1] == 2 == runs.find(TINY).about["world"]
-    assert one[0] == runs.find(TINY).metrics and list((store / ".checkpoints").iterdir()) == []
+    assert one == two and one[1] == 2 == store.find(TINY).about["world"]
+    assert one[0] == store.find(TINY).metrics and list((run_store / ".checkpoints").iterdir()) == []
 
 
 def test_processes_that_read_different_checkpoints_are_refused(images, tmp_path):
     killed_at(3, TINY)
 
     def work(shard: Shard):
-        path = runs.checkpoint_path(TINY) if shard.rank else tmp_path / "none.pt"
+        path = store.checkpoint_path(TINY) if shard.rank else tmp_path / "none.pt"
         with pytest.raises(UsageError, match="read different checkpoints"):
             rows = subset(images, 60, 1000)
             loop.train(ViT(MODEL, 1000), RECIPE, images, rows, 1000, cross_entropy, engine=Engine(shard=shard),
@@ -565,7 +566,7 @@ def test_what_several_processes_cannot_do_is_refused_before_training():
         launch.distributed(TINY, 0)
 
 
-def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_process_starts(store, monkeypatch):
+def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_process_starts(run_store, monkeypatch):
     monkeypatch.setattr(launch, "_until_it_ends", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(UsageError) as error:
         launch.distributed(TUNED, 2)
@@ -575,12 +576,12 @@ def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_pr
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(store):
+def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(run_store):
     spec = replace(TINY, recipe=replace(RECIPE, epochs=2000))
     killed = []
 
     def kill() -> None:
-        while not runs.checkpoint_path(spec).is_file():
+        while not store.checkpoint_path(spec).is_file():
             time.sleep(0.05)
         killed.append(workers()[-1])
         os.kill(killed[0], signal.SIGKILL)
@@ -590,8 +591,8 @@ def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(s
         launch.distributed(spec, 2, every_s=0)
     said = str(error.value)
     assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
-    assert workers() == [] and not runs.find(spec)
-    assert torch.load(runs.checkpoint_path(spec), weights_only=True)["notes"] == ledger_hashes()
+    assert workers() == [] and not store.find(spec)
+    assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"] == ledger_hashes()
 
 
 def workers() -> list[int]:
@@ -600,12 +601,12 @@ def workers() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             own = f"VITLIB_PARENT={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if own and b"vitlib.lab.launch" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
+            if own and b"lab.runs.launch" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
                 found.append(int(folder.name))
     return sorted(found)
 
 
-def test_what_the_processes_refuse_reaches_the_one_who_asked(store, monkeypatch):
+def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypatch):
     """Without starting them: torchrun's place is taken by a process that is one of them."""
     monkeypatch.setattr(launch, "joined", lambda device: nullcontext(Shard()))
 
@@ -625,9 +626,9 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(store, monkeypatch)
         launch.distributed(bad, 2)
 
 
-def test_a_run_that_another_process_holds_is_not_waited_for_by_several(store):
-    with runs.lock(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
-        runs.held(TINY.hash, Shard(0, 2))
+def test_a_run_that_another_process_holds_is_not_waited_for_by_several(run_store):
+    with store.lock(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
+        store.held(TINY.hash, Shard(0, 2))
 
 
 # ---- side by side, and on a cluster
@@ -670,14 +671,14 @@ def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_job_trains_its_run_and_gives_its_metrics(store, tmp_path):
+def test_a_job_trains_its_run_and_gives_its_metrics(run_store, tmp_path):
     pytest.importorskip("submitit")
     jobs = cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
-    assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [runs.find(TINY).metrics]}
+    assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [store.find(TINY).metrics]}
     assert cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
 
 
-def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(store, monkeypatch, tmp_path):
+def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(run_store, monkeypatch, tmp_path):
     pytest.importorskip("submitit")
     # A queue that keeps what it is given and starts nothing.
     for name in ("sbatch", "srun", "scontrol"):

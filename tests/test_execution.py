@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
+from lab.cost import count as measure
 from vitlib.errors import UsageError
-from vitlib.lab import measure
 from vitlib.model import ViT, execution, fuse, set_execution, vit_config
 from vitlib.model.weights import load, save, to_timm
 

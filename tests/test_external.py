@@ -12,11 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vitlib import paths
-from vitlib.__main__ import main
-from vitlib.data import external, load, readers, registry
+from lab import paths, report
+from lab.__main__ import main
+from lab.data import external, readers, registry
+from lab.data.registry import load
+from lab.experiments import catalogue, profiles, small
+from lab.report import render
+from lab.runs import execute, store
 from vitlib.errors import UsageError
-from vitlib.lab import experiments, render, report, runs
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -147,12 +150,12 @@ def test_bad_data_is_one_sentence_that_names_it(data, what, says):
 
 
 def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(data):
-    there, absent = experiments.available("gpu", list(experiments.NOTEBOOKS))
+    there, absent = catalogue.available("gpu", list(catalogue.NOTEBOOKS))
     assert there == ["00", "21", "36", "51"] and len(absent) == 2
     assert str(data / "cifar-10") in str(absent[0]) and "data_cards/cifar-10.md" in str(absent[0])
     every = {verdict.part.id: verdict for verdict in report.verdicts("gpu")}
     assert every["A1"].word == "not run" and "cifar-10" in every["A1"].note and every["P1"].word == "exact"
-    assert "tiny-imagenet" in str(absent[1]) and experiments.available("cpu", ["31", "42"]) == (["31", "42"], [])
+    assert "tiny-imagenet" in str(absent[1]) and catalogue.available("cpu", ["31", "42"]) == (["31", "42"], [])
 
 
 def test_reproduce_names_absent_data_before_any_run_and_still_renders_the_others(data, monkeypatch, capsys):
@@ -171,15 +174,15 @@ def test_every_arm_of_gpu_runs_where_there_is_a_gpu_and_the_ledgers_arms_are_the
         parquet(data / name / "train.parquet", 20)
         parquet(data / name / f"{'test' if name == 'cifar-10' else 'valid'}.parquet", 2)
     for part in (p.at_profile("gpu") for p in trained_parts()):
-        arms = experiments.experiment(part.notebook, "gpu").arms
+        arms = catalogue.experiment(part.notebook, "gpu").arms
         assert set(part.arms(max(12, part.min_pairs))) <= set(arms), part.id
         assert {arms[arm].device for arm in part.contrast_at(max(12, part.min_pairs)) if arm in arms} <= {"auto"}
-    transfer = experiments.experiment("42", "gpu").arms["W192 cifar-10 500 attn"]
+    transfer = catalogue.experiment("42", "gpu").arms["W192 cifar-10 500 attn"]
     assert (transfer.data, transfer.parent.data) == ("cifar-10", "tiny-imagenet")
 
 
 def trained_parts():
-    from vitlib.lab.ledger import ledger
+    from lab.claims.ledger import ledger
 
     return [
         p for p in ledger().values() if p.belongs("gpu") and p.control and p.notebook != "21" and p.scope != "imagenet"
@@ -193,10 +196,10 @@ PHOTOGRAPHS = paths.ROOT.parent / "shared" / "data"
 def test_a_short_run_of_profile_gpu_on_photographs(data, monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_DATA", str(PHOTOGRAPHS))
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    p = replace(experiments.profile("gpu"), seeds=(1000,), images=500, epochs=1, width=32, pairs=2)
-    spec = experiments.resolution(p)["attn"]
+    p = replace(profiles.profile("gpu"), seeds=(1000,), images=500, epochs=1, width=32, pairs=2)
+    spec = small.resolution(p)["attn"]
     spec = replace(spec, images=200, model=replace(spec.model)).with_seed(1000)
     for member in spec.family():
-        result = runs.execute(member)
+        result = execute.execute(member)
     assert len(result.correct) == 5000 and result.about["split"] == "validation"
-    assert result.metrics["trained_params"] < sum(t.numel() for t in runs.weights(spec).values()) / 2
+    assert result.metrics["trained_params"] < sum(t.numel() for t in store.weights(spec).values()) / 2

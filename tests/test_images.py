@@ -17,19 +17,22 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from scipy.io import savemat
 
+from lab.data import readers
+from lab.runs import execute, results, store
+from lab.runs.spec import RunSpec
 from vitlib import data as both_kinds
-from vitlib.data import Shard, images, readers, rows, subset, views
+from vitlib.data import Shard, subset, views
+from vitlib.data import read as rows
+from vitlib.data import stream as images
 from vitlib.data.augment import Augment
-from vitlib.data.images import epoch_batches, epoch_order, evaluation_batches, mix_pair, open_images
+from vitlib.data.stream import epoch_batches, epoch_order, evaluation_batches, mix_pair, open_images
 from vitlib.errors import UsageError
-from vitlib.lab import runs
-from vitlib.lab.runs import RunSpec
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig
-from vitlib.train.losses import loss_of
 from vitlib.train.masked import MaskedLoss, MaskedViT
-from vitlib.train.recipes import Recipe
+from vitlib.train.recipe import Recipe
+from vitlib.train.supervised import loss_of
 
 TRAIN, TEST = [0, 0, 0, 1, 1, 2, 2], [0, 1, 2]  # labels of every stand-in, in the order of the split
 WILD = Augment(policy="rand-m7-mstd0.5-inc1", erasing=0.5, view_size=8)
@@ -817,27 +820,27 @@ def test_a_run_has_its_name_without_the_data_and_says_which_files_it_read(publis
     name = spec.hash
     class_folders(folder)
     assert replace(spec).hash == name != replace(spec, data="imagenet-v2").hash
-    result = runs.execute(spec)
+    result = execute.execute(spec)
     kept = {split: open_images("imagenet-1k", split, 16).checksum for split in ("train", "test")}
-    assert result.hash == name and result.files == runs.find(spec).files == kept
-    assert "files" not in runs.ABOUT  # an older result without it is read too
-    runs.export_runs(tmp_path / "runs.jsonl")
+    assert result.hash == name and result.files == store.find(spec).files == kept
+    assert "files" not in results.ABOUT  # an older result without it is read too
+    store.export_runs(tmp_path / "runs.jsonl")
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "nothing"))
-    assert runs.import_runs(tmp_path / "runs.jsonl") == (1, 0) and runs.find(replace(spec)).files == kept
+    assert store.import_runs(tmp_path / "runs.jsonl") == (1, 0) and store.find(replace(spec)).files == kept
 
 
 def test_runs_that_belong_together_and_read_other_files_are_named(published, recwarn):
     spec, folder = published
     class_folders(folder)
-    runs.execute(spec)
+    execute.execute(spec)
     tuned = replace(spec, protocol="finetune", parent=spec)
-    runs.execute(tuned)
+    execute.execute(tuned)
     assert not [w for w in recwarn if "different files" in str(w.message)]
     file = folder / "train" / "n01" / "000.JPEG"
     file.write_bytes(file.read_bytes() + b"x")
     other = replace(tuned, seed=1, parent=spec)
     names = ", ".join(sorted((spec.hash, other.hash)))
     with pytest.warns(UserWarning, match=f"the runs {names} read different files of imagenet-1k, split train"):
-        runs.execute(other)
-    assert runs.find(other).files["test"] == runs.find(spec).files["test"]
+        execute.execute(other)
+    assert store.find(other).files["test"] == store.find(spec).files["test"]

@@ -12,8 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitlib.errors import UsageError
-from vitlib.lab.measure import (
+from lab.cost.count import (
     Memory,
     inference_memory,
     macs,
@@ -25,6 +24,7 @@ from vitlib.lab.measure import (
     step_macs,
     training_state,
 )
+from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, vit_config
 from vitlib.train.finetune import freeze
 

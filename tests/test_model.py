@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
+from lab.cost import count as measure
 from vitlib.errors import UsageError
-from vitlib.lab import measure
 from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
 from vitlib.model.layers import EPS
 from vitlib.model.stems import HMLP_KERNELS
@@ -683,7 +683,7 @@ import torch
 from vitlib.model import ViT, vit_config
 print(ViT(vit_config("W64-2x2/4", image_size=16, num_classes=10))(torch.zeros(2, 3, 16, 16)).shape)
 del sys.modules["timm"], sys.modules["torchvision"]
-import vitlib.lab.measure
+import lab.cost.count
 """
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

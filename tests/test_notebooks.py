@@ -1,6 +1,6 @@
 """The committed notebooks keep their form, and nbval with conftest.py notices when their results change.
 
-Three parts: what every notebook in notebooks/ must be; that these checks and `vitlib.lab.compare` find what they are
+Three parts: what every notebook in notebooks/ must be; that these checks and `tools.compare` find what they are
 for; and a tiny notebook run by a pytest of its own, to prove that a changed number turns it red.
 """
 
@@ -19,8 +19,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from vitlib.lab.compare import agree, differences, moved, rule, tables
-from vitlib.paths import NOTEBOOKS, ROOT
+from lab.paths import NOTEBOOKS, ROOT
+from tools.compare import agree, differences, moved, rule, tables
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("notebook", PATHS, ids=[path.stem for path in PATHS], indirect=True)
@@ -99,7 +99,7 @@ def is_typed(line: str) -> bool:
 
 
 def own_code(notebook: nbformat.NotebookNode) -> list[str]:
-    """Logic belongs into vitlib, where it is tested, and every path into vitlib.paths."""
+    """Logic belongs into vitlib, where it is tested, and every path into lab.paths."""
     wrong = []
     for cell in code_cells(notebook):
         for node in ast.walk(ast.parse(cell.source)):
@@ -433,12 +433,15 @@ def test_a_changed_text_fails(results):
 def test_a_broken_loss_turns_a_notebook_red(tmp_path):
     """A copy of the project whose cross entropy is a thousandth too large, and one committed notebook beside it."""
     copy = tmp_path / "project"
-    shutil.copytree(ROOT / "vitlib", copy / "vitlib", ignore=shutil.ignore_patterns("__pycache__"))
+    [
+        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+        for room in ("vitlib", "lab", "tools")
+    ]
     shutil.copytree(ROOT / "data_cards", copy / "data_cards")
     for folder in ("paper", "reference"):
         shutil.copytree(ROOT / "outputs" / folder, copy / "outputs" / folder)
     shutil.copy(ROOT / "conftest.py", copy)
-    losses = copy / "vitlib" / "train" / "losses.py"
+    losses = copy / "vitlib" / "train" / "supervised.py"
     right = "return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)"
     assert right in losses.read_text()
     losses.write_text(losses.read_text().replace(right, f"{right} * 1.001"))

@@ -5,12 +5,12 @@ import re
 import pandas as pd
 import pytest
 
-from vitlib import paths
-from vitlib.data.registry import read_card
+from lab import paths
+from lab.claims.exact import size
+from lab.claims.statistics import prints_as
+from lab.data.registry import read_card
+from lab.paper import paper_table
 from vitlib.errors import UsageError
-from vitlib.lab.claims import prints_as
-from vitlib.lab.exact import size
-from vitlib.lab.paper import paper_table
 from vitlib.model import vit_config
 
 ROWS = {

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lab.bench import runner
+from lab.cost import count as measure
+from lab.cost import plan, work
+from lab.cost.plan import gpu_cost, gpu_text, rate_of, rates
+from lab.cost.work import Job
+from lab.experiments import imagenet, profiles, recipes
+from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
-from vitlib.lab import experiments, imagenet, measure, plan, work
-from vitlib.lab.bench import runner
-from vitlib.lab.plan import gpu_cost, gpu_text, rate_of, rates
-from vitlib.lab.runs import RunSpec
-from vitlib.lab.work import Job
 from vitlib.model import ViT, vit_config
-from vitlib.train import dalle, recipes
+from vitlib.train import dalle
 from vitlib.train.dvae import DVAEConfig
-from vitlib.train.recipes import Recipe
+from vitlib.train.recipe import Recipe
 
 torch.set_num_threads(1)
 IMAGENET = 1_281_167
@@ -183,7 +185,7 @@ PARTS = {  # by batch and image size: 2048 / 256, 1024 / 256, 512 / 128, 768 / 2
 
 
 def test_profile_imagenet_has_as_many_images_at_once_in_all_arms_and_fits_one_gpu_of_80_gb():
-    p = experiments.profile("imagenet")
+    p = profiles.profile("imagenet")
     specs = plan.family(spec for arms in imagenet.ARMS.values() for spec in arms(p).values())
     for spec in specs:
         assert spec.accumulate == PARTS[spec.recipe.batch_size, spec.model.image_size], spec.model.name

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from vitlib import paths
+from lab import paths
 
 LOCK = (paths.ROOT / "requirements.lock").read_text(encoding="utf-8")
 MAKEFILE = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_training_imports_without_the_notebook_packages():
     blocked = "papermill datasets seaborn pandas matplotlib scipy statsmodels IPython jupyterlab nbformat".split()
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
-        "import vitlib.train.loop, vitlib.lab.runs, vitlib.lab.launch, vitlib.lab.measure"
+        "import vitlib.train.loop, lab.runs, lab.runs.launch, lab.cost.count"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -131,4 +131,4 @@ def test_no_tracked_file_is_larger_than_it_should_be():
     large = {name: size for name in tracked() if (size := (paths.ROOT / name).stat().st_size) > 2_000_000}
     kept = "outputs/reference/study/runs.jsonl"  # a whole study: 4.5 kB a run
     assert large.pop(kept, 0) < 4_000_000
-    assert all(name.startswith("vitlib/data/embedded/") for name in large)
+    assert all(name.startswith("lab/data/embedded/") for name in large)

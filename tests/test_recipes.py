@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from lab.experiments import recipes
+from lab.runs.spec import LATER_IN_RECIPE
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
-from vitlib.lab.runs import LATER_IN_RECIPE
 from vitlib.model import ViT, vit_config
-from vitlib.train import loop, recipes
+from vitlib.train import loop
 from vitlib.train.dvae import DVAEConfig
-from vitlib.train.recipes import Recipe
+from vitlib.train.recipe import Recipe
 
 torch.set_num_threads(1)
 IMAGENET = 1_281_167

@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import paths
+from lab import paths, report
+from lab.claims.ledger import ledger
+from lab.experiments.catalogue import experiment
+from lab.runs import results, store
+from lab.runs.results import Result
+from tools import reference
 from vitlib.errors import UsageError
-from vitlib.lab import reference, report, runs
-from vitlib.lab.experiments import experiment
-from vitlib.lab.ledger import ledger
-from vitlib.lab.runs import Result
 
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -24,11 +25,11 @@ def committed(profile: str) -> pd.DataFrame:
 
 def test_the_readmes_claims_table_is_the_committed_one():
     assert reference.profiles()
-    assert reference.with_block(README, reference.readme_block()) == README, "python -m vitlib report"
+    assert reference.with_block(README, reference.readme_block()) == README, "python -m lab report"
 
 
 def test_the_page_is_written_from_the_committed_tables():
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "python -m vitlib report"
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "python -m lab report"
 
 
 def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
@@ -63,7 +64,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp
     """The runs are read into an empty store, and every part that was judged on runs is judged again."""
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     for profile in set(reference.profiles()) & {"study"}:  # other profiles' data is not here
-        runs.import_runs(paths.REFERENCE / profile / "runs.jsonl")
+        store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
         again = {v.part.id: v for v in report.verdicts(profile)}
         for id, row in committed(profile).iterrows():
             if ledger()[id].kind != "ratio":
@@ -88,22 +89,21 @@ def test_the_differences_of_the_claims_table_come_out_by_plain_arithmetic_on_the
 
 
 def made_up() -> pd.DataFrame:
-    from vitlib.lab import claims
-    from vitlib.lab.claims import judge
+    from lab.claims.judge import judge, verdict_table
 
     rng = np.random.default_rng(0)
     part = ledger()["A1"]
     arms = {arm: rng.random((5, 400)) < 0.8 for arm in part.contrast_at(12)}
-    from vitlib.lab.ledger import ledger_hashes
+    from lab.claims.ledger import ledger_hashes
 
     judged = judge(part, arms, "study", 12, 10, hashes=[ledger_hashes()])
-    return claims.verdict_table([judged, judge(ledger()["P5"], {}, "study", 12, 10)])
+    return verdict_table([judged, judge(ledger()["P5"], {}, "study", 12, 10)])
 
 
 def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    with pytest.raises(UsageError, match="run `python -m vitlib reproduce --profile study` first"):
+    with pytest.raises(UsageError, match="run `python -m lab reproduce --profile study` first"):
         reference.write("study")
     made = tmp_path / "outputs" / "study"
     (made / "tables").mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypat
         reference.write("study")
     assert not (tmp_path / "reference").exists()
     spec = experiment("41", "study").arms["trunk"].with_seed(10)
-    run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(runs.ABOUT, "x"))
+    run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
     (tmp_path / "runs" / spec.hash).mkdir(parents=True)
     for name, record in (("spec", spec.record()), ("result", run.record())):
         (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")

@@ -5,29 +5,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vitlib import paths
-from vitlib.data import load_resized
-from vitlib.lab import claims, experiments, report, runs
-from vitlib.lab.experiments import Runs
-from vitlib.lab.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
-from vitlib.lab.paper import paper_table
-from vitlib.lab.report.costs import _memory_line
-from vitlib.lab.runs import Result, RunSpec
-from vitlib.train import recipes
+from lab import paths, report
+from lab.claims import statistics
+from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
+from lab.data.registry import load_resized
+from lab.experiments import catalogue, profiles, recipes, small
+from lab.experiments.catalogue import Runs
+from lab.paper import paper_table
+from lab.report.costs import _memory_line
+from lab.runs import execute, results, store
+from lab.runs.results import Result
+from lab.runs.spec import RunSpec
 from vitlib.train.dvae import DVAEConfig
 
-ABOUT = dict.fromkeys(runs.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
+ABOUT = dict.fromkeys(results.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
 
 
 @pytest.fixture(autouse=True)
-def store(monkeypatch, tmp_path):
+def run_store(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
 
 
 def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, seeds=None, profile="cpu") -> None:
     """Results for the arms of a notebook at a profile: each image right with its arm's probability."""
-    setting = experiments.experiment(notebook, profile)
+    setting = catalogue.experiment(notebook, profile)
     made, hashes = {}, hashes or ledger_hashes()
     for seed in seeds or setting.profile.seeds:
         u = np.random.default_rng(seed).random(5000)  # common to all arms: paired
@@ -36,7 +38,7 @@ def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, se
             right = u < rate
             metrics = {"top1": 100 * right.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 10}
             made[spec.hash] = Result(spec.hash, metrics, right, hashes, ABOUT)
-    monkeypatch.setattr(runs, "find", lambda spec: made.get(spec.hash))
+    monkeypatch.setattr(store, "find", lambda spec: made.get(spec.hash))
 
 
 @pytest.mark.parametrize(
@@ -45,12 +47,12 @@ def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, se
      ("32", "imagenet", False, "W768 24x1"), ("34", "imagenet", False, "36x1"), ("33", "smoke", False, "4x1")],
 )  # fmt: skip
 def test_the_reference_arm_is_the_sequential_model_of_the_profiles_own_width(notebook, profile, layer_scale, arm):
-    assert report.sequential(experiments.experiment(notebook, profile), layer_scale) == arm
+    assert report.sequential(catalogue.experiment(notebook, profile), layer_scale) == arm
 
 
 def test_a_table_has_imagenet_v2_and_averaged_weights_where_the_runs_have_them(monkeypatch):
     make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.83})
-    setting = experiments.experiment("31", "cpu")
+    setting = catalogue.experiment("31", "cpu")
     plain = Runs(setting, report.finished(setting))
     assert not set(report.accuracies(plain, "12x1+LS", {})) & set(report.accuracy.BESIDE.values())
     more = {arm: [replace(r, metrics=r.metrics | {"top1_v2": 71.0}) for r in rs] for arm, rs in plain.results.items()}
@@ -114,11 +116,11 @@ def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(
 
 def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits", w32_full=0.8, w64_attn=0.77), profile="study")
-    found = report.correct(Runs(setting := experiments.experiment("42", "study"), report.finished(setting)))
+    found = report.correct(Runs(setting := catalogue.experiment("42", "study"), report.finished(setting)))
     gap = [
         100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
     ]
-    line = claims.slope(np.stack(gap, axis=1), (32, 64))
+    line = statistics.slope(np.stack(gap, axis=1), (32, 64))
     verdict = next(v for v in report.verdicts("study", "42") if v.part.id == "F6-digits-slope")
     assert (verdict.estimate.mean, verdict.estimate.se, verdict.estimate.n) == pytest.approx((line.mean, line.se, 5))
     assert verdict.estimate.mean == pytest.approx(7, abs=1)
@@ -141,7 +143,7 @@ def test_full_must_beat_the_head_of_its_own_setting(monkeypatch):
 
 
 def transfer_page(profile: str):
-    setting = experiments.experiment("42", profile)
+    setting = catalogue.experiment("42", profile)
     return report.transfer_table(Runs(setting, report.finished(setting)))
 
 
@@ -172,7 +174,7 @@ def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(mon
     said = [text.get_text() for text in figure.legends[0].texts]
     assert said == ["W32, this run (study)", "W64, this run (study)"]
     assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["100", "300", "1,000"]
-    monkeypatch.setattr(runs, "find", lambda spec: None)
+    monkeypatch.setattr(store, "find", lambda spec: None)
     assert len(report.transfer_figure(transfer_page("cpu")).axes) == 1
 
 
@@ -187,14 +189,14 @@ def test_runs_under_another_ledger_entry_read_not_run(monkeypatch):
 def test_a_missing_seed_or_another_number_of_images_reads_not_run(monkeypatch):
     make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84}, seeds=(0, 1, 2, 3))
     assert words("31")["A1"] == "not run"
-    few = replace(experiments.PROFILES["cpu"], images=900)
-    monkeypatch.setitem(experiments.PROFILES, "cpu", few)
+    few = replace(profiles.PROFILES["cpu"], images=900)
+    monkeypatch.setitem(profiles.PROFILES, "cpu", few)
     make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.84})
     assert words("31")["A1"] == "not run"
 
 
 def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
-    seeds = {name: p.seeds for name, p in experiments.PROFILES.items()}
+    seeds = {name: p.seeds for name, p in profiles.PROFILES.items()}
     assert seeds == {
         "smoke": (1000,),
         "cpu": (0, 1, 2, 3, 4),
@@ -212,12 +214,12 @@ def test_nothing_trained_is_judged_at_smoke():
 
 
 def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypatch):
-    whole = replace(experiments.PROFILES["cpu"], every_arm=True, images=None)  # as P3 fixes it
-    monkeypatch.setitem(experiments.PROFILES, "cpu", whole)
+    whole = replace(profiles.PROFILES["cpu"], every_arm=True, images=None)  # as P3 fixes it
+    monkeypatch.setitem(profiles.PROFILES, "cpu", whole)
     one = {f"W{width} 12x1": 0.80 for width in (32, 64, 96)}
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82})
     assert words("32")["P3"] == "same direction"
-    setting = experiments.experiment("32", "cpu")
+    setting = catalogue.experiment("32", "cpu")
     table = report.gaps(Runs(setting, report.finished(setting)), "width")
     assert list(table["width"]) == ["32", "64", "96"]
     assert list(table["points"].astype(float)) == pytest.approx([-2, 0, 2], abs=0.6)
@@ -234,13 +236,13 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
 
 def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recwarn):
     make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.80})
-    made = runs.find
+    made = store.find
 
     def find(spec):
         result = made(spec)
         return result and replace(result, about=ABOUT | {"files": {"train": files[spec.model.branches == 1]}})
 
-    monkeypatch.setattr(runs, "find", find)
+    monkeypatch.setattr(store, "find", find)
     for files in (("a", "a"), ("a", "b")):
         report.verdicts("cpu", "31")
         assert any("different files of" in str(w.message) for w in recwarn) == (files == ("a", "b"))
@@ -248,7 +250,7 @@ def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recw
 
 def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    setting = experiments.experiment("32", "cpu")
+    setting = catalogue.experiment("32", "cpu")
     none = setting.run()
     assert none.results == {} and set(report.gaps(none, "width")["points"]) == {"not run"}
     assert len(report.accuracies(none, "W64 12x1", {})) == 6 and report.blocked_model(none) == ""
@@ -289,10 +291,10 @@ def test_training_more_pairs_holds_more_memory_where_inference_holds_less():
 
 def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
-    from vitlib.lab.notebook import open_page
+    from lab.report.notebook import open_page
 
     page, pictures = open_page("41", "cpu"), []
-    setting = experiments.experiment("41", "cpu")
+    setting = catalogue.experiment("41", "cpu")
     found = Runs(setting, report.finished(setting))
     for _ in range(2):
         page.figure(report.difference_figure(found, "full", "x"), alt="words")
@@ -304,7 +306,7 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
 def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_of_the_codebook_is_used():
     recipe = replace(recipes.TOKENIZER, epochs=1)
     spec = RunSpec("tokenizer", DVAEConfig(16, 4, 1, vocabulary=32, width=8), "fashion-mnist", recipe, 1000, images=100)
-    runs.execute(spec)
+    execute.execute(spec)
     figure, caption = report.reconstruction_figure(spec)
     originals, decoded = np.array(figure.axes).reshape(2, 10)
     data = load_resized("fashion-mnist", "validation", 16)
@@ -313,14 +315,14 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
         assert np.allclose(above.images[0].get_array(), first, atol=1e-6)
         assert not np.allclose(below.images[0].get_array(), first, atol=0.05)
     assert "validation images" in caption and "16 tokens an image, of 32" in caption
-    used = runs.find(spec).metrics["tokens_used"] * 32
+    used = store.find(spec).metrics["tokens_used"] * 32
     assert report.codebook_use([spec]).loc[0, "tokens used, of 32"] == f"{used:.0f}"
 
 
 def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch, tmp_path):
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
-    setting = experiments.experiment("41", "cpu")
+    setting = catalogue.experiment("41", "cpu")
     table = report.accuracies(Runs(setting, report.finished(setting)), "full", report.paper_resolution())
     row = table.set_index("arm").loc["attn"]
     assert row["paper (ImageNet)"] == "84.3" and row["committed reference"] == "not run"
@@ -356,7 +358,7 @@ def test_a_steps_rows_add_up_and_what_is_spared_is_a_fifth():
 
 def stems_at(profile: str, rates: dict[str, float]) -> Runs:
     """Made-up results of every arm of notebook 52: right with the rate of its arm, 0.7 unless told."""
-    setting = experiments.experiment("52", profile)
+    setting = catalogue.experiment("52", profile)
     results = {}
     for arm in setting.arms:
         right = [np.random.default_rng(s).random(5000) < rates.get(arm, 0.7) for s in setting.profile.seeds]
@@ -366,11 +368,11 @@ def stems_at(profile: str, rates: dict[str, float]) -> Runs:
 
 
 def test_every_row_of_the_papers_table_7_is_an_arm_and_no_arm_is_without_a_row():
-    configs = [report.paper_stem(name) for name in experiments.STEM_ARMS]
+    configs = [report.paper_stem(name) for name in small.STEM_ARMS]
     ours = [(c.stem, c.stem_norm, c.stem_act, f"ViT-B{c.depth}") for c in configs]
     theirs = paper_table("table7")[["stem", "norm", "act", "model"]].itertuples(index=False, name=None)
     assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
-    assert list(report.stem_sizes()["stem"]) == list(experiments.STEM_ARMS)
+    assert list(report.stem_sizes()["stem"]) == list(small.STEM_ARMS)
     paper = report.paper_stems()
     assert len(paper) == 20 and (paper["linear+1 pretrained"], paper["local supervised"]) == ("83.26", "82.26")
 
@@ -384,7 +386,7 @@ def test_stem_sizes_say_where_they_are_not_the_papers():
 
 def test_table_7_compares_each_stem_with_the_linear_one_under_the_same_training():
     table = report.table7(stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.6})).set_index("stem")
-    assert list(table.index) == list(experiments.STEM_ARMS) and not (table.drop("linear") == "–").any(axis=None)
+    assert list(table.index) == list(small.STEM_ARMS) and not (table.drop("linear") == "–").any(axis=None)
     assert table.loc["hmlp", "top1 pretrained, paper"] == "83.43"
     assert table.loc["hmlp", "pretrained minus linear, points"].startswith(("+4.", "+5."))
     assert table.loc["conv", "scratch minus linear, points"].startswith(("+9.", "+10."))
@@ -419,7 +421,7 @@ def test_figure_6_has_a_point_a_stem_at_the_two_differences_to_linear():
         "paper, ImageNet", "study, all labels", "study, the same few labels",
     ]  # fmt: skip
     assert [len(cell.containers) for cell in figure.axes] == [0, 9, 9]
-    hmlp = [stem for stem in experiments.STEM_ARMS if stem != "linear"].index("hmlp")
+    hmlp = [stem for stem in small.STEM_ARMS if stem != "linear"].index("hmlp")
     (x,), (y,) = figure.axes[2].containers[hmlp].lines[0].get_data()
     assert x == pytest.approx(2, abs=0.7) and y == pytest.approx(5, abs=0.7)
     across, up = (bars.get_segments()[0] for bars in figure.axes[2].containers[hmlp].lines[2])
@@ -430,7 +432,7 @@ def test_figure_6_has_a_point_a_stem_at_the_two_differences_to_linear():
 
 
 def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_alone(monkeypatch):
-    from vitlib.lab import notebook
+    from lab.report import notebook
 
     shown = []
     monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
@@ -439,7 +441,7 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     assert shown[0].startswith("**Profile `cpu`**: Fashion-MNIST") and "width 64, 12 pairs" in shown[0]
     shown.clear()
     metrics = {"tokens_used": 0.5, "perplexity": 30.0, "recon_mse": 0.01, "first_loss": 1.6, "train_loss": 0.2}
-    monkeypatch.setattr(runs, "find", lambda spec: Result(spec.hash, metrics, None, {}, ABOUT))
+    monkeypatch.setattr(store, "find", lambda spec: Result(spec.hash, metrics, None, {}, ABOUT))
     notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
     assert len(shown) == 2 and shown[0] == report.legend("study")
     assert shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]

@@ -8,19 +8,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitlib.data import Batch, epoch_batches, load_resized, subset
+from lab.data.registry import load_resized
+from lab.runs.spec import TRAINING_VERSION
+from vitlib.data import Batch, epoch_batches, subset
 from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
-from vitlib.lab.runs import TRAINING_VERSION
 from vitlib.model import ViT, vit_config
 from vitlib.train import dalle, loop
 from vitlib.train import dvae as dvae_module
 from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
 from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.finetune import at_image_size, freeze, start_from, trainable
-from vitlib.train.losses import bce, cross_entropy
 from vitlib.train.masked import MaskedLoss, MaskedViT, block_masks
-from vitlib.train.recipes import Recipe
+from vitlib.train.recipe import Recipe
+from vitlib.train.supervised import bce, cross_entropy
 from vitlib.train.tokenizers import (
     NormalisedPixels,
     PatchTokens,

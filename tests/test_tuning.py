@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vitlib import paths
+from lab import paths
+from lab.claims import tuning
+from lab.claims.ledger import TRANSFER_IMAGES, ledger
+from lab.experiments.catalogue import experiment
+from lab.runs import store
+from lab.runs.results import Result
 from vitlib.errors import UsageError
-from vitlib.lab import runs, tuning
-from vitlib.lab.experiments import experiment
-from vitlib.lab.ledger import TRANSFER_IMAGES, ledger
-from vitlib.lab.runs import Result
 
 REFERENCE = paths.REFERENCE / "study"
 
@@ -24,7 +25,7 @@ def pretend(monkeypatch, made):
     def find(spec):
         return Result(spec.hash, {"top1": made[spec.hash]}, None, {}, {}) if spec.hash in made else None
 
-    monkeypatch.setattr(runs, "find", find)
+    monkeypatch.setattr(store, "find", find)
 
 
 def test_every_arm_of_a_group_tries_the_same_three_rates_on_tuning_seeds_and_differs_in_nothing_else():
@@ -90,7 +91,7 @@ def test_a_margin_is_read_from_the_control_at_the_tuning_seeds(monkeypatch):
     known = tuning.controls("study")
     assert {arm for arm, _ in known["P5"]} == {"36x1+LS"} and [s.seed for _, s in known["P5"]] == list(tuning.SEEDS)
     assert {arm for arm, _ in known["P4"]} == {"12x1", "24x1", "36x1"}
-    monkeypatch.setattr(runs, "find", lambda spec: Result(spec.hash, {"top1": 90.0 + spec.seed % 2}, None, {}, {}))
+    monkeypatch.setattr(store, "find", lambda spec: Result(spec.hash, {"top1": 90.0 + spec.seed % 2}, None, {}, {}))
     margins = {row["part"]: (row["error_validation"], row["margin"]) for row in tuning.margins("study")}
     assert margins["F1"] == (9.5, pytest.approx(0.95))
     assert [tuning.margin(error) for error in (2, 9.5, 40)] == [0.5, 0.95, 1.5]

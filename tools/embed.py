@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vitlib.data.registry import checksum, class_names, read_card
-from vitlib.paths import DATA_CARDS, EMBEDDED
+from lab.data.registry import checksum, class_names, read_card
+from lab.paths import DATA_CARDS, EMBEDDED
 
 
 def fashion_mnist(folder: Path) -> None:

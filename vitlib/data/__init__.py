@@ -1,4 +1,4 @@
-"""Real images: held in one tensor (`tensors.py`) or read from their files as they are needed (`images.py`).
+"""Real images: held in one tensor (`registry.py`) or read from their files as they are needed (`images.py`).
 
 Both kinds give the same two streams of batches; which one serves is decided here, by the kind of the data set.
 """
@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitlib.data import tensors
+from vitlib.data import memory
 from vitlib.data.augment import Augment
-from vitlib.data.registry import DataSet, load
-from vitlib.data.tensors import WHOLE, Batch, Shard, load_resized, normalise, resize, subset
+from vitlib.data.memory import WHOLE, Batch, DataSet, Shard, normalise, resize, subset
 from vitlib.errors import UsageError
 
 if TYPE_CHECKING:
-    from vitlib.data.images import Images
+    from vitlib.data.stream import Images
 
 __all__ = [
-    "Batch", "DataSet", "Shard", "epoch_batches", "evaluation_batches", "load", "load_resized", "normalise", "resize", "subset",
+    "Batch", "DataSet", "Shard", "epoch_batches", "evaluation_batches", "normalise", "resize", "subset",
 ]  # fmt: skip
 
 
@@ -39,16 +38,16 @@ def epoch_batches(
                 f"{data.name} is held in memory as one tensor: cutmix and repeats need a recipe with `augment`, which reads "
                 "images from their files"
             )
-        return tensors.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, shard, skip)
-    from vitlib.data import images
+        return memory.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, shard, skip)
+    from vitlib.data import stream
 
-    return images.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, augment, cutmix, repeats, shard, skip)
+    return stream.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, augment, cutmix, repeats, shard, skip)
 
 
 def evaluation_batches(data: DataSet | Images, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
     """The split in its order, of which a process gets the part of `shard`; targets are labels."""
     if isinstance(data, DataSet):
-        return tensors.evaluation_batches(data, batch_size, shard)
-    from vitlib.data import images
+        return memory.evaluation_batches(data, batch_size, shard)
+    from vitlib.data import stream
 
-    return images.evaluation_batches(data, batch_size, shard)
+    return stream.evaluation_batches(data, batch_size, shard)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.data import DataSet
-from vitlib.data.tensors import resize
+from vitlib.data.memory import resize
 from vitlib.errors import UsageError
 
 VOCABULARY = 8192

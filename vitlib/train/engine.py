@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.data import Batch, Shard
-from vitlib.data.tensors import WHOLE
+from vitlib.data.memory import WHOLE
 from vitlib.errors import UsageError
 from vitlib.model import ViT
 

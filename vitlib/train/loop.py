@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from vitlib import draws
 from vitlib.data import Batch, DataSet, epoch_batches, evaluation_batches
 from vitlib.errors import UsageError
+from vitlib.train.checkpoint import Checkpoints, Step
 from vitlib.train.engine import CPU, BatchNorm, Engine, trains
-from vitlib.train.recipes import Recipe
-from vitlib.train.state import Checkpoints, Step
+from vitlib.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from vitlib.data.images import Images
+    from vitlib.data.stream import Images
 
 LossFunction = Callable[[nn.Module, Batch, Tensor | None], Tensor]
 

@@ -24,7 +24,7 @@ from vitlib.data import Batch, DataSet
 from vitlib.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from vitlib.data.images import Images
+    from vitlib.data.stream import Images
 
 VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
 SAMPLED_PATCHES = 60_000

@@ -1,0 +1,269 @@
+"""Training speed at the profile's own sizes: by number of branches, against a plain loop, and how cost grows.
+
+branches    a step of 12x1, 6x2, 4x3, 3x4 in one thread, `par` and `seq`, and timm's models with the same weights
+throughput  images a second on all cores: ours as `make reproduce` trains (a single-thread process a core) against timm's
+            model in a plain PyTorch loop (one process, all cores, a DataLoader, torchvision's transforms)
+growth      twice the images, twice and four times the epochs: time should double and fourfold, memory stay
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.bench.runner import Case, Reading
+from lab.bench.stopwatch import Arm, Counts, count, take_turns
+from lab.data.registry import load_resized
+from lab.experiments.catalogue import experiment
+from lab.runs.execute import cores
+from lab.runs.launch import MEMORY
+from lab.runs.spec import RunSpec
+from vitlib.model import ViT, ViTConfig, set_execution
+from vitlib.model.weights import to_timm
+from vitlib.train import loop
+from vitlib.train.supervised import cross_entropy
+
+WINDOW = 24  # steps of all processes together that are timed at a time
+GROWTH_IMAGES = 960
+
+
+def cases(profile: str, device: str) -> list[Case]:
+    if device == "cuda":
+        return []
+    spec = _spec(profile)
+    size = f"{spec.model.image_size} px, width {spec.model.width}, {spec.model.pairs} pairs, batch {spec.recipe.batch_size}"
+    task = {"profile": profile}
+    return [
+        Case(f"branches, {size}", task | {"what": "branches"}, "12x1 seq", 3, threads=1),
+        *(Case(f"throughput of {name}, {size}", task | {"what": "throughput", "model": name}, "timm plain loop", 3)
+          for name in ("12x1", "6x2")),
+        Case(f"growth, {size}", task | {"what": "growth"}, "1 epoch", 3, threads=1),
+    ]  # fmt: skip
+
+
+def _spec(profile: str) -> RunSpec:
+    return experiment("41", profile).arms["trunk"]
+
+
+def _regrouped(spec: RunSpec, name: str) -> RunSpec:
+    depth, branches = map(int, name.split("x"))
+    return replace(spec, model=replace(spec.model, depth=depth, branches=branches))
+
+
+def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
+    spec = _spec(task["profile"])
+    return {"branches": _branches, "throughput": _throughput, "growth": _growth}[task["what"]](spec, task)
+
+
+# ---------------------------------------------------------------------------------------------------- branches
+
+
+def _branches(spec: RunSpec, task: dict) -> dict[str, Reading]:
+    c, batch = spec.model, spec.recipe.batch_size
+    models: dict[str, nn.Module] = {}
+    for name in ("12x1", "6x2", "4x3", "3x4"):
+        config = _regrouped(spec, name).model
+        models[f"{name} seq"] = set_execution(ViT(config), "seq")
+        if config.branches > 1:
+            models[f"{name} par"] = set_execution(ViT(config), "par")
+        models[f"{name} timm"] = to_timm(ViT(config))
+    fresh = functools.partial(torch.randn, batch, c.in_chans, c.image_size, c.image_size)
+    labels = torch.arange(batch) % c.num_classes
+    arms = {name: _step(model.train(), spec, fresh, labels) for name, model in models.items()}
+    timings = take_turns(arms)
+    return {name: Reading(timings[name].seconds, *_count(arms[name])) for name in arms}
+
+
+def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+
+    def step(images: Tensor) -> None:
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), spec.recipe.clip)
+        optimizer.step()
+
+    return Arm(fresh, step)
+
+
+def _count(arm: Arm) -> Counts:
+    given = arm.fresh()
+    return count(lambda: arm.step(given))
+
+
+# ---------------------------------------------------------------------------------------------------- throughput
+
+
+def _throughput(spec: RunSpec, task: dict) -> dict[str, Reading]:
+    """Seconds for WINDOW steps together, whoever does them."""
+    spec, workers = _regrouped(spec, task["model"]), cores()
+    mine = WINDOW // workers
+    plain = {name: value for name, value in os.environ.items() if name not in MEMORY}
+    with ExitStack() as stack:
+
+        def start(count: int, environment: dict[str, str], **how: object) -> list[_Worker]:
+            work = {"model": asdict(spec.model), "data": spec.data, "batch": spec.recipe.batch_size} | how
+            return [stack.enter_context(_Worker(work, environment)) for _ in range(count)]
+
+        ours = start(
+            workers, plain | MEMORY, loop="ours", steps=mine, execution=spec.execution, profile=task["profile"]
+        )
+        arms = {"ours": _window(ours)}
+        for processes, name in ((0, "timm plain loop"), (workers, f"timm plain loop, {workers} loader processes")):
+            arms[name] = _window(start(1, plain, loop="plain", steps=WINDOW, loaders=processes))
+        timings = take_turns(arms, seconds=10.0)
+    images = WINDOW * spec.recipe.batch_size
+    return {
+        name: Reading(t.seconds, 0, 0, {"images_per_s": round(images / t.median, 1)}) for name, t in timings.items()
+    }
+
+
+def _window(workers: list[_Worker]) -> Arm:
+    def step(_: object) -> None:
+        for worker in workers:
+            worker.go()
+        for worker in workers:
+            worker.done()
+
+    return Arm(lambda: None, step)
+
+
+class _Worker:
+    """A training process that does one window of steps at each `go`, and sleeps between."""
+
+    def __init__(self, work: dict, environment: dict[str, str]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lab.bench.train", json.dumps(work)], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def go(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def done(self) -> None:
+        if self.process.stdout.readline() != "done\n":
+            raise RuntimeError("a training process of the throughput benchmark ended early")
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def _wait_for_go() -> None:
+    if not sys.stdin.readline():
+        sys.exit()
+
+
+def _work(work: dict) -> None:
+    """In a worker: train for ever, a window at a time."""
+    config = ViTConfig(**work["model"])
+    data = load_resized(work["data"], "train", config.image_size)
+    if work["loop"] == "plain":
+        _plain_loop(config, data, work)
+        return
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    recipe = replace(_spec(work["profile"]).recipe, epochs=10_000)
+
+    def on_step(step: int, steps: int) -> None:
+        if step % work["steps"] == 0:
+            print("done", flush=True)
+            _wait_for_go()
+
+    _wait_for_go()
+    model = set_execution(ViT(config), work["execution"])
+    loop.train(model, recipe, data, np.arange(len(data)), 0, cross_entropy, on_step)
+
+
+def _plain_loop(config: ViTConfig, data, work: dict) -> None:
+    """What most people would write: timm's model, a map-style data set, torchvision's transforms, a DataLoader."""
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([
+        v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([data.mean] * config.in_chans, [data.std] * config.in_chans),
+    ])  # fmt: skip
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, i: int):
+            return transform(data.images[i]), data.labels[i]
+
+    loader = torch.utils.data.DataLoader(
+        Images(), work["batch"], shuffle=True, num_workers=work["loaders"], persistent_workers=work["loaders"] > 0
+    )
+    model = to_timm(ViT(config)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
+    steps = 0
+    _wait_for_go()
+    while True:
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            steps += 1
+            if steps % work["steps"] == 0:
+                print("done", flush=True)
+                _wait_for_go()
+
+
+# ---------------------------------------------------------------------------------------------------- growth
+
+
+def _growth(spec: RunSpec, task: dict) -> dict[str, Reading]:
+    """Whole trainings of a few steps; memory is what the process holds right behind each."""
+    data = load_resized(spec.data, "train", spec.model.image_size)
+    sizes = {"1 epoch": (1, 1), "twice the images": (2, 1), "2 epochs": (1, 2), "4 epochs": (1, 4)}
+    held: dict[str, list[float]] = {name: [] for name in sizes}
+
+    def arm(name: str) -> Arm:
+        images, epochs = sizes[name]
+
+        def step(model: ViT) -> None:
+            recipe = replace(spec.recipe, epochs=epochs)
+            loop.train(model, recipe, data, np.arange(images * GROWTH_IMAGES), 0, cross_entropy)
+            held[name].append(_resident_mb())
+
+        return Arm(lambda: ViT(spec.model), step)
+
+    timings = take_turns({name: arm(name) for name in sizes})
+    return {name: Reading(t.seconds, 0, 0, {"mem_mb": round(max(held[name][2:]))}) for name, t in timings.items()}
+
+
+def _resident_mb() -> float:
+    """Memory that this process holds now; its highest so far where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    _work(json.loads(sys.argv[1]))

@@ -1,0 +1,176 @@
+"""What can be counted, at every profile and without training: P1, the memory of P6 and F3, F4, H1 and H2."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lab.claims.judge import exact_holds
+from lab.claims.ledger import ledger
+from lab.claims.statistics import prints_as
+from lab.cost import count as measure
+from lab.data.registry import load
+from lab.paper import paper_table
+from vitlib.data import normalise
+from vitlib.model import ViT, ViTConfig, vit_config
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters and multiply-adds (as the paper counts, norms included) of one model."""
+
+    params: int
+    macs: int
+
+
+@functools.cache
+def size(config: ViTConfig) -> Size:
+    """Counted on the meta device."""
+    with torch.device("meta"):
+        return Size(measure.params(ViT(config)), measure.macs(config).paper)
+
+
+def role_params(config: ViTConfig) -> dict[str, int]:
+    """Parameters by role, counted on the meta device."""
+    with torch.device("meta"):
+        return measure.params_by_role(ViT(config))
+
+
+def p1_holds() -> bool:
+    """Table 3: every regrouped model has its twin's counts, and both print as the paper prints them."""
+    rows = paper_table("table3").to_dict("records")
+    sizes = {}
+    for row in rows:
+        scale = 1e-4 if row["layer_scale"] == "yes" else None
+        sizes[row["model"]] = size(vit_config(row["model"], layer_scale=scale))
+    twins = [("S48x1", "S24x2"), ("B36x1", "B18x2")]
+    printed = all(
+        prints_as(sizes[row["model"]].params / 1e6, row["params_m"])
+        and prints_as(sizes[row["model"]].macs / 1e9, row["gflops"])
+        for row in rows
+    )
+    return printed and all(sizes[a] == sizes[b] for a, b in twins)
+
+
+# Table 3: more pairs, and the more width of like cost that they are compared with
+MORE_PAIRS = {"S48x1": "B12x1", "S24x2": "B12x1", "B36x1": "L24x1", "B18x2": "L24x1"}
+
+
+def table3_config(name: str) -> ViTConfig:
+    """A model of Table 3, with LayerScale where the table has it."""
+    row = paper_table("table3").set_index("model").loc[name]
+    return vit_config(name, layer_scale=1e-4 if row["layer_scale"] == "yes" else None)
+
+
+@functools.cache
+def training_memory(name: str, batch: int) -> measure.Memory:
+    """A training step of a model of Table 3, with AdamW, float32: bytes by kind, every token in every layer."""
+    return measure.memory(table3_config(name), "full", batch=batch, skip_unread=False)
+
+
+@functools.cache
+def inference_memory(name: str, batch: int, attention: str) -> measure.Inference:
+    """A forward pass of a model of Table 3 at its peak, float32: bytes by kind."""
+    return measure.inference_memory(table3_config(name), batch, attention)
+
+
+def p6_memory_holds() -> bool:
+    """Training more pairs needs less memory than training more width, at a batch of 1, which favours it most."""
+    return all(training_memory(a, 1).total < training_memory(b, 1).total for a, b in MORE_PAIRS.items())
+
+
+def f4_holds() -> bool:
+    """Figure 4, left: ViT-B's parameters, those of its attention, and the share that is saved, as printed."""
+    row = paper_table("figure4").set_index("panel").loc["parameters"]
+    roles = role_params(vit_config("B12", layer_scale=1e-4))
+    full, attn = sum(roles.values()), roles["mhsa"]
+    saved = prints_as(100 * (1 - attn / full), row["saving_percent"])
+    return prints_as(full / 1e6, row["full"]) and prints_as(attn / 1e6, row["attn"]) and saved
+
+
+def h1_holds() -> bool:
+    """Table 7: multiply-adds of ViT-B with a linear and with the hMLP stem as printed, less than 1 % apart."""
+    printed = paper_table("table7").query("model == 'ViT-B12'").drop_duplicates("stem").set_index("stem")["gflops"]
+    linear, hmlp = (size(vit_config("B12", stem=stem)).macs / 1e9 for stem in ("linear", "hmlp"))
+    return prints_as(linear, printed["linear"]) and prints_as(hmlp, printed["hmlp"]) and hmlp < 1.01 * linear
+
+
+@functools.cache
+def memory(
+    strategy: str, image_size: int = 384, attention: str = "fused", precision: str = "float32", batch: int = 1,
+    skip_unread: bool = False,
+) -> measure.Memory:  # fmt: skip
+    """What a training step of ViT-B with LayerScale holds, with AdamW: bytes by kind, counted.
+
+    Paper: every token is computed in every layer, so that `skip_unread` is off unless asked for.
+    """
+    config = vit_config("B12", image_size=image_size, layer_scale=1e-4)
+    return measure.memory(config, strategy, attention, batch, precision, skip_unread=skip_unread)
+
+
+@functools.cache
+def step_macs(strategy: str, image_size: int) -> dict[str, measure.Step]:
+    """Multiply-adds of a training step of ViT-B by kind, one image."""
+    return measure.step_macs(vit_config("B12", image_size=image_size, layer_scale=1e-4), strategy)
+
+
+def f3_memory_holds() -> bool:
+    """At 384 pixels training everything keeps more bytes than training attention alone, in all and of activations."""
+    full, attn = memory("full"), memory("attn")
+    return full.total > attn.total and full.activations > attn.activations
+
+
+# part -> (stem fields, training mode): what H2 looks at
+H2 = {
+    "H2-ln": ({"stem": "hmlp", "stem_norm": "ln"}, True),
+    "H2-bn-eval": ({"stem": "hmlp", "stem_norm": "bn"}, False),
+    "H2-bn-train": ({"stem": "hmlp", "stem_norm": "bn"}, True),
+    "H2-conv": ({"stem": "conv", "stem_norm": "bn"}, False),
+}
+LEAK_IMAGES = 16
+
+
+def block_mask(grid: int) -> Tensor:
+    """One block of 3 by 2 patches a little off the middle: bool (grid * grid,), True = masked."""
+    mask = torch.zeros(grid, grid, dtype=torch.bool)
+    mask[grid // 2 - 1 : grid // 2 + 2, grid // 2 - 1 : grid // 2 + 1] = True
+    return mask.flatten()
+
+
+@torch.no_grad()
+def leak_map(stem: dict[str, object], training: bool, data: str = "fashion-mnist", patch_size: int = 4) -> Tensor:
+    """How far each token moves when the masked pixels are replaced: (patches,), relative to the mean token length.
+
+    A fresh stem (seed 0) on real images at their own resolution; the masked patches get the pixels of another image.
+    The mean over images of the change's length; 0 means equal to the last bit.
+    """
+    images = normalise(load(data, "validation").images[: 2 * LEAK_IMAGES], load(data, "validation"))
+    size, channels = images.shape[-1], images.shape[1]
+    config = vit_config(f"W64-1/{patch_size}", image_size=size, in_chans=channels, num_classes=10, **stem)
+    layer = ViT(config, seed=0).stem.train(training)
+    mask = block_mask(config.grid)
+    pixels = mask.view(config.grid, config.grid).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+    seen, other = images[:LEAK_IMAGES], images[LEAK_IMAGES:]
+    tokens, changed = layer(seen), layer(torch.where(pixels, other, seen))
+    return (changed - tokens).norm(dim=-1).mean(0) / tokens.norm(dim=-1).mean()
+
+
+def h2_change(part: str) -> float:
+    """The largest change of a visible token, over all of them."""
+    stem, training = H2[part]
+    leak = leak_map(stem, training)
+    return leak[~block_mask(round(len(leak) ** 0.5))].max().item()
+
+
+_COUNTED = {"P1": p1_holds, "P6-memory": p6_memory_holds, "F3-memory": f3_memory_holds, "F4": f4_holds, "H1": h1_holds}
+
+
+@functools.cache
+def holds(part: str) -> bool:
+    """Whether an exact part of the ledger is as it says, counted or measured now."""
+    if part in H2:
+        return exact_holds(ledger()[part].expected, h2_change(part))
+    return _COUNTED[part]()

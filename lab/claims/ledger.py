@@ -1,0 +1,343 @@
+"""The ledger of claims: what is fixed before any judged run (`outputs/paper/claims.toml`).
+
+One `Part` is one testable sentence: arms, contrast, test, margin, scope, checks. Each run stores `ledger_hashes()` when
+it starts, so that an entry edited after the runs were seen is found out. Standard library only: runs are also made on
+machines that have nothing but torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from lab import paths
+from vitlib.errors import UsageError, unknown
+
+KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "ratio")
+POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
+SCOPES = ("any", "trained", "imagenet", "gpu")
+PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
+# What a profile may have otherwise, in a table of its own: [F1.gpu]
+OVERRIDES = ("contrast", "sizes", "margin", "images", "control", "paper", "paper_source", "paper_confidence")
+CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
+EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
+
+# Table 6: data set -> its numbers of labelled images, class-balanced, the last one all that it has; and the widths
+TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)}
+TRANSFER = {
+    "study": ((32, 64), TRANSFER_IMAGES),
+    "gpu": ((96, 192), {"cifar-10": (500, 5000, 45_000)}),
+    # Table 9: every label of each
+    "imagenet": ((384, 768, 1024), {
+        "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,), "cifar-100": (50_000,),
+        "stanford-cars": (8144,), "flowers-102": (2040,),
+    }),
+}  # fmt: skip
+
+
+def transfer_arms(profile: str) -> tuple[str, ...]:
+    """ "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only."""
+    widths, data = TRANSFER[profile]
+    return tuple(
+        f"W{width} {name} {images} {strategy}"
+        for width in widths
+        for name, counts in data.items()
+        for images in counts
+        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] < counts[-1] else ()))
+    )
+
+
+# check -> the arms that it needs besides those of the contrast and the control: see Part.check_arms
+CHECKS = {
+    "control learned": (),
+    "full beats head": ("full", "head"),
+    "pre-training helps": ("linear pretrained", "linear scratch"),
+}
+
+# Table 7's rows
+_STEMS = (
+    *("linear", "linear-bn", "linear-gelu", "linear-bn-gelu", "linear+1"),
+    *("conv", "conv-ln", "local", "hmlp", "hmlp-ln"),
+)
+# notebook -> the arms that its experiments run, the same strings as there
+ARMS = {
+    "21": (
+        *(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT", "+LS")),
+        *("L24", "L24+LS"),
+    ),
+    "31": (
+        *(f"{pairs // k}x{k}" for pairs in (12, 36) for k in (1, 2, 3, 4)),
+        *(f"{layers}+LS" for layers in ("12x1", "6x2", "4x3", "3x4", "36x1", "18x2")),
+        *(f"S{pairs // k}x{k}" for pairs in (36, 60) for k in (1, 2, 3, 4)),
+    ),
+    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96, 192, 288) for layers in ("12x1", "6x2"))
+    + tuple(f"W{width} {layers}" for width in (192, 384, 768, 1024) for layers in ("24x1", "12x2")),
+    "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2", "S24x1", "S12x2", "S48x1", "S24x2"),
+    "34": tuple(
+        f"{n}{scale}{long}"
+        for n in ("12x1", "6x2", "36x1", "18x2")
+        for scale in ("", "+LS")
+        for long in ("", " longer")
+    ),
+    "35": (
+        *("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
+        *("W192 36x1+LS", "W192 18x2+LS", "W288 16x1+LS"),
+        *("B12x1", "S48x1", "S24x2", "L24x1+LS", "B36x1+LS", "B18x2+LS"),
+    ),
+    "36": ("seq", "par", "streams", "fused", "timm"),
+    "41": (
+        "trunk",
+        *(f"{w}{s}{o}" for w in ("", "S ", "L ") for s in ("full", "attn", "ffn", "head") for o in ("", " SGD")),
+    ),
+    "42": tuple(arm for profile in TRANSFER for arm in transfer_arms(profile)),
+    "51": (),
+    "52": (
+        *(f"{stem} {training}" for stem in _STEMS for training in ("scratch", "pretrained", "supervised")),
+        *(f"{stem} pretrained {what}" for stem in ("linear", "hmlp") for what in ("k-means", "decay")),
+        "linear pretrained dvae",  # smoke's, where "pretrained" predicts k-means tokens
+    ),
+}
+_LAYERS = re.compile(r"(\d+)x(\d+)(.*)")  # <depth>x<branches>, then "+LS" or nothing
+_WIDTH = re.compile(r"W\d+ ")  # in front of arms whose width, and with it the number of pairs, is fixed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One testable sentence of a claim; the keys of a table in claims.toml, which says what they mean."""
+
+    id: str
+    claim: str
+    title: str
+    notebook: str
+    kind: str
+    metric: str
+    scope: str
+    contrast: dict[str, float] = field(default_factory=dict)  # of a slope: at its largest size
+    sizes: tuple[int, ...] = ()  # of a slope: widths where the arms begin with one, else pairs
+    margin: float | None = None  # percentage points
+    margin_imagenet: float | None = None
+    images: str | int | None = None
+    n: int | None = None  # seeds or process restarts
+    min_pairs: int = 0
+    checks: tuple[str, ...] = ()
+    control: str | None = None
+    parent: str | None = None  # the low-resolution model that "full" should beat
+    paper: float | None = None
+    paper_source: str | None = None
+    paper_confidence: str | None = None
+    expected: str | None = None  # exact parts only
+    profiles: tuple[str, ...] = ()  # where the part belongs; () = everywhere
+    at: dict[str, dict[str, object]] = field(default_factory=dict)  # profile -> keys that differ there
+
+    def entry(self, profile: str) -> Part:
+        """What the ledger fixes for a profile: this entry, with the keys that are otherwise there."""
+        return replace(self, at={}, **self.at.get(profile, {}))
+
+    def at_profile(self, profile: str) -> Part:
+        """The part as it is judged at a profile. On ImageNet every label is used, as in the paper, and m is 0.3."""
+        part = self.entry(profile)
+        if profile != "imagenet" or part.margin is None:
+            return part
+        return replace(part, margin=part.margin_imagenet, images="all")
+
+    def key(self, profile: str) -> str:
+        """Under which name a run stores the hash of this part as it is at a profile: "F1", or "F1 at gpu"."""
+        return f"{self.id} at {profile}" if profile in self.at else self.id
+
+    def belongs(self, profile: str) -> bool:
+        return not self.profiles or profile in self.profiles
+
+    def contrast_at(self, pairs: int) -> dict[str, float]:
+        """The contrast in the arms of a model with so many pairs: 18x2 - 36x1 is 6x2 - 12x1 at 12; a slope's as it is."""
+        return self.contrast if self.sizes else {arm_at(arm, pairs): c for arm, c in self.contrast.items()}
+
+    def contrasts(self, pairs: int) -> list[dict[str, float]]:
+        """The contrast at so many pairs; of a slope one a size."""
+        if not self.sizes:
+            return [self.contrast_at(pairs)]
+        return [{_arm_of_size(arm, size): c for arm, c in self.contrast.items()} for size in self.sizes]
+
+    def controls(self, pairs: int) -> list[str]:
+        """The control arm at so many pairs; of a slope one a size."""
+        if self.control is None:
+            return []
+        return [_arm_of_size(self.control, s) for s in self.sizes] or [arm_at(self.control, pairs)]
+
+    def check_arms(self, check: str) -> tuple[str, ...]:
+        """The arms of a check in this notebook: "head" where it has such an arm, else that of the control's own setting.
+
+        With control "W64 digits 100 full", "head" is "W64 digits 100 head".
+        """
+        setting = (self.control or "").rpartition(" ")[0]
+        return tuple(arm if arm in ARMS[self.notebook] else f"{setting} {arm}" for arm in CHECKS[check])
+
+    def arms(self, pairs: int) -> list[str]:
+        """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
+        arms = [arm for contrast in self.contrasts(pairs) for arm in contrast]
+        arms += [arm for check in self.checks for arm in self.check_arms(check)]
+        return list(dict.fromkeys(arms + self.controls(pairs)))
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the arms are <depth>x<branches>, so that the number of pairs belongs to the verdict."""
+        return not self.sizes and any(_LAYERS.fullmatch(arm) for arm in self.contrast)
+
+
+def arm_at(arm: str, pairs: int) -> str:
+    """The arm with the same number of branches at so many pairs; arms that name no layers stay as they are."""
+    match = _LAYERS.fullmatch(arm)
+    if match is None:
+        return arm
+    branches = int(match[2])
+    if pairs % branches:
+        raise UsageError(f"{pairs} pairs cannot be split into layers of {branches} branches, as arm {arm!r} needs")
+    return f"{pairs // branches}x{branches}{match[3]}"
+
+
+def _arm_of_size(arm: str, size: int) -> str:
+    """ "W96 6x2" of width 32 is "W32 6x2"; an arm without a width is taken at `size` pairs."""
+    return _WIDTH.sub(f"W{size} ", arm) if _WIDTH.match(arm) else arm_at(arm, size)
+
+
+def ledger(path: Path | None = None) -> dict[str, Part]:
+    """Every part by its id, in the file's order, checked. Raises UsageError for the first entry that cannot be."""
+    path = path or paths.PAPER / "claims.toml"
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the ledger {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
+    return {name: _part(name, table) for name, table in tables.items()}
+
+
+def part_hash(part: Part) -> str:
+    """Content hash of one entry: changes with every field, not with the order of keys or with comments."""
+    defaults = asdict(Part(*(None,) * 7))
+    # Fields left at their default are not written, so that a field added later leaves old hashes as they are.
+    written = {key: value for key, value in asdict(part).items() if value != defaults[key]}
+    text = json.dumps(written, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ledger_hashes(path: Path | None = None) -> dict[str, str]:
+    """Part -> hash, and part at a profile -> hash where that has keys of its own: what each run stores at its start."""
+    hashes = {}
+    for part in ledger(path).values():
+        hashes[part.id] = part_hash(replace(part, at={}))
+        hashes |= {part.key(profile): part_hash(part.entry(profile)) for profile in part.at}
+    return hashes
+
+
+def _part(name: str, table: object) -> Part:
+    if not isinstance(table, Mapping):
+        raise UsageError(f"ledger entry {name!r} is not a table of keys")
+    allowed = [f for f in fields(Part) if f.name not in ("id", "at")]
+    for key, value in table.items():
+        if key in PROFILES and isinstance(value, Mapping):
+            for own in value:
+                if own not in OVERRIDES:
+                    raise unknown(f"key in ledger entry {name}.{key}:", own, OVERRIDES)
+            _check_types(f"{name}.{key}", value)
+        elif key not in {f.name for f in allowed}:
+            raise unknown(f"key in ledger entry {name}:", key, [f.name for f in allowed])
+    for f in allowed:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in table:
+            raise UsageError(f"ledger entry {name} lacks the key {f.name!r}")
+    _check_types(name, {key: value for key, value in table.items() if key not in PROFILES})
+    at = {profile: table[profile] for profile in PROFILES if profile in table}
+    values = _typed({key: value for key, value in table.items() if key not in at})
+    part = Part(id=name, at={profile: _typed(own) for profile, own in at.items()}, **values)
+    for profile in ("", *at):
+        _check_values(part.entry(profile))
+    return part
+
+
+def _typed(table: Mapping[str, object]) -> dict[str, object]:
+    """The values as a Part holds them."""
+    values = dict(table)
+    if "contrast" in table:
+        values["contrast"] = {arm: float(c) for arm, c in table["contrast"].items()}
+    values |= {key: tuple(table[key]) for key in ("checks", "sizes", "profiles") if key in table}
+    return values | {key: float(table[key]) for key in ("margin", "margin_imagenet", "paper") if key in table}
+
+
+def _check_types(name: str, table: Mapping[str, object]) -> None:
+    """The kind of thing that each key must hold, before anything is computed from it."""
+
+    def number(x: object) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+    def count(x: object) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+    rules = {
+        "contrast": ("a table of arm = number", lambda x: isinstance(x, Mapping) and all(map(number, x.values()))),
+        "checks": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(c, str) for c in x)),
+        "sizes": (
+            "a list of two or more whole numbers, rising",
+            lambda x: isinstance(x, list) and all(map(count, x)) and len(x) > 1 and x == sorted(set(x)),
+        ),
+        "profiles": (
+            f"a list of {', '.join(PROFILES)}",
+            lambda x: isinstance(x, list) and bool(x) and all(p in PROFILES for p in x),
+        ),
+        "images": ('a whole number from 1, or "all"', lambda x: x == "all" or count(x)),
+        "n": ("a whole number from 2", lambda x: count(x) and x > 1),
+        "min_pairs": ("a whole number from 1", count),
+        "margin": ("a number above 0", lambda x: number(x) and x > 0),
+        "margin_imagenet": ("a number above 0", lambda x: number(x) and x > 0),
+        "paper": ("a number", number),
+    }
+    for key, value in table.items():
+        wanted, holds = rules.get(key, ("a text", lambda x: isinstance(x, str) and bool(x.strip())))
+        if not holds(value):
+            raise UsageError(f"ledger entry {name} has {key} = {value!r}: allowed is {wanted}")
+
+
+def _check_values(part: Part) -> None:
+    where = f"in ledger entry {part.id}:"
+    for what, given, allowed in (
+        ("kind", part.kind, KINDS),
+        ("scope", part.scope, SCOPES),
+        ("notebook", part.notebook, ARMS),
+    ):
+        if given not in allowed:
+            raise unknown(f"{what} {where}", given, allowed)
+    for check in part.checks:
+        if check not in CHECKS:
+            raise unknown(f"check {where}", check, CHECKS)
+        for arm in part.check_arms(check):
+            if arm not in ARMS[part.notebook]:
+                raise unknown(f"arm of the check {check!r} {where}", arm, ARMS[part.notebook])
+    arms = [*part.contrast, part.control, part.parent]
+    arms += [arm for contrast in part.contrasts(0) for arm in contrast] + part.controls(0) if part.sizes else []
+    for arm in arms:
+        if arm is not None and arm not in ARMS[part.notebook]:
+            raise unknown(f"arm {where}", arm, ARMS[part.notebook])
+    if abs(sum(part.contrast.values())) > 1e-9:
+        raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
+    needed = {
+        "exact": ("expected",),
+        "ratio": ("contrast", "n"),
+        "slope": ("contrast", "sizes", "margin", "margin_imagenet", "images", "n", "control"),
+    }.get(part.kind, ("contrast", "margin", "margin_imagenet", "images", "n", "control"))
+    if part.paper is not None:
+        needed = (*needed, "paper_source", "paper_confidence")
+    for key in needed:
+        if not getattr(part, key):
+            raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
+    if part.expected is not None and part.expected not in EXPECTED:
+        raise unknown(f"expected {where}", part.expected, EXPECTED)
+    if part.paper_confidence is not None and part.paper_confidence not in CONFIDENCE:
+        raise unknown(f"paper_confidence {where}", part.paper_confidence, CONFIDENCE)
+    if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
+        raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
+    if part.kind in POINT_KINDS and "control learned" not in part.checks:
+        raise UsageError(f"ledger entry {part.id} lacks the check 'control learned' that every accuracy part has")

@@ -1,0 +1,189 @@
+"""Intervals over seeds and test images, p-values, and the smallest difference that a run could have seen.
+
+S seeds, N test images; a difference of accuracies is in percentage points everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from vitlib.errors import UsageError
+
+UNREACHABLE = "not reachable with this test set"
+
+
+CHART_ERROR = 0.1  # points; how far a value read off one of the paper's charts may be wrong
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and test images with its uncertainty, in points (natural logarithm for a ratio)."""
+
+    mean: float
+    mean_squares: tuple[float, float, float]  # MS_S, MS_I, MS_R: seeds, images, residual
+    n: int  # seeds or process restarts
+    images: int  # 1 = the seed is the unit: Student's t over seeds
+    level: float = 0.95
+
+    @property
+    def sd(self) -> float:
+        """Sample deviation over seeds of a seed's mean difference."""
+        return math.sqrt(self.mean_squares[0] / self.images)
+
+    @property
+    def seed_term(self) -> float:
+        """The part of SE^2 that more seeds shrink: seed effects and residual, MS_S / (n N)."""
+        return self.mean_squares[0] / (self.n * self.images)
+
+    @property
+    def image_term(self) -> float:
+        """The part of SE^2 that only more test images shrink, (MS_I - MS_R) / (n N); none below 0."""
+        _, ms_i, ms_r = self.mean_squares
+        return max(ms_i - ms_r, 0.0) / (self.n * self.images)
+
+    @property
+    def se(self) -> float:
+        """SE^2 = max(MS_S + MS_I - MS_R, MS_S) / (n N)."""
+        return math.sqrt(self.seed_term + self.image_term)
+
+    @property
+    def df(self) -> float:
+        """Satterthwaite's degrees of freedom of SE^2, at least n - 1."""
+        return _satterthwaite(self.mean_squares, self.n, self.images)
+
+    @property
+    def low(self) -> float:
+        return self.bounds(self.level)[0]
+
+    @property
+    def high(self) -> float:
+        return self.bounds(self.level)[1]
+
+    @property
+    def paired(self) -> tuple[float, float]:
+        """Paired t over seeds alone, which takes the test images as fixed. Shown beside; decides nothing."""
+        half = stats.t.ppf(0.5 + self.level / 2, self.n - 1) * math.sqrt(self.seed_term)
+        return float(self.mean - half), float(self.mean + half)
+
+    def bounds(self, level: float) -> tuple[float, float]:
+        """The two-sided interval at another level; 0.90 holds two one-sided tests at 5 % each."""
+        half = stats.t.ppf(0.5 + level / 2, self.df) * self.se
+        return float(self.mean - half), float(self.mean + half)
+
+
+def interval(D: np.ndarray, level: float = 0.95) -> Estimate:
+    """Mean of D (S, N) with seeds and test images both random: differences of correctness, 1 = 100 points."""
+    D = 100.0 * np.asarray(D, dtype=np.float64)
+    if D.ndim != 2 or D.shape[0] < 2 or D.shape[1] < 2:
+        raise UsageError(f"an interval needs differences of shape (seeds, images), two or more each, not {D.shape}")
+    n, N = D.shape
+    rows, columns, mean = D.mean(axis=1, keepdims=True), D.mean(axis=0, keepdims=True), D.mean()
+    ms_s = N * ((rows - mean) ** 2).sum() / (n - 1)
+    ms_i = n * ((columns - mean) ** 2).sum() / (N - 1)
+    ms_r = ((D - rows - columns + mean) ** 2).sum() / ((n - 1) * (N - 1))
+    return Estimate(float(mean), (float(ms_s), float(ms_i), float(ms_r)), n, N, level)
+
+
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
+    """Student's t over one value a seed (or a process restart): (S,), in the unit of the values."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise UsageError(f"Student's t needs one value for each of two seeds or more, not shape {values.shape}")
+    return Estimate(float(values.mean()), (float(values.var(ddof=1)), 0.0, 0.0), len(values), 1, level)
+
+
+def slope(values: np.ndarray, sizes: Sequence[float], level: float = 0.95) -> Estimate:
+    """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 a seed."""
+    return over_seeds(change(values, sizes), level)
+
+
+def change(values: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
+    """What a slope is of, one value a seed: values (S, K) to (S,). Raises UsageError for other shapes."""
+    values, x = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
+    if values.ndim != 2 or values.shape[1] != len(x) or len(set(x)) < 2:
+        raise UsageError(f"a slope needs values (seeds, sizes) at two or more sizes, not {values.shape} at {len(x)}")
+    centred = x - x.mean()
+    return values @ centred / (centred**2).sum() * np.ptp(x)
+
+
+def _satterthwaite(mean_squares: tuple[float, float, float], n: int, images: int) -> float:
+    """(MS_S + MS_I - MS_R)^2 / (MS_S^2/(n-1) + MS_I^2/(N-1) + MS_R^2/((n-1)(N-1))), at least n - 1.
+
+    The numerator is the sum that SE^2 uses, so where SE^2 falls back on MS_S this gives n - 1.
+    """
+    ms_s, ms_i, ms_r = mean_squares
+    spread = ms_s**2 / (n - 1)
+    if images > 1:
+        spread += ms_i**2 / (images - 1) + ms_r**2 / ((n - 1) * (images - 1))
+    return max(max(ms_s + ms_i - ms_r, ms_s) ** 2 / spread, n - 1) if spread > 0 else float(n - 1)
+
+
+def prints_as(value: float, printed: str) -> bool:
+    """Whether `value`, rounded to the digits that the paper prints, reads as printed: 17.583 prints as "17.58"."""
+    return f"{value:.{len(printed.partition('.')[2])}f}" == printed
+
+
+def p_value(kind: str, estimate: Estimate, m: float | None) -> float:
+    """Raw p of the named test: two-sided against 0, the larger of two one-sided, or one-sided against -m."""
+    if kind == "equivalence":
+        return max(_tail(estimate.mean + m, estimate), _tail(m - estimate.mean, estimate))
+    if kind == "non-inferiority":
+        return _tail(estimate.mean + m, estimate)
+    return min(1.0, 2 * _tail(abs(estimate.mean), estimate))
+
+
+def _tail(distance: float, estimate: Estimate) -> float:
+    if estimate.se == 0:  # every seed and image agrees
+        return 0.0 if distance > 0 else 1.0
+    return float(stats.t.sf(distance / estimate.se, estimate.df))
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p of one family of tests."""
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p, method="holm")[1] if len(p) else np.array([])
+
+
+def smallest_visible(estimate: Estimate) -> float:
+    """The smallest difference that this run could have seen: at 5 %, with a power of 80 %."""
+    return float((stats.t.ppf(0.975, estimate.df) + stats.t.ppf(0.80, estimate.df)) * estimate.se)
+
+
+def seeds_needed(estimate: Estimate, paper: float) -> int | str:
+    """The fewest seeds at which `paper` would be a visible difference on the same number of test images."""
+    ms_s, _, ms_r = estimate.mean_squares
+    N, image_term = estimate.images, estimate.image_term
+
+    def visible(n: int) -> bool:
+        # The variance components stay, so of the mean squares only MS_I grows with n.
+        mean_squares = (ms_s, ms_r + n * N * image_term, ms_r)
+        return smallest_visible(replace(estimate, n=n, mean_squares=mean_squares)) <= abs(paper)
+
+    # With ever more seeds only the image term is left, at N - 1 degrees of freedom.
+    t = stats.t.ppf(0.975, N - 1) + stats.t.ppf(0.80, N - 1) if image_term else 0.0
+    if t * math.sqrt(image_term) >= abs(paper):
+        return UNREACHABLE
+    high = 2
+    while not visible(high):
+        high *= 2
+        if high > 2**40:
+            return UNREACHABLE
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if visible(middle) else (middle, high)
+    return high
+
+
+def difference(correct: Mapping[str, np.ndarray], contrast: Mapping[str, float]) -> np.ndarray:
+    """D = sum over arms of c_a x correct[a], of the arms' own shape."""
+    shapes = {arm: np.shape(correct[arm]) for arm in contrast}
+    if len(set(shapes.values())) != 1:
+        raise UsageError(f"the arms of one contrast must have the same seeds and images, not {shapes}")
+    return sum(c * np.asarray(correct[arm], dtype=np.float64) for arm, c in contrast.items())

@@ -1,0 +1,182 @@
+"""Tuning: the same three learning rates for every arm, on validation images, before any judged run.
+
+A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group of its own, in
+Table 6 each arm: there the best rate depends on the number of images and on the width.
+The chosen rates stand in `train/recipes.py`; what they were chosen from is committed as outputs/reference/<profile>/tuning.csv.
+The same seeds give the margins: 10 % of a control's validation error (margins.csv), written down in the ledger beforehand.
+Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lab.claims import statistics
+from lab.claims.ledger import POINT_KINDS, TRANSFER_IMAGES, Part, ledger
+from lab.experiments.catalogue import NOTEBOOKS, experiment
+from lab.experiments.profiles import profile as scale
+from lab.runs import store
+from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
+from vitlib.errors import UsageError, unknown
+from vitlib.train.finetune import STRATEGIES
+
+SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that share a rate."""
+
+    notebook: str
+    arms: tuple[str, ...]
+    rates: tuple[float, float, float]  # lowest first
+
+    def specs(self, profile: str) -> list[tuple[str, float, RunSpec]]:
+        """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
+        arms = experiment(self.notebook, profile).arms
+        if missing := [arm for arm in self.arms if arm not in arms]:
+            raise UsageError(
+                f"profile {profile} has no arm {missing[0]!r} to tune: the groups are those of profile study"
+            )
+        return [
+            (arm, lr, replace(arms[arm], recipe=replace(arms[arm].recipe, lr=lr)).with_seed(seed))
+            for seed in SEEDS for arm in self.arms for lr in self.rates
+        ]  # fmt: skip
+
+
+def _transfer() -> dict[str, Group]:
+    """Table 6: each arm that F5 and F6 read is a group of its own, and so is each strategy at the middle number of images."""
+    arms = []
+    for data, (fewest, middle, most) in TRANSFER_IMAGES.items():
+        arms += [f"W64 {data} {fewest} {s}" for s in ("full", "attn", "head")]
+        arms += [f"W64 {data} {middle} {s}" for s in STRATEGIES]
+        arms += [f"W{width} {data} {most} {s}" for width in (32, 64) for s in ("full", "attn")]
+    return {f"transfer {arm}": Group("42", (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
+
+
+# In the order in which they run: trunks first.
+GROUPS = {
+    "supervised+LS": Group("31", ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
+    "supervised": Group("31", ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
+    **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in STRATEGIES},
+    "stems": Group("52", ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
+    "few labels": Group(
+        "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
+        (5e-4, 1e-3, 2e-3),
+    ),
+    **_transfer(),
+}  # fmt: skip
+
+
+def groups(names: Sequence[str]) -> dict[str, Group]:
+    """The groups of these names, all by default; "resolution" names all strategies of it. UsageError for another."""
+    words = {name.split()[0] for name in GROUPS}
+    for name in names:
+        if name not in GROUPS and name not in words:
+            raise unknown("tuning group", name, GROUPS)
+    return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
+
+
+def controls(profile: str) -> dict[str, list[tuple[str, RunSpec]]]:
+    """Part -> the runs (arm, tuning seed) whose validation error gives its margin: its control, of a slope one a size."""
+    p, found = scale(profile), {}
+    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
+        arms = experiment(part.notebook, profile).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
+        named = [arm for arm in part.controls(max(p.pairs, part.min_pairs)) if arm in arms]
+        if named:
+            found[part.id] = [(arm, arms[arm].with_seed(seed)) for arm in named for seed in SEEDS]
+    return found
+
+
+def control_specs(profile: str, parts: Sequence[str]) -> list[RunSpec]:
+    """The runs that the margins of these parts need, each once. Raises UsageError for a part without a control here."""
+    known = controls(profile)
+    for part in parts:
+        if part not in known:
+            raise unknown("part with a control", part, known)
+    return list(dict.fromkeys(spec for part in parts for _, spec in known[part]))
+
+
+def margins(profile: str) -> list[dict]:
+    """One row a part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
+    rows = []
+    for part, family in controls(profile).items():
+        results = [store.find(spec) for _, spec in family]
+        if all(results):
+            error = 100 - float(np.mean([r.metrics["top1"] for r in results]))
+            arms = ", ".join(dict.fromkeys(arm for arm, _ in family))
+            rows.append(
+                {"part": part, "control": arms, "n": len(SEEDS), "error_validation": error, "margin": margin(error)}
+            )
+    return rows
+
+
+def margin(error: float) -> float:
+    """m: 10 % of the control's validation error, at least 0.5 and at most 1.5 points."""
+    return min(max(round(error / 10, 2), 0.5), 1.5)
+
+
+def specs(profile: str, chosen: Iterable[Group]) -> list[RunSpec]:
+    """Every tuning run of these groups, each once."""
+    return list(dict.fromkeys(spec for group in chosen for _, _, spec in group.specs(profile)))
+
+
+def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
+    """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
+    rows = []
+    for name, group in chosen.items():
+        found: dict[tuple[str, float], list[float]] = {}
+        for arm, lr, spec in group.specs(profile):
+            if result := store.find(spec):
+                found.setdefault((arm, lr), []).append(result.metrics["top1"])
+        whole = {key: values for key, values in found.items() if len(values) == len(SEEDS)}
+        taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
+        rows += [
+            {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
+             "top1_validation": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
+             "chosen": lr == taken if taken else None}
+            for (arm, lr), values in whole.items()
+        ]  # fmt: skip
+    return rows
+
+
+def contrasts(profile: str, rows: Sequence[dict]) -> list[dict]:
+    """One row a part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its own best.
+
+    `rows` are those of `table`. In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the
+    second says whether it is the rate's.
+    """
+    tried: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["chosen"] is not None:  # its whole group is finished
+            tried.setdefault((row["notebook"], row["arm"]), []).append(row)
+    common = {key: next(row for row in mine if row["chosen"]) for key, mine in tried.items()}
+    own = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
+    p, shown = scale(profile), []
+    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
+        at_sizes = part.contrasts(max(p.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
+        keys = {arm: (part.notebook, arm) for at_size in at_sizes for arm in at_size}
+        if keys and all(key in tried for key in keys.values()):
+            shown.append({
+                "part": part.id, "n": len(SEEDS),
+                "at_the_common_rate": _points(part, at_sizes, {arm: common[key] for arm, key in keys.items()}),
+                "at_each_best": _points(part, at_sizes, {arm: own[key] for arm, key in keys.items()}),
+                "best_rates": ", ".join(f"{arm}: {own[key]['lr']:g}" for arm, key in keys.items()),
+            })  # fmt: skip
+    return shown
+
+
+def _points(part: Part, at_sizes: Sequence[dict[str, float]], rows: dict[str, dict]) -> float:
+    """The part's contrast of these rows, one an arm; of a slope the change from its smallest size to its largest."""
+    top1 = {arm: row["top1_validation"] for arm, row in rows.items()}
+    points = [float(statistics.difference(top1, contrast)) for contrast in at_sizes]
+    return float(statistics.change(np.array([points]), part.sizes)[0]) if part.sizes else points[0]
+
+
+def best(found: dict[tuple[str, float], Sequence[float]]) -> float:
+    """The rate whose mean over all arms is highest; of equals the lowest."""
+    rates = sorted({lr for _, lr in found})
+    return max(rates, key=lambda lr: (np.mean([v for (_, other), v in found.items() if other == lr]), -lr))

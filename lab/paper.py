@@ -1,0 +1,27 @@
+"""The paper's own numbers, as printed: outputs/paper/*.csv, one file a table or figure, with source and confidence."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lab import paths
+from vitlib.errors import unknown
+
+
+def paper_table(name: str) -> pd.DataFrame:
+    """A table of the paper, cells as text so that digits stay as printed; empty = not in the paper.
+
+    `source`: A (the arXiv text with supplement, 2203.09795), B (the released code and its pictures).
+    `confidence`: read (typeset), read-chart (estimated from a chart, about 0.1 off), computed (from read numbers).
+    `remark`: what is doubtful about a number. "disagreements" lists where the paper has two numbers for one quantity.
+    Raises UsageError for a name that is not there.
+    """
+    files = {path.stem: path for path in paths.PAPER.glob("*.csv")}
+    if name not in files:
+        raise unknown("table of the paper", name, sorted(files))
+    return pd.read_csv(files[name], dtype=str, keep_default_na=False)
+
+
+def as_printed(value: str, confidence: str = "read") -> str:
+    """A cell for a table: chart values are marked, missing ones are a dash."""
+    return "–" if value == "" else f"{value} (chart)" if confidence == "read-chart" else value

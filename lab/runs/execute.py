@@ -1,0 +1,225 @@
+"""Train one run: from its spec to its result."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+
+from lab import paths
+from lab.claims.ledger import ledger_hashes
+from lab.data.external import held_out
+from lab.data.readers import locate
+from lab.data.registry import load_resized
+from lab.runs.results import Result
+from lab.runs.spec import RunSpec
+from lab.runs.store import checkpoint_path, find, held, keep, warn_of_other_files, weights, weights_path
+from vitlib.data import DataSet, subset
+from vitlib.data.stream import Images
+from vitlib.model import ViT, set_execution
+from vitlib.train import dalle, finetune, loop, masked, tokenizers
+from vitlib.train.checkpoint import Checkpoints
+from vitlib.train.dvae import DVAE, DVAELoss
+from vitlib.train.dvae import evaluate as evaluate_dvae
+from vitlib.train.engine import Engine, resolve, this_shard
+from vitlib.train.supervised import loss_of
+
+LOADERS = 8  # at most so many processes read and decode images which are not in memory
+
+
+def execute(
+    spec: RunSpec,
+    need_weights: bool = False,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    every_s: float = 300.0,
+) -> Result:
+    """Train a run, or read it where it is finished. What it needs must be finished, with weights.
+
+    `need_weights` trains a run again of which only the metrics were imported. A checkpoint is written every `every_s`
+    seconds; a run that was killed goes on from it. Raises NonFiniteLoss with the run's name; the run is not kept then,
+    the last good checkpoint is. All processes of a distributed run call this; the first one writes.
+    """
+    engine = engine_of(spec)
+    first = engine.shard.rank == 0
+    with held(spec.hash, engine.shard) if first else nullcontext():
+        engine.gather(None)  # the others look when the first one holds the lock
+        done = find(spec)
+        if done is not None and not (need_weights and not weights_path(spec).is_file()):
+            return done
+        torch.set_num_threads(spec.threads)
+        torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
+        checkpoints = Checkpoints(checkpoint_path(spec), every_s, ledger_hashes(), writes=first)
+        data = data_of(spec, "train")
+        held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
+        other = second_test(spec)
+        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.from_files else {}
+        files = {split: images.checksum for split, images in read.items() if images is not None}
+        if files:
+            warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
+        rows = subset(data, spec.images, spec.seed)
+        model, loss_function = prepare(spec, data)
+        ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
+        if engine.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            history = loop.train(
+                model, spec.recipe, data, rows, spec.seed, loss_function, on_step, engine, ema, checkpoints
+            )
+        except loop.NonFiniteLoss as fault:
+            raise loop.NonFiniteLoss(f"run {spec.hash} ({spec.describe()}): {fault}") from None
+        metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
+        correct = correct_v2 = None
+        if spec.protocol == "tokenizer":
+            metrics |= evaluate_dvae(model, held_out)
+        elif spec.protocol != "masked":
+            correct, loss = loop.evaluate(model, held_out, engine=engine)
+            metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
+            if other is not None:
+                correct_v2, _ = loop.evaluate(model, other, engine=engine)
+                metrics["top1_v2"] = 100 * float(correct_v2.mean())
+            if ema is not None:
+                averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
+                metrics |= {"top1_ema": 100 * float(averaged.mean()), "loss_ema": loss}
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise loop.NonFiniteLoss(
+                f"run {spec.hash} ({spec.describe()}): the last step left weights that are not finite; {checkpoints}"
+            )
+        metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
+        about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
+        result = Result(spec.hash, metrics, correct, checkpoints.notes, about, correct_v2)
+        if first:
+            keep(spec, result, history, model, ema and ema.module)
+            checkpoints.remove()
+        engine.gather(None)  # nobody leaves before it is written
+        return result
+
+
+def engine_of(spec: RunSpec) -> Engine:
+    """What the run is computed with here. Raises UsageError for a GPU that is not there."""
+    own = {
+        name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "channels_last", "checkpointing")
+    }
+    return Engine(resolve(spec.device), **own, shard=this_shard())
+
+
+def data_of(spec: RunSpec, split: str) -> DataSet | Images:
+    """A split at the size that the model reads: held in memory, or read as it is needed.
+
+    Published data has no validation images: a tuning run holds some out of its own training images, of each class the last
+    fiftieth; a judged run trains on all of them.
+    """
+    if not spec.from_files:
+        return load_resized(spec.data, split, spec.model.image_size)
+    classes = spec.model.num_classes if spec.protocol in ("supervised", "finetune") else None
+    part = "test" if split == "test" else "train"
+    data = _open(spec, spec.data, part, classes)
+    if spec.split == "test" or split == "test":
+        return data
+    held = held_out(data.labels.numpy(), share=50)
+    return data.take(np.flatnonzero(held if split == "validation" else ~held))
+
+
+def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
+    from vitlib.data import stream as images
+
+    return images.open_images(
+        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=loaders()
+    )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loaders() -> int:
+    """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
+    return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+
+
+def second_test(spec: RunSpec) -> Images | None:
+    """ImageNet-V2 beside ImageNet-val, where it is here."""
+    classifies = spec.protocol in ("supervised", "finetune") and spec.split == "test"
+    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and locate("imagenet-v2")):
+        return None
+    return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
+
+
+def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
+    """The model at its start and the loss function of its protocol."""
+    if spec.protocol == "tokenizer":
+        return DVAE(spec.model, spec.seed), DVAELoss(spec.seed, spec.steps)
+    if spec.protocol == "masked":
+        tokenizer = dalle.load(spec.model.grid) if spec.targets == "dalle" else None
+        tokenizer = trained_tokenizer(spec.tokenizer) if spec.tokenizer else tokenizer
+        tokenizer = tokenizer and tokenizer.to(resolve(spec.device))
+        targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed, tokenizer)
+        model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
+        set_execution(model.vit, spec.execution)
+        return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
+    if spec.protocol == "finetune":
+        other_classes = spec.data != spec.parent.data
+        model = finetune.start_from(weights(spec.parent), spec.model, spec.seed, new_head=other_classes)
+        finetune.freeze(model, spec.strategy)
+    else:
+        model = ViT(spec.model, spec.seed)
+    set_execution(model, spec.execution)
+    return model, loss_of(spec.recipe)
+
+
+def trained_tokenizer(spec: RunSpec) -> DVAE:
+    """The discrete VAE of a finished run, in eval mode."""
+    model = DVAE(spec.model, spec.seed)
+    model.load_state_dict(weights(spec))
+    return model.eval()
+
+
+def surroundings(device: str) -> dict:
+    """Where and with what a run was done."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    gpu = {"gpu_mem_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
+    return gpu | {
+        "mem_mb": round(peak), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
+        "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """The name of what a run used: the GPU's for "cuda", else the processor's and the number of its cores."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with `+` where code was changed since; empty outside git."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], cwd=paths.ROOT, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "vitlib", "lab", "outputs/paper") else ""
+    )

@@ -1,0 +1,225 @@
+"""The store of finished runs. A run directory is written whole or not at all:
+
+    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors  [ema.safetensors]
+
+While it is trained, a run that takes long keeps a checkpoint in <store>/.checkpoints/<hash>.pt.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from lab import paths
+from lab.runs.results import Result
+from lab.runs.spec import RunSpec
+from vitlib.data import Shard
+from vitlib.errors import UsageError
+from vitlib.train import loop
+
+
+def find(spec: RunSpec) -> Result | None:
+    """The finished run, or None. Raises UsageError for a run directory that another version wrote."""
+    path = paths.runs() / spec.hash / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result = Result.from_record(json.loads(path.read_text(encoding="utf-8")))
+        if result.hash != spec.hash:
+            raise ValueError(f"it says {result.hash}")
+        return result
+    except (ValueError, KeyError, TypeError) as fault:
+        raise UsageError(
+            f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault}): "
+            "move that folder away and the run is trained again"
+        ) from fault
+
+
+def weights(spec: RunSpec, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The trained weights of a finished run, or their moving average. Raises UsageError where only its metrics were imported."""
+    if ema and spec.recipe.ema is None:
+        raise UsageError(f"the run {spec.hash} ({spec.describe()}) keeps no moving average: its recipe's ema is None")
+    path = weights_path(spec).with_name("ema.safetensors") if ema else weights_path(spec)
+    if not path.is_file():
+        what = "moving average" if ema else "weights"
+        raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
+    return load_file(path)
+
+
+def weights_path(spec: RunSpec) -> Path:
+    return paths.runs() / spec.hash / "weights.safetensors"
+
+
+def checkpoint_path(spec: RunSpec) -> Path:
+    return paths.runs() / ".checkpoints" / f"{spec.hash}.pt"
+
+
+def lock(name: str) -> FileLock:
+    """Held while the run of that hash is trained or imported: a second process waits and then reads it."""
+    folder = paths.runs() / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock")
+
+
+def held(name: str, shard: Shard) -> AbstractContextManager:
+    """The lock, waited for. Raises UsageError where it cannot be: the other processes of a distributed run would give up."""
+    try:
+        return lock(name).acquire(timeout=-1 if shard.world == 1 else 0)
+    except Timeout:
+        raise UsageError(f"the run {name} is held by another process: a distributed run does not wait for it") from None
+
+
+def keep(
+    spec: RunSpec, result: Result, history: list[loop.Step], model: torch.nn.Module, ema: torch.nn.Module | None = None
+) -> None:
+    """Write a run into a temporary folder and move it into place. Of a masked model the trunk is kept."""
+    draft = _draft(spec.hash)
+    try:
+        (draft / "spec.json").write_text(json.dumps(spec.record(), indent=1), encoding="utf-8")
+        with (draft / "history.csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow([f.name for f in fields(loop.Step)])
+            table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
+        for name, whole in (("weights", model), ("ema", ema)):
+            if whole is not None:
+                state = (whole.vit if spec.protocol == "masked" else whole).state_dict()
+                save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / f"{name}.safetensors")
+        (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
+        _into_place(draft, paths.runs() / spec.hash)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draft(name: str) -> Path:
+    """A new folder in the store that is not a run yet; its name says whose it is."""
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".draft-{name}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
+
+
+def _into_place(draft: Path, folder: Path) -> None:
+    """Rename; an older folder of that name (an imported run without weights) goes only when the new one is there."""
+    old = draft.with_name(f"{draft.name}-old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove the drafts that processes of this machine left and that are gone."""
+    for draft in paths.runs().glob(".draft-*"):
+        words = draft.name.removesuffix("-old").rsplit("-", 2)
+        if words[0].endswith(f"-{platform.node()}") and words[1].isdigit() and not alive(int(words[1])):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def export_runs(path: Path, names: Collection[str] | None = None) -> int:
+    """Write every run of the store, or those of these hashes, to a `runs.jsonl`, by hash, without weights; how many."""
+    records = []
+    folders = sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json"))
+    for folder in folders if names is None else [f for f in folders if f.name in names]:
+        try:
+            spec, result = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result"))
+            Result.from_record(result)
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            what = f"the run {folder.name} cannot be exported ({type(fault).__name__}): move that folder away"
+            raise UsageError(what) from fault
+        records.append(json.dumps({"spec": spec, "result": result}, sort_keys=True))
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: export writes a file, for example {path / 'runs.jsonl'}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
+    draft.replace(path)
+    return len(records)
+
+
+def import_runs(path: Path) -> tuple[int, int]:
+    """Merge a `runs.jsonl` into the store by hash: (new, already there). Metrics and correctness, no weights.
+
+    Raises UsageError, before anything is written, for a line that is not a run or whose hash is not that of its spec.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to import")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UsageError(f"{path.name} is no text file: import reads what export wrote") from fault
+    runs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            run = json.loads(line)
+            found = hashlib.sha256(json.dumps(run["spec"], sort_keys=True).encode()).hexdigest()[:16]
+            Result.from_record(run["result"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
+        if found != run["result"]["hash"]:
+            raise UsageError(f"line {number} of {path.name} says {run['result']['hash']}, but its spec is {found}")
+        runs.append((found, run))
+    new = 0
+    for name, run in runs:
+        folder = paths.runs() / name
+        with lock(name):
+            if (folder / "result.json").is_file():
+                continue
+            draft = _draft(name)
+            for part in ("spec", "result"):
+                (draft / f"{part}.json").write_text(json.dumps(run[part], indent=1), encoding="utf-8")
+            _into_place(draft, folder)
+            new += 1
+    return new, len(runs) - new
+
+
+def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
+    """Warn where runs that belong together read files that differ, of what is one data set by its name and its sizes."""
+    seen: dict[tuple[str, str, str], dict[str, str]] = {}
+    for spec, files in read.items():
+        for split, checksum in files.items():
+            seen.setdefault((spec.data, spec.split, split), {}).setdefault(checksum, spec.hash)
+    for (data, _, split), by in seen.items():
+        if len(by) > 1:
+            warnings.warn(
+                f"the runs {', '.join(sorted(by.values()))} read different files of {data}, split {split}: names, sizes or labels "
+                "are not the same",
+                stacklevel=2,
+            )
+
+
+def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
+    """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
+    todo: dict[RunSpec, bool] = {}
+
+    def train(spec: RunSpec, need_weights: bool) -> None:
+        for other in spec.needs:
+            if not weights_path(other).is_file():
+                train(other, True)
+        todo[spec] = todo.get(spec, False) or need_weights
+
+    for spec in specs:
+        if find(spec) is None:
+            train(spec, False)
+    return todo

@@ -1,0 +1,246 @@
+"""The committed reference: what was run at a profile, as files, a page and the README's claims table.
+
+    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/README.md   what held, what did not, what stays open and what it would take
+    README.md                     the claims table, between two marks
+
+Page and table are written from claims.csv alone, so that a test can hold them against it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from lab import paths
+from lab.claims import judge
+from lab.claims.ledger import ledger
+from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
+from lab.experiments.profiles import profile as scale
+from lab.report.tables import span
+from lab.runs import store
+from vitlib.errors import UsageError
+
+PAGE = paths.REFERENCE / "README.md"
+MARKS = ("<!-- claims: written by `python -m lab report` -->", "<!-- end of claims -->")
+
+
+def write(profile: str) -> list[Path]:
+    """Copy what `reproduce` made of a profile into the committed reference, and write page and README from it.
+
+    Raises UsageError where nothing was rendered.
+    """
+    made, kept = paths.outputs() / profile, paths.REFERENCE / profile
+    if not (made / "claims.csv").is_file():
+        raise UsageError(f"there is no {made / 'claims.csv'}: run `python -m lab reproduce --profile {profile}` first")
+    notebooks, absent = available(profile, list(NOTEBOOKS))
+    if absent:  # the names of its runs depend on the data
+        raise absent[0]
+    names = {member.hash for spec in all_specs(profile, notebooks) for member in spec.family()}
+    if not any((paths.runs() / name / "result.json").is_file() for name in names):
+        raise UsageError(f"no run of profile {profile} is in {paths.runs()}: nothing was written")
+    store.export_runs(kept / "runs.jsonl", names)
+    for file in ("claims.csv", "tuning.csv", "margins.csv", "best_rates.csv"):
+        if (made / file).is_file():
+            shutil.copyfile(made / file, kept / file)
+    for folder, suffix in (("tables", ".csv"), ("figures", ".png")):
+        shutil.rmtree(kept / folder, ignore_errors=True)
+        (kept / folder).mkdir(parents=True)
+        for file in sorted((made / folder).glob(f"*{suffix}")):
+            shutil.copyfile(file, kept / folder / file.name)
+    for file in sorted((kept / "tables").glob("*.csv")):
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        file.with_suffix(".md").write_text(
+            f"{table.to_markdown(index=False, disable_numparse=True)}\n", encoding="utf-8"
+        )
+    PAGE.write_text(page(), encoding="utf-8")
+    readme = paths.ROOT / "README.md"
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), readme_block()), encoding="utf-8")
+    return [kept, PAGE, readme]
+
+
+def profiles() -> list[str]:
+    """The profiles that have a committed claims table, largest first."""
+    return [name for name in ("imagenet", "gpu", "study") if (paths.REFERENCE / name / "claims.csv").is_file()]
+
+
+def table(profile: str) -> pd.DataFrame:
+    return pd.read_csv(paths.REFERENCE / profile / "claims.csv", dtype={"notebook": str}, keep_default_na=True)
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` between the two marks. Raises UsageError where they are not there."""
+    first, last = (text.find(mark) for mark in MARKS)
+    if first < 0 or last < first:
+        raise UsageError(f"README.md lacks the marks {MARKS[0]} and {MARKS[1]}")
+    return f"{text[: first + len(MARKS[0])]}\n\n{block}\n{text[last:]}"
+
+
+# ---------------------------------------------------------------------------------------------------- the README's table
+
+
+def readme_block() -> str:
+    """One row a claim: what the paper says, what each part measured, and the stance of the claim."""
+    parts = []
+    for profile in profiles():
+        rows = table(profile)
+        lines = [_claim_row(claim, rows[rows["claim"] == claim], profile) for claim in dict.fromkeys(rows["claim"])]
+        frame = pd.DataFrame(lines)
+        parts.append(
+            f"Profile `{profile}`, {_about(profile)}.\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n"
+        )
+    return "\n".join(parts)
+
+
+def _claim_row(claim: str, rows: pd.DataFrame, profile: str) -> dict[str, str]:
+    stance = judge.stance_of(dict(zip(rows["part"], rows["stance"], strict=True))).partition(" (")[0]
+    words = "; ".join(
+        dict.fromkeys(f"{row.part}: {said(row)}" if len(rows) > 1 else said(row) for row in rows.itertuples())
+    )
+    notebook = NOTEBOOKS[rows["notebook"].iloc[0]][0]
+    first = rows["title"].iloc[0].rstrip(".")
+    return {"claim": claim, "the paper says": first, "measured": words, "the claim": stance,
+            "notebook": f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"}  # fmt: skip
+
+
+def said(row) -> str:
+    """A part in a few words: the verdict, and the difference with its interval where one was measured."""
+    if pd.isna(row.ours):
+        return str(row.verdict)
+    verdict = f"{row.verdict.removesuffix(' m')} {row.margin:g}" if row.verdict.endswith(" m") else row.verdict
+    ratio = ledger()[row.part].kind == "ratio"
+    sign, unit = ("", "") if ratio else ("+", " points")
+    return f"{verdict}, {row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{unit}"
+
+
+def _about(profile: str) -> str:
+    """What the numbers were measured on: n, devices, dates, number of runs, from runs.jsonl."""
+    path = paths.REFERENCE / profile / "runs.jsonl"
+    records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
+    devices = " and ".join(sorted({r["device"] for r in records}))
+    kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r for r in records) else ("CPU", "cpu_s")
+    hours = sum(r[spent] for r in records) / 3600
+    when = span(r["date"] for r in records)
+    return f"{len(records)} runs, {hours:.1f} {kind} hours, n = {len(scale(profile).seeds)} seeds a verdict, {devices}, {when}"
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+HEAD = """# What was measured, and what it says
+
+Written by `python -m lab report` from the claims table of each profile; no sentence here is typed by hand. Every number is a
+difference of top-1 in points with its 95 % interval over seeds and test images (a slope's over seeds), or a ratio; the words are those of
+"How to read a verdict" in the project's README. A small scale is no reproduction of the paper.
+"""
+
+
+def page() -> str:
+    parts = [HEAD]
+    for profile in profiles():
+        rows = table(profile)
+        count = rows["verdict"].nunique()
+        parts.append(
+            f"\n## Profile `{profile}`\n\n{_capital(_about(profile))}. {len(rows)} parts of claims, "
+            f"{count} different verdicts. Files: [claims]({profile}/claims.csv), [runs]({profile}/runs.jsonl), "
+            f"[tables]({profile}/tables), [figures]({profile}/figures).\n"
+        )
+        for title, chosen, line in SECTIONS:
+            mine = rows[[chosen(row) for row in rows.itertuples()]]
+            body = "\n".join(line(row) for row in mine.itertuples()) or "Nothing."
+            parts.append(f"\n### {title} ({len(mine)})\n\n{body}\n")
+        parts.append(_best_rates(profile))
+    return "".join(parts)
+
+
+def _best_rates(profile: str) -> str:
+    """The contrasts of the tuning runs at the verdicts' rates and at each arm's best, where a profile was tuned."""
+    file = paths.REFERENCE / profile / "best_rates.csv"
+    if not file.is_file():
+        return ""
+    rows, edge = pd.read_csv(file), _at_an_end(profile)
+    tuned = [[entry.rpartition(": ")[0] for entry in best.split(", ")] for best in rows["best_rates"]]
+    rows["at an end of the rates tried"] = [
+        ", ".join(f"{arm} ({edge[arm]})" for arm in arms if arm in edge) for arms in tuned
+    ]
+    points = {"at_the_common_rate": "at the verdict's rates", "at_each_best": "each arm at its best"}
+    shown = rows.assign(**{key: rows[key].map("{:+.2f}".format) for key in points})
+    shown = shown.rename(columns=points | {"best_rates": "best rates"}).drop(columns="n")
+    judged = table(profile)
+    estimated = judged[judged["ours"].notna() & (judged["test"] != "ratio")]["part"]
+    untuned = [part for part in estimated if part not in set(rows["part"])]
+    return (
+        f"\n### Whether it is the learning rate's ({len(rows)} of {len(estimated)})\n\nVerdicts compare arms at the rate that is "
+        f"best for their group; in Tables 5 and 6 each strategy has its own. The same contrasts on validation images, at "
+        f"those rates and with every arm at its own best of three, in points (mean of {rows['n'].iloc[0]} tuning seeds, no "
+        f"interval; [all rates]({profile}/tuning.csv)). Where an arm was best at the lowest or highest rate tried, a rate "
+        f"beyond may be better still, and the contrast another. Not here, because an arm took its group's rate untuned: "
+        f"{', '.join(untuned) or 'none'}.\n\n"
+        f"{shown.to_markdown(index=False, disable_numparse=True)}\n"
+    )
+
+
+def _at_an_end(profile: str) -> dict[str, str]:
+    """Arm -> "lowest" or "highest", where the best of the rates that it was tried at is the first or the last of them."""
+    tried = pd.read_csv(paths.REFERENCE / profile / "tuning.csv").sort_values("lr")
+    ends = {}
+    for arm, rows in tried.groupby("arm", sort=False):
+        best = rows.loc[rows["top1_validation"].idxmax(), "lr"]  # of equals the lowest, as in tuning
+        if best in (rows["lr"].min(), rows["lr"].max()):
+            ends[arm] = "lowest" if best == rows["lr"].min() else "highest"
+    return ends
+
+
+def _line(row) -> str:
+    of = f" The paper: {row.paper:+.2f}." if not pd.isna(row.paper) and row.test != "ratio" else ""
+    note = f" ({row.note})" if isinstance(row.note, str) and row.note else ""
+    n = "" if pd.isna(row.n) else f", n = {row.n:.0f}"
+    return f"- **{row.part}** {row.title} {_capital(said(row))}{n}{note}.{of}"
+
+
+def _open_line(row) -> str:
+    needed = row.seeds_needed
+    takes = "" if pd.isna(needed) else f" To see the paper's difference: {_seeds(needed)}."
+    visible = (
+        ""
+        if pd.isna(row.smallest_visible)
+        else f" The smallest difference that this run could have seen: {row.smallest_visible:.2f}."
+    )
+    return f"{_line(row)}{visible}{takes}"
+
+
+def _seeds(needed: object) -> str:
+    try:
+        return f"{float(needed):,.0f} seeds"
+    except ValueError:
+        return str(needed)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _not_run(row) -> bool:
+    return row.verdict == judge.NOT_RUN
+
+
+SECTIONS: tuple[tuple[str, Callable, Callable], ...] = (
+    ("What held", lambda row: row.stance == "supports", _line),
+    ("What did not", lambda row: row.stance == "contradicts", _line),
+    (
+        "What stays open, and what it would take",
+        lambda row: row.stance == "open" and not _not_run(row),
+        _open_line,
+    ),
+    ("Not run", _not_run, lambda row: f"- **{row.part}** {row.title}{_why(row)}"),
+)
+
+
+def _why(row) -> str:
+    note = row.note if isinstance(row.note, str) and row.note else ""
+    scope = ledger()[row.part].scope if row.part in ledger() else ""
+    needs = {"gpu": "needs a GPU", "imagenet": "needs ImageNet"}.get(scope, "")
+    return f" ({needs or note})" if needs or note else ""

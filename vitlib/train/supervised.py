@@ -1,0 +1,37 @@
+"""Losses of supervised training and fine-tuning; masked pre-training brings its own (`masked.py`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlib.data import Batch
+from vitlib.train.recipe import Recipe
+
+
+def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Mean over images; targets are labels, or class shares under mixup and cutmix, of which `smoothing` is spread evenly."""
+    return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)
+
+
+def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
+    """Procedure A2: one binary decision a class, mean over images and classes.
+
+    Released code: engine.py, targets.gt(0.0). Any share above zero counts as fully positive; label smoothing is
+    off (`Recipe` refuses it), or every class would.
+    """
+    logits = model(batch.images, draws)
+    targets = batch.targets if batch.targets.ndim == 2 else F.one_hot(batch.targets, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))
+
+
+LOSSES = {"cross_entropy": cross_entropy, "bce": bce}
+
+
+def loss_of(recipe: Recipe) -> Callable[[torch.nn.Module, Batch, Tensor | None], Tensor]:
+    """The loss function of supervised training and fine-tuning."""
+    return functools.partial(cross_entropy, smoothing=recipe.smoothing) if recipe.smoothing else LOSSES[recipe.loss]
