@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
-from lab.cost import count as measure
+from lab.cost import count
 from vitlib.errors import UsageError
 from vitlib.model import ViT, execution, fuse, set_execution, vit_config
 from vitlib.model.weights import load, save, to_timm
@@ -103,7 +103,7 @@ def test_a_fused_model_is_a_plain_vit_with_wider_layers_and_leaves_the_original_
     assert layer.mhsa[0].gamma is None and (layer.ffn[0].norm.weight == 1).all() and (layer.ffn[0].norm.bias == 0).all()
     assert vit.training and all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
     assert not fused.training and not any(p.requires_grad for p in fused.parameters())
-    assert measure.macs(fused).matmul == measure.macs(vit).matmul
+    assert count.macs(fused).matmul == count.macs(vit).matmul
 
 
 def test_a_fused_model_travels_as_a_file_and_as_a_plain_timm_model(tmp_path):
@@ -124,7 +124,7 @@ def test_timms_model_with_our_weights_gives_our_logits(case):
     vit = model(**CASES[case]).eval()
     theirs = to_timm(vit)
     keys = 0 if vit.config.key_bias else vit.config.pairs * vit.config.width  # timm's have a bias, of zero then
-    assert sum(p.numel() for p in theirs.parameters()) == measure.params(vit) + keys
+    assert sum(p.numel() for p in theirs.parameters()) == count.params(vit) + keys
     torch.testing.assert_close(theirs(images()), vit(images()), rtol=0, atol=1e-10)
 
 
@@ -151,7 +151,7 @@ def test_tokens_that_nobody_reads_are_skipped_without_changing_logits_or_gradien
     rows = torch.tensor([[3, 9], [0, 1], [16, 2], [5, 5], [7, 8]])
     some, every = vit.encode(vit.embed(images()), rows=rows), vit.encode(vit.embed(images()))
     torch.testing.assert_close(some, every[torch.arange(5)[:, None], rows], rtol=0, atol=1e-11)
-    assert measure.saved_bytes(vit, images(), torch.sum) < measure.saved_bytes(whole, images(), torch.sum)
+    assert count.saved_bytes(vit, images(), torch.sum) < count.saved_bytes(whole, images(), torch.sum)
 
 
 # ---- the matrices that `par` keeps for inference

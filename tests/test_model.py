@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
-from lab.cost import count as measure
+from lab.cost import count
 from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
 from vitlib.model.layers import EPS
@@ -203,31 +203,27 @@ PARAMETERS = {
 STEMS = {"Ti": (147_648, 49_248), "S": (295_296, 190_656), "B": (590_592, 749_952), "L": (787_456, 1_327_616)}
 
 
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 @pytest.mark.parametrize("names", PARAMETERS)
 def test_parameters_are_the_papers_to_the_digit(names):
     first, *twins = names.split()
     variants = list(itertools.product(("linear", "hmlp"), (None, 1e-4)))
     with torch.device("meta"):
         assert (
-            tuple(count(ViT(vit_config(first, stem=s, layer_scale=scale))) for s, scale in variants)
+            tuple(count.params(ViT(vit_config(first, stem=s, layer_scale=scale))) for s, scale in variants)
             == PARAMETERS[names]
         )
         for twin in twins:  # the same pairs, side by side
-            assert count(ViT(vit_config(twin, stem="hmlp", layer_scale=1e-4))) == PARAMETERS[names][3], twin
+            assert count.params(ViT(vit_config(twin, stem="hmlp", layer_scale=1e-4))) == PARAMETERS[names][3], twin
 
 
 @pytest.mark.parametrize("width", STEMS)
 def test_parameters_of_the_stem_alone_are_the_papers_to_the_digit(width):
-    found = [count(make_stem(vit_config(f"{width}12", stem=stem))) for stem in ("linear", "hmlp")]
+    found = [count.params(make_stem(vit_config(f"{width}12", stem=stem))) for stem in ("linear", "hmlp")]
     assert found == list(STEMS[width])
 
 
 def test_parameters_of_the_convolutional_stem_for_vit_b_are_3489120():
-    assert count(make_stem(vit_config("B12", stem="conv"))) == 3_489_120
+    assert count.params(make_stem(vit_config("B12", stem="conv"))) == 3_489_120
 
 
 @pytest.mark.parametrize(
@@ -236,7 +232,7 @@ def test_parameters_of_the_convolutional_stem_for_vit_b_are_3489120():
 )
 def test_parameters_at_384_pixels_are_the_papers_to_the_digit(name, total):
     with torch.device("meta"):
-        assert count(ViT(vit_config(name, image_size=384, layer_scale=1e-4))) == total
+        assert count.params(ViT(vit_config(name, image_size=384, layer_scale=1e-4))) == total
 
 
 # --- names and configurations ---
@@ -358,7 +354,7 @@ def test_the_heads_scale_is_a_factor_on_its_initial_weights_alone():
 def test_without_key_bias_a_model_has_a_width_less_a_pair_and_gives_the_same_logits():
     """A key's bias adds the same to all logits of a query, which softmax ignores."""
     with_bias, without = (ViT(small("W64-3x2/4", key_bias=key_bias)) for key_bias in (True, False))
-    assert measure.params(with_bias) - measure.params(without) == 6 * 64
+    assert count.params(with_bias) - count.params(without) == 6 * 64
     assert not any("qkv.bias" in name for name in without.state_dict())
     with_bias, images = filled(with_bias), noise(2, 3, 16, 16)
     state = with_bias.state_dict()
@@ -512,12 +508,12 @@ def test_the_local_stem_costs_vit_b_what_table_7_prints_within_a_fifth_of_a_perc
     config = vit_config("B12", stem="local")
     width, inner = 96, 196 * 16
     own = inner * 48 * width + 4 * inner * (12 * width**2 + 2 * 16 * width) + 196 * 16 * width * 768
-    found, linear = measure.macs(config), measure.macs(vit_config("B12"))
+    found, linear = count.macs(config), count.macs(vit_config("B12"))
     assert found.matmul - linear.matmul == own - 196 * 768 * 768
     assert found.paper == pytest.approx(19.12e9, rel=2e-3)
     with torch.device("meta"):
-        roles = measure.params_by_role(ViT(config))
-    assert roles["stem"] == count(make_stem(config)) == 1_637_088
+        roles = count.params_by_role(ViT(config))
+    assert roles["stem"] == count.params(make_stem(config)) == 1_637_088
     assert roles["mhsa"] == 12 * (4 * 768**2 + 4 * 768)  # the stem's attention is the stem's
 
 

@@ -9,8 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lab.bench import runner
-from lab.cost import count as measure
-from lab.cost import plan, work
+from lab.cost import count, plan, work
 from lab.cost.plan import gpu_cost, gpu_text, rate_of, rates
 from lab.cost.work import Job
 from lab.experiments import imagenet, profiles, recipes
@@ -111,7 +110,7 @@ def test_dalles_encoder_costs_what_its_convolutions_do():
 def test_memory_is_that_of_the_whole_model_at_any_batch(strategy, fields):
     config = replace(vit_config("W64-5x2/4", image_size=16, num_classes=10), **fields)
     held = work.held(Job("finetune", config, PLAIN, 100, strategy=strategy))
-    whole = measure.memory(config, strategy, batch=7, precision="amp")
+    whole = count.memory(config, strategy, batch=7, precision="amp")
     assert held.fixed + 7 * held.an_image == whole.activations
     assert (held.weights, held.gradients, held.optimizer) == whole[:3] and held.ema == 0
     assert held.state + 7 * held.an_image == whole.total
@@ -138,7 +137,7 @@ def test_with_checkpointing_a_layer_more_keeps_its_input_alone():
 def test_masked_pretraining_holds_a_predictor_and_a_mask_token_in_place_of_the_head():
     job = Job("masked", SMALL, PLAIN, 100, masked=6, targets="tokens")
     with torch.device("meta"):
-        trunk = measure.params(ViT(replace(SMALL, num_classes=0)))
+        trunk = count.params(ViT(replace(SMALL, num_classes=0)))
     assert work.held(job).weights == 4 * (trunk + SMALL.width + (SMALL.width + 1) * 128)
     assert work.held(replace(job, masked=7)).an_image - work.held(job).an_image == 4 * 128 + 2 * SMALL.width
 

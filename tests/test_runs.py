@@ -16,8 +16,7 @@ import torch
 from lab import paths
 from lab.claims import exact
 from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
-from lab.cost import count as measure
-from lab.cost import plan
+from lab.cost import count, plan
 from lab.cost.count import macs
 from lab.data.registry import card, load
 from lab.experiments import catalogue, profiles, recipes, small
@@ -475,8 +474,8 @@ def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1(
     assert [len(arms[n, "smoke"]) for n in FORMS] == [4, 4, 8, 3]
     for name, new in (("smoke", (4, 4, 4, 3)), ("study", (4, 2, 4, 1))):
         seen = set(arms["31", name].values())
-        for n, count in zip(FORMS, new, strict=True):
-            assert len(set(arms[n, name].values()) - seen) == count, (name, n)
+        for n, more in zip(FORMS, new, strict=True):
+            assert len(set(arms[n, name].values()) - seen) == more, (name, n)
             seen |= set(arms[n, name].values())
     study = {n: arms[n, "study"] for n in ("31", *FORMS)}
     assert study["32"]["W64 6x2"] == study["33"]["6x2"] == study["34"]["6x2"] == study["31"]["6x2"]
@@ -488,7 +487,7 @@ def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1(
 def test_more_pairs_and_more_width_cost_within_5_percent(name, monkeypatch):
     counts = [macs(spec.model).paper for spec in catalogue.experiment("35", name).arms.values()]
     assert max(counts) < 1.05 * min(counts)
-    monkeypatch.setattr(measure, "macs", lambda config: measure.Macs(config.pairs, config.pairs))
+    monkeypatch.setattr(count, "macs", lambda config: count.Macs(config.pairs, config.pairs))
     with pytest.raises(UsageError, match="not of like cost"):
         catalogue.experiment("35", name)
 
@@ -534,9 +533,9 @@ def test_all_stems_predict_the_tokens_of_one_tokenizer_a_seed():
         learned = [trunk for trunk in trunks if trunk.targets == "dvae"]
         assert {trunk.tokenizer for trunk in learned} == {small.tokenizer(study.profile).with_seed(seed)}
         assert len(learned) == len({trunk.model for trunk in learned}) == len(small.STEM_ARMS)
-    for name, count in (("smoke", 1), ("cpu", 0), ("study", 5)):
+    for name, number in (("smoke", 1), ("cpu", 0), ("study", 5)):
         family = {m for spec in catalogue.experiment("52", name).specs() for m in spec.family()}
-        assert sum(m.protocol == "tokenizer" for m in family) == count
+        assert sum(m.protocol == "tokenizer" for m in family) == number
 
 
 def test_the_runs_of_table_7_at_cpu_are_the_ones_that_were_made():

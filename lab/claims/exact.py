@@ -11,7 +11,7 @@ from torch import Tensor
 from lab.claims.judge import exact_holds
 from lab.claims.ledger import ledger
 from lab.claims.statistics import prints_as
-from lab.cost import count as measure
+from lab.cost import count
 from lab.data.registry import load
 from lab.paper import paper_table
 from vitlib.data import normalise
@@ -30,13 +30,13 @@ class Size:
 def size(config: ViTConfig) -> Size:
     """Counted on the meta device."""
     with torch.device("meta"):
-        return Size(measure.params(ViT(config)), measure.macs(config).paper)
+        return Size(count.params(ViT(config)), count.macs(config).paper)
 
 
 def role_params(config: ViTConfig) -> dict[str, int]:
     """Parameters by role, counted on the meta device."""
     with torch.device("meta"):
-        return measure.params_by_role(ViT(config))
+        return count.params_by_role(ViT(config))
 
 
 def p1_holds() -> bool:
@@ -66,15 +66,15 @@ def table3_config(name: str) -> ViTConfig:
 
 
 @functools.cache
-def training_memory(name: str, batch: int) -> measure.Memory:
+def training_memory(name: str, batch: int) -> count.Memory:
     """A training step of a model of Table 3, with AdamW, float32: bytes by kind, every token in every layer."""
-    return measure.memory(table3_config(name), "full", batch=batch, skip_unread=False)
+    return count.memory(table3_config(name), "full", batch=batch, skip_unread=False)
 
 
 @functools.cache
-def inference_memory(name: str, batch: int, attention: str) -> measure.Inference:
+def inference_memory(name: str, batch: int, attention: str) -> count.Inference:
     """A forward pass of a model of Table 3 at its peak, float32: bytes by kind."""
-    return measure.inference_memory(table3_config(name), batch, attention)
+    return count.inference_memory(table3_config(name), batch, attention)
 
 
 def p6_memory_holds() -> bool:
@@ -102,19 +102,19 @@ def h1_holds() -> bool:
 def memory(
     strategy: str, image_size: int = 384, attention: str = "fused", precision: str = "float32", batch: int = 1,
     skip_unread: bool = False,
-) -> measure.Memory:  # fmt: skip
+) -> count.Memory:  # fmt: skip
     """What a training step of ViT-B with LayerScale holds, with AdamW: bytes by kind, counted.
 
     Paper: every token is computed in every layer, so that `skip_unread` is off unless asked for.
     """
     config = vit_config("B12", image_size=image_size, layer_scale=1e-4)
-    return measure.memory(config, strategy, attention, batch, precision, skip_unread=skip_unread)
+    return count.memory(config, strategy, attention, batch, precision, skip_unread=skip_unread)
 
 
 @functools.cache
-def step_macs(strategy: str, image_size: int) -> dict[str, measure.Step]:
+def step_macs(strategy: str, image_size: int) -> dict[str, count.Step]:
     """Multiply-adds of a training step of ViT-B by kind, one image."""
-    return measure.step_macs(vit_config("B12", image_size=image_size, layer_scale=1e-4), strategy)
+    return count.step_macs(vit_config("B12", image_size=image_size, layer_scale=1e-4), strategy)
 
 
 def f3_memory_holds() -> bool:

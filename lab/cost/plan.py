@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from lab import paths
-from lab.cost import count as measure
+from lab.cost import count
 from lab.cost.work import Job, flop, forward_macs, held, job, on_meta, step_macs
 from lab.data.registry import read_card
 from lab.runs import store
@@ -56,16 +56,16 @@ class Cost:
 
 @functools.cache
 def _params(config: ViTConfig | DVAEConfig) -> int:
-    return measure.params(on_meta(config))
+    return count.params(on_meta(config))
 
 
 @functools.cache
 def _gmacs(config: ViTConfig | DVAEConfig) -> float:
     """Multiply-adds (G) of one image's forward pass; of a discrete VAE with hard tokens."""
     if isinstance(config, ViTConfig):
-        return measure.macs(config).matmul / 1e9
+        return count.macs(config).matmul / 1e9
     with torch.device("meta"):
-        return measure.macs(DVAE(config)).matmul / 1e9
+        return count.macs(DVAE(config)).matmul / 1e9
 
 
 def formula_seconds(spec: RunSpec) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lab.cost import count as measure
+from lab.cost import count
 from lab.runs.spec import RunSpec
 from vitlib.model import ViT, ViTConfig
 from vitlib.train import dalle
@@ -97,19 +97,19 @@ def _plain(config: ViTConfig | DVAEConfig) -> ViTConfig | DVAEConfig:
 
 @functools.cache
 def _forward(config: ViTConfig | DVAEConfig) -> int:
-    return measure.macs(config if isinstance(config, ViTConfig) else on_meta(config)).matmul
+    return count.macs(config if isinstance(config, ViTConfig) else on_meta(config)).matmul
 
 
 @functools.cache
 def _frozen_step(config: ViTConfig, strategy: str) -> int:
-    return sum(step.total for step in measure.step_macs(config, strategy).values())
+    return sum(step.total for step in count.step_macs(config, strategy).values())
 
 
 @functools.cache
 def _encoder(config: DVAEConfig) -> int:
     encoder = on_meta(config).dvae.encoder
     encoder.config = config  # which tells `macs` the size of an image
-    return measure.macs(encoder).matmul
+    return count.macs(encoder).matmul
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def forward_macs(job: Job) -> int:
 def step_macs(job: Job) -> int:
     """Multiply-adds of one image's training step: forward and twice that backward.
 
-    With frozen parts exactly what is left (`measure.step_macs`). Activation checkpointing adds a forward pass, masked
+    With frozen parts exactly what is left (`count.step_macs`). Activation checkpointing adds a forward pass, masked
     pre-training the tokenizer's.
     """
     forward = forward_macs(job)
@@ -199,7 +199,7 @@ def held(job: Job) -> Held:
     """
     model = _trained(job)
     optimizer = "sgd" if job.recipe.optimizer == "sgd" else "adamw"
-    state = measure.training_state(model, optimizer)
+    state = count.training_state(model, optimizer)
     fixed, an_image = (_relaxed_activations if isinstance(job.model, DVAEConfig) else _activations)(job)
     if job.protocol == "masked":
         an_image += job.masked * (4 * _outputs(job) + 2 * job.model.width)
@@ -232,14 +232,14 @@ def _activations(job: Job) -> tuple[int, int]:
         return of[2] + (depth - 2) * (of[3] - of[2])
 
     if job.checkpointing:
-        return at(config.depth, fixed), at(1, an_image) + config.depth * measure.FLOAT32 * config.tokens * config.width
+        return at(config.depth, fixed), at(1, an_image) + config.depth * count.FLOAT32 * config.tokens * config.width
     return at(config.depth, fixed), at(config.depth, an_image)
 
 
 @functools.cache
 def _kept(config: ViTConfig, strategy: str, batch: int, precision: str) -> int:
     half = "float32" if precision == "float32" else "amp"
-    return measure.memory(config, strategy, batch=batch, precision=half).activations
+    return count.memory(config, strategy, batch=batch, precision=half).activations
 
 
 def _relaxed_activations(job: Job) -> tuple[int, int]:
@@ -247,6 +247,6 @@ def _relaxed_activations(job: Job) -> tuple[int, int]:
 
     def saved(batch: int) -> int:
         images = torch.empty(batch, c.in_chans, c.image_size, c.image_size, device="meta")
-        return measure.saved_bytes(model, images, lambda out: (out - images).square().mean())
+        return count.saved_bytes(model, images, lambda out: (out - images).square().mean())
 
     return saved(2) - 2 * (saved(3) - saved(2)), saved(3) - saved(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lab.claims.ledger import transfer_arms
-from lab.cost import count as measure
+from lab.cost import count
 from lab.data.registry import facts
 from lab.experiments import recipes
 from lab.experiments.profiles import LAYER_SCALE, MASKED_SHARE, Profile
@@ -92,7 +92,7 @@ def depth_or_width(p: Profile) -> dict[str, RunSpec]:
     narrow, wide = ((p.width, 36), p.wider) if p.every_arm else ((32, 8), (64, 2))
     forms = [(*narrow, 1), (*narrow, 2), (*wide, 1)]
     arms = {f"W{width} {n // k}x{k}+LS": _form(p, n, k, width, LAYER_SCALE) for width, n, k in forms}
-    cost = [measure.macs(spec.model).paper for spec in arms.values()]
+    cost = [count.macs(spec.model).paper for spec in arms.values()]
     if max(cost) > 1.05 * min(cost):
         raise UsageError(f"{', '.join(arms)} are not of like cost: {cost} multiply-adds")
     return arms

@@ -15,8 +15,7 @@ from lab import paths
 from lab.bench import finetune as finetune_bench
 from lab.bench import runner
 from lab.claims import exact
-from lab.cost import count as measure
-from lab.cost import plan
+from lab.cost import count, plan
 from lab.experiments.profiles import profile
 from lab.paper import paper_table
 from lab.report.printed import paper_throughput
@@ -30,9 +29,9 @@ def trained_shares() -> pd.DataFrame:
     rows = []
     for strategy in ("full", "attn", "ffn", "head"):
         kept = exact.memory(strategy)
-        count, every = kept.gradients // 4, kept.weights // 4
+        trained, every = kept.gradients // 4, kept.weights // 4
         rows.append({
-            "strategy": strategy, "trained_params": f"{count:,}", "share of all": f"{100 * count / every:.1f} %",
+            "strategy": strategy, "trained_params": f"{trained:,}", "share of all": f"{100 * trained / every:.1f} %",
             "weights, MB": kept.weights, "gradients + AdamW state, MB": kept.gradients + kept.optimizer,
             "saved activations, MB an image": kept.activations, "all, batch of 1, MB": kept.total,
         })  # fmt: skip
@@ -109,7 +108,7 @@ def step_multiply_adds() -> pd.DataFrame:
     """Multiply-adds of a training step of ViT-B by kind of layer, forward and backward, full and attention-only."""
     rows = []
     for size in (224, 384):
-        full, attn = (pd.DataFrame(exact.step_macs(s, size), index=measure.Step._fields) for s in ("full", "attn"))
+        full, attn = (pd.DataFrame(exact.step_macs(s, size), index=count.Step._fields) for s in ("full", "attn"))
         full["all"], attn["all"] = full.sum(axis=1), attn.sum(axis=1)
         for kind in full:
             before, after = full[kind].sum(), attn[kind].sum()
@@ -164,7 +163,7 @@ def inference_memory(batch: int = 256) -> pd.DataFrame:
         rows.append({
             "model": row.model, "paper, MB": row.peak_mem_mb, "weights, MB": _megabytes(counts["fused"].weights, digits=0),
             f"{batch} images, MB": _megabytes(counts["fused"].images, digits=0),
-            **{f"all, {a} attention, MB": _megabytes(count.total, digits=0) for a, count in counts.items()},
+            **{f"all, {a} attention, MB": _megabytes(held.total, digits=0) for a, held in counts.items()},
         })  # fmt: skip
     return pd.DataFrame(rows)
 

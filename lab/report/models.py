@@ -9,7 +9,7 @@ import torch
 
 from lab.claims import exact
 from lab.claims.statistics import prints_as
-from lab.cost import count as measure
+from lab.cost import count
 from lab.experiments.catalogue import Experiment
 from lab.paper import paper_table
 from lab.report.accuracy import arms_of
@@ -84,7 +84,7 @@ def fused_sizes() -> pd.DataFrame:
         for label, one in models.items():
             rows.append({
                 "model": label, "layers": one.config.depth, "branches": one.config.branches, "heads": one.config.heads,
-                "FFN width": one.config.ffn_width or 4 * one.config.width, "params": f"{measure.params(one):,}",
-                "gmacs_matmul": f"{measure.macs(one).matmul / 1e9:.3f}",
+                "FFN width": one.config.ffn_width or 4 * one.config.width, "params": f"{count.params(one):,}",
+                "gmacs_matmul": f"{count.macs(one).matmul / 1e9:.3f}",
             })  # fmt: skip
     return pd.DataFrame(rows).astype(str)
