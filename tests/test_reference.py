@@ -35,7 +35,7 @@ def test_the_page_is_written_from_the_committed_tables():
 def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
     for profile in reference.profiles():
         rows = reference.table(profile)
-        assert set(rows["part"]) == {part.id for part in ledger().values() if part.belongs(profile)}
+        assert set(rows["part"]) == {part.id for part in ledger().values() if part.belongs("study")}
         for row in rows.itertuples():
             sections = [title for title, chosen, _ in reference.SECTIONS if chosen(row)]
             assert len(sections) == 1, row.part
@@ -43,10 +43,10 @@ def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
 
 
 def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_which_parts_were_not_tuned():
-    kept = paths.REFERENCE / "study"
+    kept = paths.REFERENCE / "pilot"
     tried = pd.read_csv(kept / "tuning.csv").pivot_table(index="arm", columns="lr", values="top1_validation")
     ffn = tried.loc["ffn"].dropna()
-    ends = reference._at_an_end("study")
+    ends = reference._at_an_end("pilot")
     assert ends["ffn"] == ("highest" if ffn.iloc[-1] == ffn.max() else "lowest") and "full" not in ends
     assert len(ffn) == 3 and tried.loc["full"].dropna().argmax() == 1  # three rates, full's in the middle
     text = reference.PAGE.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_whi
     # "attn" of Table 5 is not the "W64 digits 100 attn" of Table 6.
     assert "| attn (" not in next(line for line in text.splitlines() if line.startswith("| F5-digits "))
     named = text.partition("untuned: ")[2].partition(".\n")[0].split(", ")
-    shown, judged = set(pd.read_csv(kept / "best_rates.csv")["part"]), committed("study")
+    shown, judged = set(pd.read_csv(kept / "best_rates.csv")["part"]), committed("pilot")
     assert shown.isdisjoint(named)
     assert shown | {*named} == {*judged.index[judged["ours"].notna() & (judged["test"] != "ratio")]}
 

@@ -157,8 +157,8 @@ def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_ref
     assert row["top1, full"].endswith("(n=5)") and row["attn - full, points"].startswith("+0.00 [")
     assert list((table["top1, scratch"] == "–")[1:]) == [False, True, True] * 2  # where images are fewest
 
-    (reference / "study" / "tables").mkdir(parents=True)
-    table.to_csv(reference / "study" / "tables" / "42_tab6_transfer.csv", index=False)
+    (reference / "pilot" / "tables").mkdir(parents=True)
+    table.to_csv(reference / "pilot" / "tables" / "42_tab6_transfer.csv", index=False)
     at_cpu = transfer_page("cpu")
     assert list(at_cpu["measured"]) == ["committed reference"] * 6 + ["this run (cpu): not run"]
     assert list(at_cpu["top1, full"][:6]) == list(table["top1, full"][1:])
@@ -254,7 +254,7 @@ def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monk
     none = setting.run()
     assert none.results == {} and set(report.gaps(none, "width")["points"]) == {"not run"}
     assert len(report.accuracies(none, "W64 12x1", {})) == 6 and report.blocked_model(none) == ""
-    folder = tmp_path / "study" / "tables"
+    folder = tmp_path / "pilot" / "tables"
     folder.mkdir(parents=True)
     (folder / "32_fig2_width.csv").write_text('arm,"top1, this run (study)"\nW64 6x2,81.00 ± 0.40 (n=5)\n')
     columns = '"low, points","high, points",n,measured'
@@ -397,7 +397,7 @@ def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_labe
     monkeypatch.setattr(paths, "REFERENCE", tmp_path)
     small = stems_at("cpu", {})
     assert report.table7(small).set_index("stem").loc["conv", "top1 pretrained"] == "–"
-    folder = tmp_path / "study" / "tables"
+    folder = tmp_path / "pilot" / "tables"
     folder.mkdir(parents=True)
     text = "arm,top1\nconv pretrained,70.1 (n=5)\nhmlp pretrained,71.1 (n=5)\n"
     (folder / "52_tab7_masked_pretraining.csv").write_text(text)

@@ -16,7 +16,7 @@ from lab.runs import store
 from lab.runs.results import Result
 from vitlib.errors import UsageError
 
-REFERENCE = paths.REFERENCE / "study"
+REFERENCE = paths.REFERENCE / "pilot"
 
 
 def pretend(monkeypatch, made):

@@ -65,7 +65,7 @@ def write(profile: str) -> list[Path]:
 
 def profiles() -> list[str]:
     """The profiles that have a committed claims table, largest first."""
-    return [name for name in ("imagenet", "gpu", "study") if (paths.REFERENCE / name / "claims.csv").is_file()]
+    return [name for name in ("imagenet", "gpu", "study", "pilot") if (paths.REFERENCE / name / "claims.csv").is_file()]
 
 
 def table(profile: str) -> pd.DataFrame:
@@ -91,7 +91,7 @@ def readme_block() -> str:
         lines = [_claim_row(claim, rows[rows["claim"] == claim], profile) for claim in dict.fromkeys(rows["claim"])]
         frame = pd.DataFrame(lines)
         parts.append(
-            f"Profile `{profile}`, {_about(profile)}.\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n"
+            f"{_capital(_named(profile))}, {_about(profile)}.\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n"
         )
     return "\n".join(parts)
 
@@ -117,15 +117,20 @@ def said(row) -> str:
     return f"{verdict}, {row.ours:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{unit}"
 
 
+def _named(profile: str) -> str:
+    return "the pilot (the first study, profile `study`)" if profile == "pilot" else f"profile `{profile}`"
+
+
 def _about(profile: str) -> str:
     """What the numbers were measured on: n, devices, dates, number of runs, from runs.jsonl."""
     path = paths.REFERENCE / profile / "runs.jsonl"
-    records = [json.loads(line)["result"] for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records, seeds = [line["result"] for line in lines], len({line["spec"]["seed"] for line in lines})
     devices = " and ".join(sorted({r["device"] for r in records}))
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r for r in records) else ("CPU", "cpu_s")
     hours = sum(r[spent] for r in records) / 3600
     when = span(r["date"] for r in records)
-    return f"{len(records)} runs, {hours:.1f} {kind} hours, n = {len(scale(profile).seeds)} seeds a verdict, {devices}, {when}"
+    return f"{len(records)} runs, {hours:.1f} {kind} hours, n = {seeds} seeds a verdict, {devices}, {when}"
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -144,7 +149,7 @@ def page() -> str:
         rows = table(profile)
         count = rows["verdict"].nunique()
         parts.append(
-            f"\n## Profile `{profile}`\n\n{_capital(_about(profile))}. {len(rows)} parts of claims, "
+            f"\n## {_capital(_named(profile))}\n\n{_capital(_about(profile))}. {len(rows)} parts of claims, "
             f"{count} different verdicts. Files: [claims]({profile}/claims.csv), [runs]({profile}/runs.jsonl), "
             f"[tables]({profile}/tables), [figures]({profile}/figures).\n"
         )

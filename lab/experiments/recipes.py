@@ -17,7 +17,7 @@ from vitlib.train.finetune import STRATEGIES
 from vitlib.train.recipe import Recipe
 
 # Supervised training on all images. Of 1.5e-3, 3e-3 and 6e-3 with LayerScale, and 5e-4, 1e-3 and 2e-3 without, these are the
-# best for 12x1 and 6x2 together, and for the linear, hMLP and convolutional stems (outputs/reference/study/tuning.csv); so is
+# best for 12x1 and 6x2 together, and for the linear, hMLP and convolutional stems (outputs/reference/pilot/tuning.csv); so is
 # FEW_LABELS's 1e-3. No verdict compares a model with LayerScale to one without.
 SUPERVISED = Recipe(epochs=2, batch_size=64, lr=1e-3)
 
@@ -29,7 +29,7 @@ SUPERVISED_STEMS = Recipe(epochs=2, batch_size=64, lr=2e-3)
 
 
 # Change of resolution (Table 5): each strategy its own rate, the best of 1e-3, 2e-3 and 4e-3 on validation images
-# (outputs/reference/study/tuning.csv, seeds 1000 and 1001).
+# (outputs/reference/pilot/tuning.csv, seeds 1000 and 1001).
 _FINE_TUNING = Recipe(epochs=1, batch_size=64, lr=2e-3)
 
 

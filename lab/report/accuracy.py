@@ -124,7 +124,7 @@ def provenance(arm_runs: Runs) -> str:
 
 
 def committed_values(notebook: str) -> dict[str, str]:
-    """Arm -> the committed reference's value, from outputs/reference/study/tables; empty until there is one."""
+    """Arm -> the committed reference's value, from outputs/reference/pilot/tables; empty until there is one."""
     table = reference_table(NOTEBOOKS[notebook][0])
     if table is None:
         return {}

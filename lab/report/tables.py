@@ -14,6 +14,7 @@ from lab.data.registry import card
 from lab.experiments.profiles import profile
 
 NOT_RUN = "not run"
+SHOWN = "pilot"  # the folder of outputs/reference that pages show: the first study, until there is a second
 WITHOUT_RUNS = "the committed reference of `study` is shown, where there is one."
 
 
@@ -27,8 +28,8 @@ def legend(profile_name: str) -> str:
     p = profile(profile_name)
     seeds = ", ".join(map(str, p.seeds))
     images = f", {p.images:,} of the training images" if p.judged and p.images else ""
-    dates = reference_dates("study")
-    kept = f"profile `study`, n = {len(profile('study').seeds)}, made {dates}" if dates else "none yet"
+    dates = reference_dates(SHOWN)
+    kept = f"the pilot: profile `study`, n = {len(profile('study').seeds)}, made {dates}" if dates else "none yet"
     return (
         f"**Profile `{p.name}`**: {card(p.data)['pretty_name']} at {p.image_size} pixels, patches of {p.patch_size}, width "
         f"{p.width}, {p.pairs} pairs unless an arm says otherwise, {p.epochs} epochs{images}, seeds {seeds}.\n\n"
@@ -52,7 +53,7 @@ def span(days: Iterable[str]) -> str:
 
 
 def reference_table(name: str) -> pd.DataFrame | None:
-    path = paths.REFERENCE / "study" / "tables" / f"{name}.csv"
+    path = paths.REFERENCE / SHOWN / "tables" / f"{name}.csv"
     return pd.read_csv(path, dtype=str) if path.is_file() else None
 
 
