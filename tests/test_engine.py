@@ -252,7 +252,7 @@ def test_a_run_whose_average_cannot_be_written_is_not_kept(run_store, monkeypatc
             raise OSError(errno.ENOSPC, "no space")
         save_file(state, path)
 
-    save_file = execute.save_file
+    save_file = store.save_file
     monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         execute.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))

@@ -27,13 +27,11 @@ from lab.runs.spec import RunSpec
 from lab.runs.store import checkpoint_path, find, held, keep, warn_of_other_files, weights, weights_path
 from vitlib.data import DataSet, subset
 from vitlib.data.stream import Images
-from vitlib.model import ViT, set_execution
-from vitlib.train import dalle, finetune, loop, masked, tokenizers
+from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
-from vitlib.train.dvae import DVAE, DVAELoss
-from vitlib.train.dvae import evaluate as evaluate_dvae
+from vitlib.train.dvae import DVAE
 from vitlib.train.engine import Engine, resolve, this_shard
-from vitlib.train.supervised import loss_of
+from vitlib.train.protocol import LossFunction, Setting
 
 LOADERS = 8  # at most so many processes read and decode images which are not in memory
 
@@ -68,7 +66,7 @@ def execute(
         if files:
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
-        model, loss_function = prepare(spec, data)
+        model, loss_function = prepare(spec, data, rows)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -79,18 +77,15 @@ def execute(
         except loop.NonFiniteLoss as fault:
             raise loop.NonFiniteLoss(f"run {spec.hash} ({spec.describe()}): {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
-        correct = correct_v2 = None
-        if spec.protocol == "tokenizer":
-            metrics |= evaluate_dvae(model, held_out)
-        elif spec.protocol != "masked":
-            correct, loss = loop.evaluate(model, held_out, engine=engine)
-            metrics |= {"top1": 100 * float(correct.mean()), "loss": loss}
-            if other is not None:
-                correct_v2, _ = loop.evaluate(model, other, engine=engine)
-                metrics["top1_v2"] = 100 * float(correct_v2.mean())
-            if ema is not None:
-                averaged, loss = loop.evaluate(ema.module, held_out, engine=engine)
-                metrics |= {"top1_ema": 100 * float(averaged.mean()), "loss_ema": loss}
+        protocol, correct_v2 = PROTOCOLS[spec.protocol], None
+        found, correct = protocol.evaluate(model, held_out, engine)
+        metrics |= found
+        if other is not None:
+            found, correct_v2 = protocol.evaluate(model, other, engine)
+            metrics["top1_v2"] = found["top1"]
+        if ema is not None and protocol.classifies:
+            found, _ = protocol.evaluate(ema.module, held_out, engine)
+            metrics |= {f"{name}_ema": value for name, value in found.items()}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(
                 f"run {spec.hash} ({spec.describe()}): the last step left weights that are not finite; {checkpoints}"
@@ -122,7 +117,7 @@ def data_of(spec: RunSpec, split: str) -> DataSet | Images:
     """
     if not spec.from_files:
         return load_resized(spec.data, split, spec.model.image_size)
-    classes = spec.model.num_classes if spec.protocol in ("supervised", "finetune") else None
+    classes = spec.model.num_classes if PROTOCOLS[spec.protocol].classifies else None
     part = "test" if split == "test" else "train"
     data = _open(spec, spec.data, part, classes)
     if spec.split == "test" or split == "test":
@@ -151,32 +146,22 @@ def loaders() -> int:
 
 def second_test(spec: RunSpec) -> Images | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
-    classifies = spec.protocol in ("supervised", "finetune") and spec.split == "test"
+    classifies = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
     if not (classifies and spec.from_files and spec.data == "imagenet-1k" and locate("imagenet-v2")):
         return None
     return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
 
 
-def prepare(spec: RunSpec, data) -> tuple[torch.nn.Module, loop.LossFunction]:
+def prepare(spec: RunSpec, data: DataSet | Images, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
-    if spec.protocol == "tokenizer":
-        return DVAE(spec.model, spec.seed), DVAELoss(spec.seed, spec.steps)
-    if spec.protocol == "masked":
-        tokenizer = dalle.load(spec.model.grid) if spec.targets == "dalle" else None
-        tokenizer = trained_tokenizer(spec.tokenizer) if spec.tokenizer else tokenizer
-        tokenizer = tokenizer and tokenizer.to(resolve(spec.device))
-        targets = tokenizers.make_targets(spec.targets, data, spec.model.patch_size, spec.seed, tokenizer)
-        model = masked.MaskedViT(spec.model, targets.outputs, spec.seed)
-        set_execution(model.vit, spec.execution)
-        return model, masked.MaskedLoss(targets, spec.seed, spec.masked)
-    if spec.protocol == "finetune":
-        other_classes = spec.data != spec.parent.data
-        model = finetune.start_from(weights(spec.parent), spec.model, spec.seed, new_head=other_classes)
-        finetune.freeze(model, spec.strategy)
-    else:
-        model = ViT(spec.model, spec.seed)
-    set_execution(model, spec.execution)
-    return model, loss_of(spec.recipe)
+    parent, tokenizer = spec.parent, spec.tokenizer
+    setting = Setting(
+        model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, rows=rows, steps=spec.steps,
+        weights=parent and weights(parent), new_head=parent is not None and parent.data != spec.data,
+        strategy=spec.strategy, targets=spec.targets, tokenizer=tokenizer and trained_tokenizer(tokenizer),
+        masked=spec.masked, execution=spec.execution, device=resolve(spec.device),
+    )  # fmt: skip
+    return PROTOCOLS[spec.protocol].start(setting)
 
 
 def trained_tokenizer(spec: RunSpec) -> DVAE:

@@ -12,7 +12,7 @@ from lab.data.registry import Facts, data_checksum, facts, published
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViTConfig
-from vitlib.train import dalle, finetune, loop, tokenizers
+from vitlib.train import PROTOCOLS, dalle, finetune, loop, tokenizers
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
 
@@ -25,7 +25,7 @@ FIRST_TUNING_SEED = 1000
 
 
 ALLOWED = {
-    "protocol": ("supervised", "finetune", "masked", "tokenizer"),
+    "protocol": tuple(PROTOCOLS),
     "strategy": finetune.STRATEGIES,
     "targets": ("none", *tokenizers.TARGETS),
     "precision": ("float32", "bf16"),
@@ -73,16 +73,21 @@ class RunSpec:
         for field, allowed in ALLOWED.items():
             if getattr(self, field) not in allowed:
                 raise unknown(field, getattr(self, field), allowed)
-        if (self.protocol == "finetune") != (self.parent is not None):
-            raise UsageError(f"a {self.protocol} run {'needs a' if self.protocol == 'finetune' else 'has no'} parent")
-        if (self.protocol == "tokenizer") != isinstance(self.model, DVAEConfig):
+        protocol = PROTOCOLS[self.protocol]
+        if protocol.needs_parent != (self.parent is not None):
+            raise UsageError(f"a {self.protocol} run {'needs a' if protocol.needs_parent else 'has no'} parent")
+        if not isinstance(self.model, protocol.config):
             raise UsageError(f"a {self.protocol} run trains no {type(self.model).__name__}")
         if (self.targets == "dvae") != (self.tokenizer is not None):
             raise UsageError(f"targets {self.targets!r} {'need a' if self.targets == 'dvae' else 'have no'} tokenizer")
         if self.tokenizer:
             own, theirs = ((m.grid, m.in_chans) for m in (self.model, self.tokenizer.model))
             seen = (self.recipe.augment and self.recipe.augment.view_size) or self.model.image_size
-            if self.tokenizer.protocol != "tokenizer" or own != theirs or seen != self.tokenizer.model.image_size:
+            if (
+                not isinstance(self.tokenizer.model, DVAEConfig)
+                or own != theirs
+                or seen != self.tokenizer.model.image_size
+            ):
                 raise UsageError(f"{self.tokenizer.model.name} gives no token to each patch of {self.model.name}")
         if type(self.accumulate) is not int or not 1 <= self.accumulate <= self.recipe.batch_size:
             batch = self.recipe.batch_size
@@ -121,7 +126,7 @@ class RunSpec:
 
         whole, recipe = dict(whole), plain(whole["recipe"])
         recipe["augment"] = recipe["augment"] and Augment(**plain(recipe["augment"]))
-        kind = DVAEConfig if whole["protocol"] == "tokenizer" else ViTConfig
+        kind = PROTOCOLS[whole["protocol"]].config
         whole |= {"recipe": Recipe(**recipe), "model": kind(**plain(whole["model"]))}
         whole |= {name: whole[name] and cls.from_fields(whole[name]) for name in ("parent", "tokenizer")}
         return cls(**whole)
@@ -167,7 +172,7 @@ class RunSpec:
     def describe(self) -> str:
         """A run in a few words, for progress lines and errors."""
         parts = [self.protocol, self.data, self.model.name, f"{self.model.image_size} px"]
-        parts += [f"stem {self.model.stem}"] if self.protocol != "tokenizer" else []
+        parts += [f"stem {self.model.stem}"] if isinstance(self.model, ViTConfig) else []
         parts += [f"{self.images} images"] if self.images else []
-        parts += [self.strategy] if self.protocol == "finetune" else []
+        parts += [self.strategy] if self.parent else []
         return ", ".join([*parts, f"seed {self.seed}"])

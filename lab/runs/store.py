@@ -29,7 +29,7 @@ from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.data import Shard
 from vitlib.errors import UsageError
-from vitlib.train import loop
+from vitlib.train import PROTOCOLS, loop
 
 
 def find(spec: RunSpec) -> Result | None:
@@ -96,7 +96,7 @@ def keep(
             table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
         for name, whole in (("weights", model), ("ema", ema)):
             if whole is not None:
-                state = (whole.vit if spec.protocol == "masked" else whole).state_dict()
+                state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
                 save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / f"{name}.safetensors")
         (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
         _into_place(draft, paths.runs() / spec.hash)

@@ -23,6 +23,8 @@ from vitlib import draws
 from vitlib.data import Batch, DataSet, evaluation_batches, normalise
 from vitlib.draws import key
 from vitlib.errors import UsageError
+from vitlib.train.engine import CPU
+from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import codebook_use
 
 CHUNK = 2**24  # numbers that are drawn at a time; 128 MiB each time they are written down in 64 bits
@@ -188,3 +190,13 @@ def evaluate(model: DVAE, data: DataSet, batch_size: int = 500) -> dict[str, flo
         error += F.mse_loss(made * each, images * each, reduction="sum").item()
         pixels += images.numel()
     return {"recon_mse": error * whole**2 / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary)
+
+
+def start(setting: Setting) -> tuple[DVAE, LossFunction]:
+    """A tokenizer with fresh weights, and its loss."""
+    return DVAE(setting.model, setting.seed), DVAELoss(setting.seed, setting.steps)
+
+
+PROTOCOL = Protocol(
+    "tokenizer", start, lambda model, data, engine=CPU: (evaluate(model, data), None), DVAEConfig, classifies=False
+)

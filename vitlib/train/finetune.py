@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError, unknown
-from vitlib.model import ViT, ViTConfig, resize_positions
+from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
 from vitlib.model.config import check
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.vit import RelativeBias
+from vitlib.train import supervised
+from vitlib.train.protocol import LossFunction, Protocol, Setting
 
 
 def _roles() -> dict[str, tuple[type, ...]]:
@@ -93,3 +95,13 @@ def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
 def at_image_size(config: ViTConfig, image_size: int) -> ViTConfig:
     """The same model for another resolution; checked."""
     return check(replace(config, image_size=image_size))
+
+
+def start(setting: Setting) -> tuple[ViT, LossFunction]:
+    """The backbone's weights with the strategy's parameters trainable, and the supervised loss of the recipe."""
+    model = start_from(setting.weights, setting.model, setting.seed, setting.new_head)
+    freeze(model, setting.strategy)
+    return set_execution(model, setting.execution), supervised.loss_of(setting.recipe)
+
+
+PROTOCOL = Protocol("finetune", start, supervised.evaluate, needs_parent=True)

@@ -18,12 +18,11 @@ from vitlib.data import Batch, DataSet, epoch_batches, evaluation_batches
 from vitlib.errors import UsageError
 from vitlib.train.checkpoint import Checkpoints, Step
 from vitlib.train.engine import CPU, BatchNorm, Engine, trains
+from vitlib.train.protocol import LossFunction
 from vitlib.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from vitlib.data.stream import Images
-
-LossFunction = Callable[[nn.Module, Batch, Tensor | None], Tensor]
 
 
 class NonFiniteLoss(RuntimeError):

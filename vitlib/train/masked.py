@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch
+from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
-from vitlib.model import ViT, ViTConfig
-from vitlib.train.tokenizers import Targets
+from vitlib.model import ViT, ViTConfig, set_execution
+from vitlib.train.engine import CPU, Engine
+from vitlib.train.protocol import LossFunction, Protocol, Setting
+from vitlib.train.tokenizers import Targets, make_targets
 
 ATTEMPTS = 12  # blocks proposed an image before what is missing is filled up patch by patch
 MIN_BLOCK = 16 / 196  # Released code (BEiT): blocks of at least 16 of 196 patches, aspect ratio 0.3 to 1 / 0.3
@@ -109,3 +111,20 @@ class MaskedLoss:
         ):  # a tokenizer's answer is the same at any precision
             targets = self.targets(batch)[mask]
         return self.targets.loss(model(batch.images, mask, draws), targets)
+
+
+def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
+    """A model with fresh weights, and the loss on masked patches."""
+    tokenizer = setting.tokenizer and setting.tokenizer.to(setting.device)
+    targets = make_targets(setting.targets, setting.data, setting.model.patch_size, setting.seed, tokenizer)
+    model = MaskedViT(setting.model, targets.outputs, setting.seed)
+    set_execution(model.vit, setting.execution)
+    return model, MaskedLoss(targets, setting.seed, setting.masked)
+
+
+def evaluate(model: MaskedViT, data: DataSet, engine: Engine = CPU) -> tuple[dict[str, float], None]:
+    """Nothing: a pre-trained model is judged by what its fine-tuned classifier reaches."""
+    return {}, None
+
+
+PROTOCOL = Protocol("masked", start, evaluate, classifies=False, keeps=lambda model: model.vit)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.data import Batch
+from vitlib.data import Batch, DataSet
+from vitlib.model import ViT, set_execution
+from vitlib.train import loop
+from vitlib.train.engine import CPU, Engine
+from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.recipe import Recipe
 
 
@@ -32,6 +36,20 @@ def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Te
 LOSSES = {"cross_entropy": cross_entropy, "bce": bce}
 
 
-def loss_of(recipe: Recipe) -> Callable[[torch.nn.Module, Batch, Tensor | None], Tensor]:
+def loss_of(recipe: Recipe) -> LossFunction:
     """The loss function of supervised training and fine-tuning."""
     return functools.partial(cross_entropy, smoothing=recipe.smoothing) if recipe.smoothing else LOSSES[recipe.loss]
+
+
+def start(setting: Setting) -> tuple[ViT, LossFunction]:
+    """A model with fresh weights, and its recipe's loss."""
+    return set_execution(ViT(setting.model, setting.seed), setting.execution), loss_of(setting.recipe)
+
+
+def evaluate(model: torch.nn.Module, data: DataSet, engine: Engine = CPU) -> tuple[dict[str, float], np.ndarray]:
+    """Top-1 accuracy in percent and mean cross entropy, and which images are classified correctly."""
+    correct, loss = loop.evaluate(model, data, engine=engine)
+    return {"top1": 100 * float(correct.mean()), "loss": loss}, correct
+
+
+PROTOCOL = Protocol("supervised", start, evaluate)
