@@ -571,8 +571,8 @@ def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_pr
     with pytest.raises(UsageError) as error:
         launch.distributed(TUNED, 2)
     said = str(error.value)
-    assert f"the supervised run {TINY.hash}" in said and said.endswith(f"not in {store}: train that one first")
-    assert "\n" not in said and not store.exists()
+    assert f"the supervised run {TINY.hash}" in said and said.endswith(f"not in {run_store}: train that one first")
+    assert "\n" not in said and not run_store.exists()
 
 
 @pytest.mark.slow
