@@ -11,9 +11,12 @@ READY   := $(VENV)/ready
 CHOSEN  := $(shell cat $(VENV)/torch 2>/dev/null)
 TORCH   ?= $(CHOSEN)
 UV_PIN  := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
-COMPILE := $(VENV)/bin/uv pip compile -q --universal --generate-hashes --no-header --no-annotate \
-           --python-version 3.11 --extra dev
+UV      := $(VENV)/bin/uv pip
+COMPILE := $(UV) compile -q --python $(PY) --universal --generate-hashes --no-header --no-annotate \
+           --python-version 3.11 --extra lab --extra dev --extra export
 
+# A user's uv settings (Colab sets UV_SYSTEM_PYTHON) must not lead the set-up to another Python than $(VENV).
+unexport UV_SYSTEM_PYTHON UV_PYTHON UV_BREAK_SYSTEM_PACKAGES
 export TOKENIZERS_PARALLELISM := false
 # Profiles of embedded data never ask a hub; gpu and imagenet may.
 ifeq ($(filter gpu imagenet,$(PROFILE)),)
@@ -25,28 +28,30 @@ ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
 endif
 
-.PHONY: FORCE help setup reproduce test lab refresh lint lock clean
+ARGS    ?=
+
+.PHONY: FORCE help setup reproduce test check lab refresh lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
-	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|gpu|imagenet] [NB=31] [JOBS=2] [TORCH=cpu]"
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|gpu|imagenet] [NB=31] [JOBS=2] [TORCH=cpu] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "setup needs Python 3.11 or newer, but %s is %d.%d; name another one: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -q --disable-pip-version-check "uv==$(UV_PIN)"
 ifeq ($(TORCH),cpu)
 	@awk '/^[a-z]/ {drop = /^(nvidia-|cuda-|triton=|torch=|torchvision=)/} !drop' requirements.lock > $(VENV)/cpu.lock
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes $(VENV)/cpu.lock
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --compile-bytecode --no-deps --torch-backend cpu \
+	$(UV) sync -q --python $(PY) --compile-bytecode --require-hashes $(VENV)/cpu.lock
+	$(UV) install -q --python $(PY) --compile-bytecode --no-deps --torch-backend cpu \
 	  $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ]*\).*/\1/p' requirements.lock)
 else
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip sync -q --compile-bytecode --require-hashes requirements.lock
+	$(UV) sync -q --python $(PY) --compile-bytecode --require-hashes requirements.lock
 endif
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install -q --no-deps --no-build-isolation -e .
+	$(UV) install -q --python $(PY) --no-deps --no-build-isolation -e .
 	@$(PY) -m lab check
 	@echo "$(TORCH)" > $(VENV)/torch
 	@touch $@
@@ -54,8 +59,11 @@ endif
 reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
 	@$(PY) -m lab reproduce --profile "$(PROFILE)" $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
 
-test: $(READY)  ## pytest and nbval, each with an empty temporary run store
-	@$(PY) -m pytest
+test: $(READY)  ## pytest and nbval, each with an empty temporary run store; ARGS= goes to pytest
+	@$(PY) -m pytest $(ARGS)
+
+check: $(READY)  ## a subset under a minute: lint, imports, the project's rules, identities of the model
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pytest -m check tests $(ARGS)
 
 lab: $(READY)  ## JupyterLab on the index notebook
 	@$(PY) -m jupyter trust notebooks/*.ipynb >/dev/null

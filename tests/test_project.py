@@ -1,18 +1,43 @@
-"""The project's own rules: imports run one way, one lock, no addresses, files that belong together agree."""
+"""The project's rules: imports run one way and in no circle, the wheel is vitlib alone, one lock, no addresses."""
 
 import ast
+import graphlib
+import os
 import re
 import subprocess
 import sys
+import tomllib
+import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
 
 from lab import paths
 
+pytestmark = pytest.mark.check
+
 LOCK = (paths.ROOT / "requirements.lock").read_text(encoding="utf-8")
 MAKEFILE = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
-ROOMS = {"floor": 0, "model": 1, "data": 1, "train": 2, "lab": 3, "__main__": 4}
+PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGES = ("vitlib", "lab", "benchmarks", "tools")
+# A room may import from those above it in this list, and from itself.
+ROOMS = (
+    ("vitlib.errors", "vitlib.draws", "vitlib.files"),
+    ("vitlib.model", "vitlib.data"),
+    ("vitlib.train",),
+    ("vitlib.__main__",),
+    ("lab.paths", "lab.paper"),
+    ("lab.data",),
+    ("lab.runs",),
+    ("lab.cost",),
+    ("lab.experiments",),
+    ("lab.bench",),
+    ("lab.claims",),
+    ("lab.report",),
+    ("lab.__main__", "benchmarks"),
+    ("tools",),
+)
 
 
 def tracked() -> list[str]:
@@ -22,40 +47,134 @@ def tracked() -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
-def room(module: str) -> str:
-    part = module.split(".")[1] if "." in module else "floor"
-    return part if part in ROOMS else "floor"
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name; a package has the name of its folder."""
+    files = (path for package in PACKAGES for path in (paths.ROOT / package).rglob("*.py"))
+    names = {".".join(path.relative_to(paths.ROOT).with_suffix("").parts): path for path in files}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
 
-def imports(path) -> set[str]:
-    """The vitlib modules that a file imports, inside functions too."""
+def imports(path: Path, known: set[str], typing: bool) -> set[str]:
+    """The project's modules that a file imports: those in functions too; `typing`: those under TYPE_CHECKING alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    under = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    apart = {id(inner) for n in under for inner in ast.walk(n)}
+    names: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{a.name}" if node.module == "vitlib" else node.module for a in node.names}
-    return {name for name in names if name.split(".")[0] == "vitlib"}
+        if (id(node) in apart) != typing:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in known else node.module for a in node.names
+            }
+    return names & known
+
+
+def graph(typing: bool) -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path, set(known), typing) - {name} for name, path in known.items()}
+
+
+def floor(module: str) -> int | None:
+    """The number of the row of ROOMS that a module is in; None for the packages themselves."""
+    return next((i for i, row in enumerate(ROOMS) for room in row if f"{module}.".startswith(f"{room}.")), None)
+
+
+@pytest.mark.parametrize("typing", [False, True], ids=["imports", "imports for types alone"])
+def test_no_module_imports_itself_through_others(typing):
+    everything = graph(False)
+    if typing:
+        everything = {name: needs | graph(True)[name] for name, needs in everything.items()}
+    try:
+        graphlib.TopologicalSorter(everything).prepare()
+    except graphlib.CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
 
 
 def test_imports_run_one_way():
-    steps_back = []
-    for path in paths.ROOT.glob("vitlib/**/*.py"):
-        own = room(".".join(path.relative_to(paths.ROOT).with_suffix("").parts))
-        for name in imports(path):
-            other = room(name)
-            if other != own and ROOMS[other] >= ROOMS[own]:
-                steps_back.append(f"{path.name} ({own}) imports {name}")
+    steps_back = [
+        f"{name} imports {other}"
+        for name, needs in graph(False).items() for other in needs
+        if floor(name) is not None and floor(other) is not None and floor(other) > floor(name)
+    ]  # fmt: skip
     assert steps_back == []
+    assert all(floor(name) is not None for name in modules() if "." in name), "a room that ROOMS does not name"
 
 
-def test_training_imports_without_the_notebook_packages():
-    blocked = "papermill datasets seaborn pandas matplotlib scipy statsmodels IPython jupyterlab nbformat".split()
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
-        "import vitlib.train.loop, lab.runs, lab.runs.launch, lab.cost.count"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_vitlib_knows_nothing_of_lab():
+    assert [
+        name
+        for name, needs in graph(False).items()
+        if name.startswith("vitlib") and any(n.startswith("lab") for n in needs)
+    ] == []
+
+
+def blocked(packages: str, modules: str) -> subprocess.CompletedProcess:
+    """Import `modules` in a fresh process in which `packages` cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages.split()!r})); import {modules}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
+
+
+NOTEBOOK_PACKAGES = "papermill datasets seaborn pandas matplotlib scipy statsmodels IPython jupyterlab nbformat"
+
+
+@pytest.mark.parametrize(
+    ("packages", "modules"),
+    [
+        (f"{NOTEBOOK_PACKAGES} timm torchvision PIL pyarrow safetensors yaml filelock tqdm", "vitlib.model"),
+        (f"{NOTEBOOK_PACKAGES} lab", "vitlib.train, vitlib.data, vitlib.train.loop, vitlib.train.finetune"),
+        (NOTEBOOK_PACKAGES, "lab.runs.execute, lab.runs.launch, lab.cost.count"),
+        (f"{NOTEBOOK_PACKAGES} resource", "lab.runs.execute, lab.runs.launch"),
+    ],
+    ids=["the model needs torch and numpy", "training", "runs", "runs, where the system is no Unix"],
+)
+def test_a_room_imports_without_what_it_does_not_need(packages, modules):
+    done = blocked(packages, modules)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_is_vitlib_alone_and_small(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} - {f"vitlib-{PROJECT['version']}.dist-info"} == {"vitlib"}
+    assert all(name.endswith(".py") for name in names if name.startswith("vitlib/"))
+    assert wheel.stat().st_size < 200_000
+
+
+def test_the_wheel_works_from_another_folder_without_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import sys; sys.path = [p for p in sys.path if p != {root!r}]; sys.modules['lab'] = None; import pathlib, torch, vitlib\n"
+        "from vitlib import __main__, model, train; from vitlib.data import open_folder\n"
+        "assert pathlib.Path(vitlib.__file__).is_relative_to({site!r})\n"
+        "config = model.vit_config('W32-2x2/4', image_size=16, num_classes=3, stem='hmlp')\n"
+        "assert model.fuse(model.ViT(config))(torch.zeros(2, 3, 16, 16)).shape == (2, 3)\n"
+        "sys.exit(__main__.main(['check']))"
+    ).format(root=str(paths.ROOT), site=str(tmp_path / "site"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "installation: torch" in done.stdout, done.stderr
+
+
+def test_what_vitlib_imports_is_what_it_declares():
+    known = {"pillow": "PIL", "pyyaml": "yaml"}
+    declared = {known.get(name, name) for name in (re.split(r"[<>=~ ]", w)[0] for w in PROJECT["dependencies"])}
+    imported: set[str] = set()
+    for path in (paths.ROOT / "vitlib").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported |= {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert imported - set(sys.stdlib_module_names) - {"vitlib"} <= declared | {"onnx", "onnxruntime"}
 
 
 def test_the_lock_is_universal_hashed_and_without_addresses():
@@ -70,32 +189,25 @@ def test_the_lock_is_universal_hashed_and_without_addresses():
 
 
 def test_every_requirement_of_pyproject_is_in_the_lock():
-    import tomllib
-
-    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["dev"]
+    wanted = PROJECT["dependencies"] + [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
     pinned = set(re.findall(r"^([a-z0-9._-]+)==", LOCK, flags=re.M))
     assert {re.split(r"[<>=~ ]", w)[0] for w in wanted} <= pinned
-    assert set(project["build-system"]["requires"]) <= pinned
-    assert "torch==2.13.0" in wanted and "torchvision==0.28.0" in wanted
+    assert set(tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["build-system"]["requires"]) <= pinned
 
 
 def test_environment_yml_leads_to_the_same_lock():
     """It gives Python, make and pip and pins nothing of its own; `make setup` then reads requirements.lock."""
-    import tomllib
-
     environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["dependencies"] == ["python=3.11", "make", "pip"]
-    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["requires-python"] == ">=3.11" and "--python-version 3.11" in MAKEFILE
+    assert PROJECT["requires-python"] == ">=3.11" and "--python-version 3.11" in MAKEFILE
     setup = MAKEFILE[MAKEFILE.index("$(READY):") : MAKEFILE.index("reproduce:")]
-    assert "pip sync -q --compile-bytecode --require-hashes requirements.lock" in setup
+    assert "$(UV) sync -q --python $(PY) --compile-bytecode --require-hashes requirements.lock" in setup
     assert "make setup" in (paths.ROOT / "environment.yml").read_text(encoding="utf-8")
 
 
 def test_make_help_names_every_target():
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.M))
-    assert targets == {"help", "setup", "reproduce", "test", "lab", "refresh", "lint", "lock", "clean"}
+    assert targets == {"help", "setup", "reproduce", "test", "check", "lab", "refresh", "lint", "lock", "clean"}
     shown = subprocess.run(["make", "-s"], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"  {target} " in shown for target in targets)
 
