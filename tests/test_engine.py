@@ -153,7 +153,7 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(images, parts):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("checkpointing", "full"), ("checkpointing", "attn"), ("channels_last", "full")],
+    [("checkpointing", "full"), ("checkpointing", "attn")],
 )
 def test_a_switch_leaves_the_gradients_as_they_are(images, name, strategy):
     batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
@@ -190,7 +190,7 @@ def test_a_compiled_model_has_its_names_and_gradients_and_is_really_compiled(ima
 
 def test_all_switches_together_train_a_masked_model_and_change_only_the_rounding(monkeypatch):
     monkeypatch.setattr(engines, "BACKEND", "eager")
-    switches = {"accumulate": 2, "compile": True, "channels_last": True, "checkpointing": True, "precision": "bf16"}
+    switches = {"accumulate": 2, "compile": True, "checkpointing": True, "precision": "bf16"}
     plain, found = (execute.execute(replace(MASKED, **more)).metrics for more in ({}, switches))
     assert found != plain and found == pytest.approx(plain, rel=0.02)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lab.bench import runner
 from lab.cost import count, plan, work
@@ -16,7 +15,6 @@ from lab.experiments import imagenet, profiles, recipes
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
-from vitlib.train import dalle
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
 
@@ -92,14 +90,6 @@ def test_masked_pretraining_predicts_masked_patches_and_runs_the_tokenizers_enco
 def test_a_tokenizer_trains_with_the_product_of_soft_tokens_and_codebook():
     own = Job("tokenizer", TOKENIZER, recipes.TOKENIZER_IMAGENET, IMAGENET)
     assert work.step_macs(own) == 3 * (ENCODER + P * V * W + DECODER)
-
-
-def test_dalles_encoder_costs_what_its_convolutions_do():
-    weights = {name: torch.empty(shape, device="meta") for name, shape in dalle.shapes().items()}
-    with FlopCounterMode(display=False) as counter:
-        dalle.DalleEncoder(weights, 14).logits(torch.empty(1, 3, 112, 112, device="meta"))
-    found = work.step_macs(replace(BEIT, targets="dalle", tokenizer=None)) - 3 * work.forward_macs(BEIT)
-    assert 2 * found == counter.get_total_flops()
 
 
 # ---- memory and disk

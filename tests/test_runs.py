@@ -68,7 +68,7 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
         "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
         "threads": replace(TINY, threads=2), "tokenizer": MASKED, "accumulate": replace(TINY, accumulate=2),
-        "compile": replace(TINY, compile=True), "channels_last": replace(TINY, channels_last=True),
+        "compile": replace(TINY, compile=True),
         "checkpointing": replace(TINY, checkpointing=True),
     }  # fmt: skip
     assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
@@ -319,18 +319,6 @@ def test_a_tokenizer_that_fails_takes_the_runs_that_need_it_with_it():
     masked = replace(MASKED, tokenizer=bad)
     with pytest.raises(launch.RunsFailed, match=r"3 of 3 runs failed.*its tokenizer run failed.*its masked run failed"):
         launch.launch([replace(TINY, protocol="finetune", parent=masked)], jobs=2)
-
-
-def test_dalles_tokens_are_in_the_hash_by_the_checksum_of_its_file(monkeypatch, tmp_path):
-    spec = replace(MASKED, targets="dalle", tokenizer=None)
-    with pytest.raises(UsageError, match="VITLIB_DALLE"):
-        _ = spec.hash
-    hashes = set()
-    for text in ("one", "another"):
-        (tmp_path / text).write_text(text)
-        monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / text))
-        hashes.add(replace(spec).hash)
-    assert len(hashes) == 2
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept():

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lab.data.registry import load_resized
@@ -14,8 +13,8 @@ from vitlib.data import Batch, epoch_batches, subset
 from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
-from vitlib.train import dalle, loop
 from vitlib.train import dvae as dvae_module
+from vitlib.train import loop
 from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
 from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.finetune import at_image_size, freeze, start_from, trainable
@@ -553,71 +552,6 @@ def test_learned_tokens_are_looked_up_in_both_orientations_and_need_a_tokenizer(
     assert targets.tokens.shape == (2, 700, 16) and not torch.equal(*targets.tokens)
     with pytest.raises(UsageError, match="'dvae' need a tokenizer"):
         make_targets("dvae", data, 4, 0)
-
-
-# ---- DALL-E's encoder
-
-
-@pytest.fixture
-def small_dalle(monkeypatch, tmp_path):
-    """A narrow encoder of the same form, in a file that VITLIB_DALLE names."""
-    monkeypatch.setattr(dalle, "WIDTH", 8)
-    monkeypatch.setattr(dalle, "VOCABULARY", 40)
-    own = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.randn(shape, generator=own) / np.prod(shape[1:]) ** 0.5 for name, shape in dalle.shapes().items()
-    }
-    save_file(state, tmp_path / "encoder.safetensors")
-    monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / "encoder.safetensors"))
-    return state
-
-
-def test_the_published_encoder_has_these_tensors():
-    shapes = dalle.shapes()
-    assert len(shapes) == 74 and sum(int(np.prod(s)) for s in shapes.values()) == 53_786_240
-    assert shapes["blocks.input.w"] == (256, 3, 7, 7)
-    assert shapes["blocks.group_1.block_1.res_path.conv_1.w"] == (64, 256, 3, 3)
-    assert shapes["blocks.group_4.block_1.id_path.w"] == (2048, 1024, 1, 1)
-    assert shapes["blocks.output.conv.w"] == (8192, 2048, 1, 1)
-
-
-def test_dalles_encoder_is_its_blocks_written_out_and_gives_a_token_a_patch(small_dalle, images):
-    def conv(name, x):
-        w = small_dalle[f"{name}.w"]
-        return nn.functional.conv2d(x, w, small_dalle[f"{name}.b"], padding="same")
-
-    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    x = conv("blocks.input", 0.8 * pixels + 0.1)
-    for group in "1234":
-        for block in "12":
-            name = f"blocks.group_{group}.block_{block}"
-            y = conv(f"{name}.res_path.conv_1", x.relu())
-            y = conv(f"{name}.res_path.conv_2", y.relu())
-            y = conv(f"{name}.res_path.conv_3", y.relu())
-            y = conv(f"{name}.res_path.conv_4", y.relu())
-            x = (conv(f"{name}.id_path", x) if group > "1" and block == "1" else x) + y / 64
-        x = nn.functional.max_pool2d(x, 2) if group != "4" else x
-    encoder = dalle.load(grid=4)
-    torch.testing.assert_close(encoder.logits(pixels), conv("blocks.output.conv", x.relu()))
-    targets = make_targets("dalle", images.take(np.arange(5)), 4, 0, encoder)
-    assert targets.tokens.shape == (2, 5, 16) and targets.outputs == 8192
-
-
-def test_weights_that_are_missing_unsafe_or_others_are_refused_in_one_sentence(small_dalle, monkeypatch, tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path / "encoder.pkl")  # a pickled module, as the published file is
-    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    for file, said in (
-        ("none.pt", "there is no file"),
-        ("encoder.pkl", "neither a safe"),
-        ("other.pt", "75 tensors differ"),
-    ):
-        monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / file))
-        with pytest.raises(UsageError, match=said) as error:
-            dalle.load(4)
-        assert "\n" not in str(error.value)
-    torch.save(small_dalle, tmp_path / "state.pt")
-    monkeypatch.setenv("VITLIB_DALLE", str(tmp_path / "state.pt"))
-    assert dalle.load(4).w.keys() == small_dalle.keys() and len(dalle.checksum()) == 16
 
 
 def test_normalised_pixels_have_mean_zero_and_unit_variance(images):

@@ -20,7 +20,6 @@ from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import ledger
 from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
-from lab.experiments.profiles import profile as scale
 from lab.report.tables import span
 from lab.runs import store
 from vitlib.errors import UsageError

@@ -7,7 +7,6 @@ the meta device, so that ViT-L at 384 pixels takes about a second to know.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from lab.cost import count
 from lab.runs.spec import RunSpec
 from vitlib.model import ViT, ViTConfig
-from vitlib.train import dalle
 from vitlib.train.dvae import DVAE, DVAEConfig
 from vitlib.train.finetune import freeze
 from vitlib.train.recipe import Recipe
@@ -112,18 +110,6 @@ def _encoder(config: DVAEConfig) -> int:
     return count.macs(encoder).matmul
 
 
-@functools.cache
-def _dalle(grid: int) -> int:
-    """DALL-E's encoder: at 8 pixels a patch, and half of the side from each group to the next."""
-
-    def side(name: str) -> int:
-        part = name.split(".")[1]
-        halvings = dalle.GROUPS - 1 if part == "output" else int(part[6:]) - 1 if part != "input" else 0
-        return (dalle.PIXELS * grid) >> halvings
-
-    return sum(math.prod(shape) * side(name) ** 2 for name, shape in dalle.shapes().items() if name.endswith(".w"))
-
-
 def forward_macs(job: Job) -> int:
     """Multiply-adds of one image's forward pass, matrix products and convolutions, every token in every layer.
 
@@ -147,8 +133,6 @@ def step_macs(job: Job) -> int:
 
 
 def _tokenizer_macs(job: Job) -> int:
-    if job.targets == "dalle":
-        return _dalle(job.model.grid)
     return _encoder(job.tokenizer) if job.tokenizer else 0
 
 
@@ -157,7 +141,7 @@ def _outputs(job: Job) -> int:
     if job.tokenizer:
         return job.tokenizer.vocabulary
     pixels = job.model.in_chans * job.model.patch_size**2
-    return {"dalle": dalle.VOCABULARY, "pixels": pixels}.get(job.targets, VOCABULARY)
+    return pixels if job.targets == "pixels" else VOCABULARY
 
 
 def flop(job: Job) -> int:

@@ -91,7 +91,7 @@ def trainings(arm_runs: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "dalle": "DALL-E's tokens", "pixels": "pixels"}
+TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "pixels": "pixels"}
 
 
 def stem_figure(arm_runs: Runs) -> Figure:

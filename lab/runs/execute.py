@@ -103,9 +103,7 @@ def execute(
 
 def engine_of(spec: RunSpec) -> Engine:
     """What the run is computed with here. Raises UsageError for a GPU that is not there."""
-    own = {
-        name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "channels_last", "checkpointing")
-    }
+    own = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
     return Engine(resolve(spec.device), **own, shard=this_shard())
 
 

@@ -12,7 +12,7 @@ from lab.data.registry import Facts, data_checksum, facts, published
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViTConfig
-from vitlib.train import PROTOCOLS, dalle, finetune, loop, tokenizers
+from vitlib.train import PROTOCOLS, finetune, loop, tokenizers
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
 
@@ -35,7 +35,7 @@ ALLOWED = {
 
 
 # Fields that came after the first runs, with the value that means "as before".
-LATER = {"tokenizer": None, "accumulate": 1, "compile": False, "channels_last": False, "checkpointing": False}
+LATER = {"tokenizer": None, "accumulate": 1, "compile": False, "checkpointing": False}
 
 
 LATER_IN_MODEL = {"shrink_deep": False, "head_scale": 1.0, "key_bias": True}
@@ -66,7 +66,6 @@ class RunSpec:
     device: str = "cpu"
     accumulate: int = 1  # parts of a batch that go through the model one after the other, or on several GPUs at once
     compile: bool = False
-    channels_last: bool = False
     checkpointing: bool = False  # activations are computed again in the backward pass
 
     def __post_init__(self) -> None:
@@ -103,8 +102,6 @@ class RunSpec:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record |= {"model": asdict(self.model), "recipe": asdict(self.recipe)}
         record |= {name: spec and spec.hash for name, spec in (("parent", self.parent), ("tokenizer", self.tokenizer))}
-        if self.targets == "dalle":
-            record["dalle_checksum"] = dalle.checksum()
         # Fields that came later are written only where they are set, so that older runs keep their hashes.
         later = ((record, LATER), (record["model"], LATER_IN_MODEL), (record["recipe"], LATER_IN_RECIPE))
         for part, defaults in later:

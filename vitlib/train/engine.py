@@ -36,7 +36,6 @@ class Engine:
     precision: str = "float32"  # "bf16": forward pass and loss under autocast; weights and their gradients stay float32
     accumulate: int = 1  # parts of a batch of all processes
     compile: bool = False
-    channels_last: bool = False
     checkpointing: bool = False
     shard: Shard = WHOLE
 
@@ -56,7 +55,7 @@ class Engine:
                 "batch norm does not train on several CPU processes, for torch synchronises it on GPUs only: allowed are "
                 "stem_norm 'ln' or 'none', one process, or GPUs"
             )
-        model = model.to(self.device, memory_format=self.memory_format)
+        model = model.to(self.device)
         for vit in (m for m in model.modules() if isinstance(m, ViT)):
             vit.checkpointing = self.checkpointing
         if self.compile:
@@ -73,12 +72,8 @@ class Engine:
         """Parts that this process's share of a batch goes through the model in."""
         return own_parts(self.accumulate, self.shard.world, any(trains(m) for m in _batch_norms(model)))
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.preserve_format
-
     def move(self, batch: Batch) -> Batch:
-        return batch.to(self.device, self.memory_format)
+        return batch.to(self.device)
 
     @contextmanager
     def forward(self, loss: nn.Module | None = None, last: bool = True) -> Iterator[None]:

@@ -1,12 +1,11 @@
 """What masked pre-training predicts, behind one interface: fit on training images, targets by image index.
 
 dvae     a patch's token in a discrete VAE trained on the training images, a run of its own (`dvae.py`): the paper's way
-dalle    the same in DALL-E's encoder (BEiT's way), where the weights are on disk (`dalle.py`)
 tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
-         light stand-in for both
+         light stand-in
 pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
 
-Images that are read as they are needed are another crop in every epoch: dvae and dalle then run on each batch.
+Images that are read as they are needed are another crop in every epoch: the dVAE then runs on each batch.
 """
 
 from __future__ import annotations
@@ -125,8 +124,7 @@ class NormalisedPixels:
         return F.mse_loss(predicted, target)
 
 
-TARGETS = ("tokens", "pixels", "dvae", "dalle")
-LEARNED = ("dvae", "dalle")  # these need a Tokenizer
+TARGETS = ("tokens", "pixels", "dvae")
 LOOKED_UP = 500  # images at a time
 
 
@@ -138,7 +136,7 @@ def make_targets(
     """
     if kind not in TARGETS:
         raise unknown("targets", kind, TARGETS)
-    if kind in LEARNED:
+    if kind == "dvae":
         if tokenizer is None:
             raise UsageError(f"targets {kind!r} need a tokenizer")
         if not isinstance(data, DataSet):
@@ -148,7 +146,7 @@ def make_targets(
         return Tokens(torch.stack(tokens), tokenizer.outputs)
     if kind == "tokens" and not isinstance(data, DataSet):
         raise UsageError(
-            f"targets 'tokens' need images in memory, {data.name} is read from its files: allowed are dvae, dalle, pixels"
+            f"targets 'tokens' need images in memory, {data.name} is read from its files: allowed are dvae, pixels"
         )
     return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
 
