@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 
 from lab.cost import count
 from vitlib.errors import UsageError
-from vitlib.model import ViT, execution, fuse, set_execution, vit_config
+from vitlib.model import ViT, fuse, set_execution, vit_config
 from vitlib.model.weights import load, save, to_timm
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def images(count=5, dtype=torch.float64):
     return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-@pytest.fixture(params=[(case, name) for case in CASES for name in ("par", "streams")], ids=" ".join)
+@pytest.fixture(params=[(case, name) for case in CASES for name in ("par",)], ids=" ".join)
 def pair(request):
     """One model twice: processed branch after branch, and another way."""
     case, name = request.param
@@ -136,7 +136,7 @@ def test_what_timm_cannot_hold_and_what_is_no_model_file_is_refused(tmp_path):
         load(tmp_path / "junk")
 
 
-@pytest.mark.parametrize("name", ["seq", "par", "streams"])
+@pytest.mark.parametrize("name", ["seq", "par"])
 @pytest.mark.parametrize("case", ["2 branches", "relative positions"])
 def test_tokens_that_nobody_reads_are_skipped_without_changing_logits_or_gradients(case, name):
     vit = set_execution(model(**CASES[case]), name).train()
@@ -154,95 +154,6 @@ def test_tokens_that_nobody_reads_are_skipped_without_changing_logits_or_gradien
     assert count.saved_bytes(vit, images(), torch.sum) < count.saved_bytes(whole, images(), torch.sum)
 
 
-# ---- the matrices that `par` keeps for inference
-
-
-def changed_in_place(vit):
-    with torch.no_grad():
-        vit.layers[1].ffn[0].f.fc1.weight.mul_(1.5)
-
-
-def loaded(vit):
-    vit.load_state_dict({name: 1.1 * tensor for name, tensor in vit.state_dict().items()})
-
-
-def assigned(vit):
-    vit.load_state_dict({name: 1.1 * tensor for name, tensor in vit.state_dict().items()}, assign=True)
-
-
-def replaced_parameter(vit):
-    vit.layers[0].mhsa[1].f.proj.weight = torch.nn.Parameter(torch.randn(64, 64).double())
-
-
-def replaced_module(vit):
-    vit.layers[0].mhsa[1].norm = torch.nn.LayerNorm(64, eps=1e-6, bias=True).double().requires_grad_(False)
-
-
-def stepped(vit):
-    vit(images()).square().sum().backward()
-    torch.optim.SGD(vit.parameters(), lr=1e-2).step()
-
-
-@pytest.mark.parametrize("change", [changed_in_place, loaded, assigned, replaced_parameter, replaced_module, stepped])
-def test_kept_matrices_are_made_anew_when_a_weight_changes(change):
-    par = set_execution(model("W64-2x2/4").eval(), "par")
-    with torch.no_grad():
-        before = par(images())
-        kept = par.layers[0].kept[0]
-        assert torch.equal(par(images()), before) and par.layers[0].kept[0] is kept
-    change(par)
-    seq = set_execution(copy.deepcopy(par), "seq")
-    with torch.no_grad():
-        torch.testing.assert_close(par(images()), seq(images()), rtol=0, atol=1e-11)
-        assert (par(images()) - before).abs().max() > 1e-6
-
-
-def test_kept_matrices_follow_the_models_type_and_stay_out_of_copies():
-    par = set_execution(model("W64-2x2/4").eval(), "par")
-    with torch.no_grad():
-        par(images())
-        assert "kept" in vars(par.layers[0]) and "kept" not in vars(copy.deepcopy(par).layers[0])
-        par.float()
-        assert par(images(dtype=torch.float32)).dtype == torch.float32
-    par.float()(images(dtype=torch.float32))  # with gradients nothing is kept
-    assert "kept" not in vars(par.layers[0])
-
-
-# ---- auto
-
-
-def test_auto_is_one_of_the_others_and_leaves_no_trace():
-    seq = model("W64-2x3/4", drop_path=0.5).train()
-    auto = set_execution(copy.deepcopy(seq), "auto")
-    results = []
-    for vit in (seq, auto):
-        torch.manual_seed(5)
-        results.append(vit(images()))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-11)
-    assert all(p.grad is None for p in auto.parameters())
-
-
-def test_auto_measures_once_for_each_size_and_mode_and_takes_the_fastest(monkeypatch):
-    asked = []
-
-    def seconds(execute, *_):
-        asked.append(execute)
-        return {execution.EXECUTE["seq"]: 2.0, execution.EXECUTE["par"]: 1.0}[execute]
-
-    monkeypatch.setattr(execution, "_fastest", {})
-    monkeypatch.setattr(execution, "_seconds", seconds)
-    vit = set_execution(model("W64-2x2/4").eval(), "auto")
-    vit.skip_unread = False
-    with torch.no_grad():
-        vit(images()), vit(images())
-        assert len(asked) == 2 and list(execution._fastest.values()) == ["par"]
-        vit(images(3))
-    vit(images(3))
-    assert len(asked) == 6  # another batch size, then gradients
-
-
 def test_an_unknown_execution_is_refused():
-    with pytest.raises(
-        UsageError, match="unknown execution 'parallel': allowed are seq, par, streams, auto; did you mean 'par'"
-    ):
+    with pytest.raises(UsageError, match="unknown execution 'parallel': allowed are seq, par; did you mean 'par'"):
         set_execution(model("W64-2x2/4"), "parallel")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lab.cost import count
 from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
-from vitlib.model.layers import EPS
-from vitlib.model.stems import HMLP_KERNELS
+from vitlib.model.layers import EPS, Reads
+from vitlib.model.stems import hmlp_kernels
 from vitlib.model.vit import RelativeBias
 
 torch.set_num_threads(1)
@@ -466,13 +466,17 @@ def test_masking_commutes_with_the_stem_unless_patches_overlap_or_share_statisti
     assert (distance.max() < 1e-12) if commutes else (distance.max() > 1e-4)
 
 
-@pytest.mark.parametrize("patch", [4, 8, 14, 16, 32])
-def test_the_hmlp_stem_gives_one_token_a_patch(patch):
-    assert math.prod(HMLP_KERNELS[patch]) == patch
+@pytest.mark.parametrize(
+    ("patch", "kernels"),
+    [(2, (1, 1, 2)), (4, (1, 2, 2)), (6, (3, 1, 2)), (8, (2, 2, 2)), (10, (5, 1, 2)), (12, (3, 2, 2)), (14, (7, 1, 2)),
+     (16, (4, 2, 2)), (28, (7, 2, 2)), (32, (8, 2, 2)), (40, (10, 2, 2))],
+)  # fmt: skip
+def test_the_hmlp_stem_gives_one_token_a_patch(patch, kernels):
+    assert hmlp_kernels(patch) == kernels and math.prod(kernels) == patch
     config = vit_config(f"W64-1/{patch}", stem="hmlp", image_size=3 * patch)
     convolutions = [m for m in make_stem(config) if isinstance(m, nn.Conv2d)]
     assert [m.kernel_size for m in convolutions] == [m.stride for m in convolutions]
-    assert [m.kernel_size[0] for m in convolutions] == list(HMLP_KERNELS[patch])
+    assert [m.kernel_size[0] for m in convolutions] == list(kernels)
     assert [m.out_channels for m in convolutions] == [16, 16, 64]
     assert make_stem(config)(torch.zeros(2, 3, 3 * patch, 3 * patch)).shape == (2, 9, 64)
 
@@ -657,7 +661,7 @@ def test_relative_positions_are_added_to_the_logits():
         q, k, v = r.f.qkv(r.norm(x)).view(2, 17, 3, 2, 32).unbind(2)
         weights = (torch.einsum("bnhe,bmhe->bhnm", q, k) / math.sqrt(32) + bias).softmax(-1)
         y = r.f.proj(torch.einsum("bhnm,bmhe->bnhe", weights, v).flatten(2))
-        torch.testing.assert_close(r(x, relative=bias), y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(r(x, reads=Reads(relative=bias)), y, rtol=0, atol=1e-12)
 
 
 # --- the room itself ---

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import DiffAttention
 from timm.models.vision_transformer import (
@@ -310,8 +311,15 @@ def test_a_checkpoint_that_does_not_fit_lists_the_keys_that_differ(tmp_path):
 
 def test_our_own_file_that_does_not_fit_lists_its_keys_too(tmp_path):
     vit = ViT(vit_config("W64-1x1/4", image_size=16, num_classes=7))
-    vit.head = nn.Linear(64, 8)
     save(vit, tmp_path / "ours.safetensors")
+    with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    vit.head = nn.Linear(64, 8)
+    with pytest.raises(
+        UsageError, match=r"head\.bias \(8, not 7\), head\.weight \(8x64, not 7x64\); nothing was saved"
+    ):
+        save(vit, tmp_path / "ours.safetensors")
+    save_file(vit.state_dict(), tmp_path / "ours.safetensors", metadata)
     with pytest.raises(UsageError, match=r"head\.bias \(8, not 7\), head\.weight \(8x64, not 7x64\); nothing was"):
         load(tmp_path / "ours.safetensors")
 

@@ -1,6 +1,6 @@
 """Table 4 and beyond: one parallel model, its branches processed in every way, and timm's model with the same weights.
 
-The grid is {seq, par, streams, fused, timm} x {eager, CUDA graph, compiled} by batch, and a training step (forward,
+The grid is {seq, par, fused, timm} x {eager, CUDA graph, compiled} by batch, and a training step (forward,
 backward, AdamW). Like is compared with like: the same weights, mode and attention kernel in the same process.
 """
 
@@ -20,7 +20,7 @@ from lab.bench.stopwatch import Arm, count, take_turns
 from vitlib.model import ViT, ViTConfig, fuse, set_execution, vit_config
 from vitlib.model.weights import to_timm
 
-ARMS = ("seq", "par", "streams", "fused", "timm")
+ARMS = ("seq", "par", "fused", "timm")
 MODES = ("eager", "graph", "compiled")
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -60,7 +60,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     batch, mode = task["batch"], task["mode"]
     shape = (batch, config.in_chans, config.image_size, config.image_size)
     model = ViT(config).eval().to(device)
-    models = {name: _arm(model, name) for name in ARMS if name != "streams" or device == "cuda"}
+    models = {name: _arm(model, name) for name in ARMS}
     if mode == "training":
         models.pop("fused")  # for inference only
         arms = {name: _training(m.train(), shape, device, dtype) for name, m in models.items()}

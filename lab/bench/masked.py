@@ -30,6 +30,7 @@ from lab.cost.count import AttentionAs
 from lab.experiments.catalogue import experiment
 from vitlib.data import DataSet, epoch_batches
 from vitlib.model import ViTConfig, vit_config
+from vitlib.model.layers import Reads
 from vitlib.train.loop import set_train_mode
 from vitlib.train.masked import MaskedLoss, MaskedViT
 from vitlib.train.tokenizers import VOCABULARY, nearest, patchify
@@ -154,8 +155,8 @@ class _Gathers(nn.Module):
         super().__init__()
         self.layer, self.relative = layer, relative
 
-    def forward(self, x: Tensor, draws: Tensor | None, _: None, rows) -> Tensor:
-        return self.layer(x, draws, self.relative(), rows)
+    def forward(self, x: Tensor, draws: Tensor | None, reads: Reads) -> Tensor:
+        return self.layer(x, draws, reads._replace(relative=self.relative()))
 
 
 def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dtype: torch.dtype) -> Arm:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from lab.cost import count as measure
 
@@ -99,17 +99,20 @@ def count(step: Callable[[], object], on_meta: bool = False) -> Counts:
     Bytes: each operation reads its inputs and writes its outputs, views are free. An upper bound of the traffic:
     caches keep some of it away from memory.
     """
-    flops, traffic = FlopCounterMode(display=False, custom_mapping=_ATTENTION), _Traffic()
-    with measure.AttentionAs("fused") if on_meta else nullcontext(), flops, traffic:
+    # Not FlopCounterMode, whose hooks on all modules would have `par` run as `seq`.
+    traffic = _Traffic()
+    with measure.AttentionAs("fused") if on_meta else nullcontext(), traffic:
         step()
-    return Counts(flops.get_total_flops() // 2, traffic.bytes)
+    return Counts(traffic.flops // 2, traffic.bytes)
 
 
 class _Traffic(TorchDispatchMode):
-    bytes = 0
+    flops = bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if products := _PRODUCTS.get(func.overloadpacket):
+            self.flops += products(*args, **(kwargs or {}), out_val=out)
         aliases = [r.alias_info for r in func._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):  # not a view
             for leaf in tree_leaves((args, kwargs, out)):
@@ -127,7 +130,7 @@ def _backward(grad, q, k, v, *_, out_shape=None, **__) -> int:
 
 
 # PyTorch counts its GPU kernels for attention; these are the CPU's.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+_PRODUCTS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_forward),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_backward),
 }

@@ -90,7 +90,7 @@ ARMS = {
         *("W192 36x1+LS", "W192 18x2+LS", "W288 16x1+LS"),
         *("B12x1", "S48x1", "S24x2", "L24x1+LS", "B36x1+LS", "B18x2+LS"),
     ),
-    "36": ("seq", "par", "streams", "fused", "timm"),
+    "36": ("seq", "par", "fused", "timm"),
     "41": (
         "trunk",
         *(f"{w}{s}{o}" for w in ("", "S ", "L ") for s in ("full", "attn", "ffn", "head") for o in ("", " SGD")),

@@ -30,9 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig
-from vitlib.model.config import check
-from vitlib.model.execution import set_execution
 from vitlib.model.layers import FFN, MHSA, Residual
+from vitlib.model.parallel import set_execution
 from vitlib.model.stems import Stem
 from vitlib.model.vit import RelativeBias
 from vitlib.train.finetune import freeze
@@ -85,7 +84,7 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     a configuration's own; a model has its size built in, and only one without a `config` (timm's) must be told it.
     """
     if isinstance(model, ViTConfig):
-        return _macs_of(model if image_size is None else check(replace(model, image_size=image_size)))
+        return _macs_of(model if image_size is None else replace(model, image_size=image_size))
     config = getattr(model, "config", None)
     if (config is None) == (image_size is None):
         raise UsageError("macs wants an image_size with a configuration or with a model that has none")
@@ -153,6 +152,8 @@ def step_macs(config: ViTConfig, strategy: str, execution: str = "seq") -> dict[
     counter = _StepCounter()
     for module in model.modules():
         kind = {MHSA: "mhsa", FFN: "ffn"}.get(type(module), "stem" if isinstance(module, Stem) else None)
+        if kind in ("mhsa", "ffn") and execution == "par" and config.branches > 1:
+            continue  # a layer with hooks inside of it would run as seq
         if kind or module is model.head:
             module.register_forward_pre_hook(lambda *_, kind=kind or "head": counter.enter(kind))
             module.register_forward_hook(lambda *_: counter.enter("other"))

@@ -284,7 +284,7 @@ def family(specs: Iterable[RunSpec]) -> list[RunSpec]:
 def _row(job: Job, count: int, device: Device, rate: Rate, gpus: int) -> Row:
     kept, images = held(job), min(job.recipe.batch_size, job.images)
     # Whatever trains nothing but attention or the head has a stem of fixed statistics.
-    batch_norm = getattr(job.model, "stem_norm", "none") == "bn" and job.strategy == "full"
+    batch_norm = getattr(job.model, "norm", "none") == "bn" and job.strategy == "full"
     share, parts = math.ceil(images / gpus), own_parts(job.accumulate, gpus, batch_norm)
     mem_gb = (kept.state + math.ceil(share / parts) * kept.an_image) / GB
     return Row(

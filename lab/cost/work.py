@@ -50,7 +50,7 @@ class Job:
         m = self.model
         words = [self.protocol, f"{m.name} at {m.image_size}"]
         if isinstance(m, ViTConfig):
-            words += [f"{m.stem}-{m.stem_norm}"] if m.stem != "linear" or m.stem_norm != "none" else []
+            words += [f"{m.stem}-{m.norm}"] if m.stem != "linear" or m.norm != "none" else []
             words += ["LS"] if m.layer_scale else []
         words += [self.strategy] if self.protocol == "finetune" else []
         words += [f"targets {self.targets}"] if self.protocol == "masked" else []

@@ -17,7 +17,7 @@ def paper_stem(name: str) -> ViTConfig:
 def printed_stem(name: str) -> pd.Series:
     """The paper's own row."""
     config, table = paper_stem(name), paper_table("table7").set_index(["stem", "norm", "act", "model"])
-    return table.loc[(config.stem, config.stem_norm, config.stem_act, f"ViT-B{config.depth}")]
+    return table.loc[(config.stem, config.norm, config.act, f"ViT-B{config.depth}")]
 
 
 def paper_gaps(name: str, size: str) -> pd.DataFrame:

@@ -37,7 +37,7 @@ def stem_sizes(profile_name: str | None = None) -> pd.DataFrame:
         size = exact.size(config)
         apart = size.macs / 1e9 / float(printed) - 1
         row = {
-            "stem": name, "model": f"B{config.depth}", "norm": config.stem_norm, "act": config.stem_act,
+            "stem": name, "model": f"B{config.depth}", "norm": config.norm, "act": config.act,
             "params": f"{size.params:,}", "gmacs": f"{size.macs / 1e9:.3f}", "paper, GFLOPs": printed,
             "ours minus paper": "as printed" if prints_as(size.macs / 1e9, printed) else f"{100 * apart:+.2f} %",
             "more than linear": _more(config, paper_stem("linear")),

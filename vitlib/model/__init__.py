@@ -1,9 +1,9 @@
 """The three model variants: parallel layers (eq. 2), stems (Algorithm 1), and the ViT around them."""
 
 from vitlib.model.config import ViTConfig, vit_config
-from vitlib.model.execution import fuse, set_execution
-from vitlib.model.parallel import ParallelLayer
+from vitlib.model.parallel import ParallelLayer, set_execution
 from vitlib.model.stems import make_stem
 from vitlib.model.vit import ViT, resize_positions
+from vitlib.model.weights import fuse
 
 __all__ = ["ParallelLayer", "ViT", "ViTConfig", "fuse", "make_stem", "resize_positions", "set_execution", "vit_config"]

@@ -1,16 +1,18 @@
-"""The two residual functions of a ViT, mhsa and ffn, each with its own pre-norm and LayerScale.
+"""The two residual functions of a ViT, mhsa and ffn, each with a pre-norm and a LayerScale.
 
 Shapes: B batch, N tokens (class token first), M of them that are read, D width, H heads of size d.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 EPS = 1e-6  # of every LayerNorm. Released code: models_v2.py, partial(nn.LayerNorm, eps=1e-6)
-
 
 # Which tokens of a layer are read by what follows: all (None), a slice, or token numbers of each image, int64 (B, M).
 Rows = slice | Tensor | None
@@ -23,35 +25,54 @@ def take(x: Tensor, rows: Rows) -> Tensor:
     return x[:, rows] if isinstance(rows, slice) else x.take_along_dim(rows[..., None], dim=1)
 
 
-def attention(
-    x: Tensor, weight: Tensor, bias: Tensor, heads: int, relative: Tensor | None = None, rows: Rows = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v in every head, before the last projection: (B, N, D) -> (B, M, heads d).
+class Reads(NamedTuple):
+    """What attention is told besides x."""
 
-    The rows of `weight` (3 heads d, D) and `bias` are q, then k, then v, heads in order within each. `relative`
-    (heads, N, N) is added to the logits. Queries are made for the tokens `rows` only.
+    relative: Tensor | None = None  # (H, N, N), added to the logits: BEiT's relative positions
+    rows: Rows = None  # the M tokens that are read after the layer: nothing is computed for the others
+
+
+ALL = Reads()
+
+
+def is_plain(module: nn.Module, kind: type | tuple[type, ...] = nn.Linear) -> bool:
+    """Whether `module` does what its class does and nothing besides, so that its weights may be read instead.
+
+    Adapters (LoRA), quantized layers and parametrizations are other classes; old weight norms and user code are hooks,
+    on the module or on all modules, or a `forward` of the instance's own; quantized weights may be tensor subclasses.
     """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return (
+        (type(module) in kind if isinstance(kind, tuple) else type(module) is kind)
+        and not any(hooks)
+        and not _has_any_global_hook()
+        and "forward" not in module.__dict__
+        and not hasattr(getattr(module, "weight", None), "__tensor_flatten__")
+    )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, M, H d) of the tokens `rows`, k and v (B, N, H d) of all; `weight` (3 H d, D) has q, k, v in this order."""
     if rows is None:
-        q, k, v = _heads(F.linear(x, weight, bias), 3, heads)
-    else:
-        inner = len(weight) // 3
-        of_q, of_kv = weight.split([inner, 2 * inner])
-        bias_q, bias_kv = bias.split([inner, 2 * inner])
-        (q,) = _heads(F.linear(take(x, rows), of_q, bias_q), 1, heads)
-        k, v = _heads(F.linear(x, of_kv, bias_kv), 2, heads)
-        if relative is not None:
-            relative = relative[:, rows]  # (heads, M, N), or (heads, B, M, N) where each image has rows of its own
-            relative = relative if relative.ndim == 3 else relative.transpose(0, 1)
+        return F.linear(x, weight, bias).chunk(3, dim=-1)
+    sizes = [weight.shape[0] // 3, weight.shape[0] // 3 * 2]
+    of_q, of_kv = weight.split(sizes)
+    bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
+    return F.linear(take(x, rows), of_q, bias_q), *F.linear(x, of_kv, bias_kv).chunk(2, dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, reads: Reads = ALL) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v in every head: q (B, M, H d), k and v (B, N, H d) -> (B, M, H d)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, N, d)
+    relative, rows = reads
+    if relative is not None and rows is not None:
+        relative = relative[:, rows]  # (H, M, N), or (H, B, M, N) where each image has rows of its own
+        relative = relative if relative.ndim == 3 else relative.transpose(0, 1)
     if relative is None or q.is_cuda:
         heard = F.scaled_dot_product_attention(q, k, v, attn_mask=relative)
     else:  # PyTorch's CPU kernel takes no bias that trains; what it falls back to is slower than this
         heard = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + relative).softmax(-1) @ v
     return heard.transpose(1, 2).flatten(2)
-
-
-def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts heads d) -> `parts` tensors (B, heads, N, d)."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class MHSA(nn.Module):
@@ -69,15 +90,20 @@ class MHSA(nn.Module):
         self.q_bias, self.v_bias = (None if key_bias else nn.Parameter(torch.zeros(inner)) for _ in "qv")
 
     @property
-    def qkv_bias(self) -> Tensor:
+    def qkv_bias(self) -> Tensor | None:
         """(3 inner,), zero for a k without bias."""
         if self.q_bias is None:
             return self.qkv.bias
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def forward(self, x: Tensor, relative: Tensor | None = None, rows: Rows = None) -> Tensor:
-        """`relative` (H, N, N): BEiT's relative positions, else None. `rows`: the M tokens that are read."""
-        return self.proj(attention(x, self.qkv.weight, self.qkv_bias, self.heads, relative, rows))
+    def forward(self, x: Tensor, reads: Reads = ALL) -> Tensor:
+        if is_plain(self.qkv):
+            q, k, v = project(x, self.qkv.weight, self.qkv_bias, reads.rows)
+        else:  # an adapter, a hook, a quantized matrix: called as it is, for all tokens
+            qkv = self.qkv(x) if self.q_bias is None else self.qkv(x) + self.qkv_bias
+            q, k, v = qkv.chunk(3, dim=-1)
+            q = take(q, reads.rows)
+        return self.proj(attend(q, k, v, self.heads, reads))
 
 
 class FFN(nn.Module):
@@ -94,7 +120,7 @@ class FFN(nn.Module):
 
 
 class Residual(nn.Module):
-    """r(x) = gamma * f(LayerNorm(x)): one residual function with its own pre-norm and LayerScale.
+    """r(x) = gamma * f(LayerNorm(x)): one residual function with its pre-norm and LayerScale.
 
     Stochastic depth multiplies the whole branch, drop_path(gamma * f(norm(x))), as in the released code; its draws
     come from outside, so that they are a function of the image and not of the batch.
@@ -107,12 +133,12 @@ class Residual(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale is not None else None
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, draw: Tensor | None = None, **reads: object) -> Tensor:
+    def forward(self, x: Tensor, draw: Tensor | None = None, reads: Reads | None = None) -> Tensor:
         """(B, N, D) -> (B, M, D). `draw` (B,) is uniform in [0, 1): the samples below the rate are dropped.
 
-        `reads`: what MHSA takes besides, relative positions and rows.
+        `reads` is for attention alone; an FFN is handed the tokens that are read.
         """
-        y = self.f(self.norm(x), **reads)
+        y = self.f(self.norm(x)) if reads is None else self.f(self.norm(x), reads)
         if self.gamma is not None:
             y = y * self.gamma
         if self.training and self.drop_path > 0:

@@ -11,22 +11,43 @@ works; one branch is the plain ViT. Nothing is divided by the number of branches
 LayerScale and a stochastic-depth draw of its own, so that parameters and multiply-adds are those of eq. (1).
 
 Released code: models_v2.py, Block_paralx2 and Layer_scale_init_Block_paralx2 (two branches only).
+
+Two executions of one model (Table 4):
+seq   eq. (2) as written, one branch after the other: what the released code and timm do
+par   at once: the branches' tensors are laid side by side at each call, so that K branches are one wide MHSA and one
+      wide FFN. The same function with the same gradients up to rounding, so it trains, too. A layer with a part that
+      must be called (an adapter, a hook, a quantized matrix) runs as seq
+(`weights.fuse` lays them side by side for good, for inference and export.)
+
+Why `par` is exact: all branches read the same x, so they share LayerNorm's normalisation, and its affine part folds
+into the matrix after it; LayerScale folds into the matrix before it; and a sum of matrix products is one product of
+concatenated matrices. So 18x2 is an 18-layer ViT with twice the heads and a twice wider FFN. (Paper, section 3: the
+sum of two branches; it does not say that they are one wide layer.)
+
+K branches, B batch, N tokens, M of them read, D width, F = 4D, H heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlib.errors import unknown
 from vitlib.model.config import ViTConfig
-from vitlib.model.execution import EXECUTE, fastest
-from vitlib.model.layers import FFN, MHSA, Residual, Rows, take
+from vitlib.model.layers import ALL, EPS, FFN, MHSA, Reads, Residual, attend, is_plain, project, take
+
+EXECUTIONS = ("seq", "par")
 
 
 class ParallelLayer(nn.Module):
-    """One layer of K branches: eq. (2), with K = 1 half of eq. (1). (B, N, D) -> (B, N, D)."""
+    """One layer of K branches: eq. (2), with K = 1 half of eq. (1). (B, N, D) -> (B, M, D)."""
 
-    execution = "seq"  # how the branches are processed: see execution.py
+    execution = "seq"
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -39,30 +60,143 @@ class ParallelLayer(nn.Module):
         )
         self.ffn = nn.ModuleList(Residual(FFN(width, config.ffn_width), width, scale, drop) for _ in branches)
 
-    def forward(
-        self, x: Tensor, draws: Tensor | None = None, relative: Tensor | None = None, rows: Rows = None
-    ) -> Tensor:
-        """`draws` (branches, 2, B): this layer's stochastic-depth draws, [:, 0] for mhsa and [:, 1] for ffn.
-
-        `rows`: the tokens that are read behind this layer; (B, M, D) then, and nothing is computed for the others.
-        """
+    def forward(self, x: Tensor, draws: Tensor | None = None, reads: Reads = ALL) -> Tensor:
+        """`draws` (K, 2, B): stochastic depth, uniform in [0, 1), [:, 0] for mhsa and [:, 1] for ffn."""
         if draws is None and self.training and self.drop_path > 0:
-            draws = torch.rand(len(self.mhsa), 2, len(x), device=x.device)
-        if len(self.mhsa) > 1 and self.execution != "seq":
-            execution = self.execution if self.execution != "auto" else fastest(self, x, relative, rows)
-            return EXECUTE[execution](self, x, draws, relative, rows)  # the same sums
-        return self.equation_2(x, draws, relative, rows)
-
-    def equation_2(self, x: Tensor, draws: Tensor | None, relative: Tensor | None, rows: Rows) -> Tensor:
-        """One branch after the other."""
-        mhsa = [m(x, _draw(draws, k, 0), relative=relative, rows=rows) for k, m in enumerate(self.mhsa)]
-        x = take(x, rows) + sum(mhsa)
-        return x + sum(ffn(x, _draw(draws, k, 1)) for k, ffn in enumerate(self.ffn))
-
-    def __getstate__(self) -> dict:
-        """Copies and pickles do without the matrices that `par` keeps for inference."""
-        return {name: value for name, value in self.__dict__.items() if name != "kept"}
+            draws = torch.rand(len(self.mhsa), 2, x.shape[0], device=x.device)
+        if self.execution == "par" and len(self.mhsa) > 1 and obstacle(self) is None:
+            return at_once(self, x, draws, reads)
+        # What each branch is told besides x is bound first; then eq. (2).
+        mhsa = [partial(r, draw=draw, reads=reads) for r, draw in _drawn(self.mhsa, draws, 0)]
+        ffn = [partial(r, draw=draw) for r, draw in _drawn(self.ffn, draws, 1)]
+        heard = [r(x) for r in mhsa]
+        x = take(x, reads.rows) + sum(heard)
+        return x + sum(r(x) for r in ffn)
 
 
-def _draw(draws: Tensor | None, branch: int, part: int) -> Tensor | None:
-    return None if draws is None else draws[branch, part]
+def _drawn(branches: nn.ModuleList, draws: Tensor | None, part: int) -> Iterator[tuple[nn.Module, Tensor | None]]:
+    """Each branch with its draws (B,)."""
+    return zip(branches, [None] * len(branches) if draws is None else draws[:, part].unbind(), strict=True)
+
+
+def set_execution(model: nn.Module, execution: str) -> nn.Module:
+    """Choose how the branches of a ViT are processed from now on, one of EXECUTIONS; the model itself.
+
+    Raises UsageError for an unknown execution.
+    """
+    if execution not in EXECUTIONS:
+        raise unknown("execution", execution, EXECUTIONS)
+    for layer in model.layers:
+        layer.execution = execution
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- par
+
+
+class Wide(NamedTuple):
+    """The matrices of one layer's branches side by side; the biases after the sum stay apart, (K, D)."""
+
+    qkv: Tensor  # (3 K D, D): q of every branch, then k, then v
+    qkv_bias: Tensor
+    proj: Tensor  # (D, K D)
+    proj_bias: Tensor
+    fc1: Tensor  # (K F, D)
+    fc1_bias: Tensor
+    fc2: Tensor  # (D, K F)
+    fc2_bias: Tensor
+
+
+def at_once(layer: ParallelLayer, x: Tensor, draws: Tensor | None, reads: Reads) -> Tensor:
+    """Eq. (2), all branches at once: (B, N, D) -> (B, M, D). Arguments as in `ParallelLayer.forward`."""
+    K, heads = len(layer.mhsa), layer.mhsa[0].f.heads
+    wide = side_by_side(layer)
+    if reads.relative is not None:  # the same for the heads of every branch
+        reads = reads._replace(relative=reads.relative.repeat(K, 1, 1))
+    q, k, v = project(_normalised(x), wide.qkv, wide.qkv_bias, reads.rows)  # (B, N, K D) each
+    heard = attend(q, k, v, K * heads, reads)
+    x = take(x, reads.rows) + _sum(heard, wide.proj, wide.proj_bias, _keep(layer.mhsa[0], draws, 0, x))
+    hidden = F.gelu(F.linear(_normalised(x), wide.fc1, wide.fc1_bias))  # (B, M, K F)
+    return x + _sum(hidden, wide.fc2, wide.fc2_bias, _keep(layer.ffn[0], draws, 1, x))
+
+
+def side_by_side(layer: ParallelLayer) -> Wide:
+    """Made from the branches' tensors, which get the gradients."""
+    return Wide(
+        *_first(layer.mhsa, "qkv"), *_last(layer.mhsa, "proj"), *_first(layer.ffn, "fc1"), *_last(layer.ffn, "fc2")
+    )
+
+
+def _first(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
+    """First matrices with the norms' affine parts folded in: (K F, D) and (K F,); q, k, v stay outermost for qkv."""
+    parts = 3 if name == "qkv" else 1
+    weights, biases = [], []
+    for branch in branches:
+        matrix = getattr(branch.f, name)
+        bias = branch.f.qkv_bias if name == "qkv" else matrix.bias
+        weights.append((matrix.weight * branch.norm.weight).unflatten(0, (parts, -1)))
+        biases.append(torch.addmv(bias, matrix.weight, branch.norm.bias).unflatten(0, (parts, -1)))
+    return torch.cat(weights, dim=1).flatten(0, 1), torch.cat(biases, dim=1).flatten()
+
+
+def _last(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
+    """Last matrices with LayerScale folded in: (D, K F), and the biases apart, (K, D)."""
+    weights, biases = [], []
+    for branch in branches:
+        matrix, gamma = getattr(branch.f, name), branch.gamma
+        weights.append(matrix.weight if gamma is None else matrix.weight * gamma[:, None])
+        biases.append(matrix.bias if gamma is None else matrix.bias * gamma)
+    return torch.cat(weights, dim=1), torch.stack(biases)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _sum(hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    """The sum over branches after the last matrix: (B, M, K F) -> (B, M, D)."""
+    if keep is None:
+        return F.linear(hidden, weight, bias.sum(0))
+    # Stochastic depth: each branch and sample is kept or dropped on its own, bias included.
+    hidden = hidden.unflatten(-1, (bias.shape[0], -1)) * keep[:, None, :, None]
+    return F.linear(hidden.flatten(-2), weight) + (keep @ bias)[:, None]
+
+
+def _keep(branch: Residual, draws: Tensor | None, part: int, x: Tensor) -> Tensor | None:
+    """0 or 1 / (1 - rate) for each sample and branch, (B, K); None where nothing is dropped."""
+    if draws is None or not branch.training or branch.drop_path == 0:
+        return None
+    return ((draws[:, part] >= branch.drop_path).to(x.dtype) / (1 - branch.drop_path)).T
+
+
+# Modules whose weights `par` and `fuse` may read instead of calling them
+_PLAIN = (nn.ModuleList, Residual, nn.LayerNorm, MHSA, FFN, nn.Linear)
+
+
+def obstacle(layer: ParallelLayer) -> str | None:
+    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is no plain Linear"; None: they can."""
+    for module in layer.modules():
+        if module is not layer and not is_plain(module, _PLAIN):
+            name = next(name for name, other in layer.named_modules() if other is module)
+            return f"{name} ({type(module).__name__}) is no plain layer: it is an adapter, quantized or has hooks"
+    for name, branches in (("mhsa", layer.mhsa), ("ffn", layer.ffn)):
+        if len({_form(branch) for branch in branches}) > 1 or None in _form(branches[0]):
+            return f"the branches of {name} are not alike"
+    return None
+
+
+def _form(branch: Residual) -> tuple:
+    """What all branches of a layer must have in common."""
+    f, norm = branch.f, branch.norm
+    first, last = (f.qkv, f.proj) if isinstance(f, MHSA) else (f.fc1, f.fc2)
+    bias = f.q_bias if getattr(f, "q_bias", None) is not None else first.bias
+    tensors = norm.weight, norm.bias, first.weight, bias, last.weight, last.bias
+    sizes = [None if tensor is None else tensor.shape for tensor in tensors]
+    return (
+        *sizes,
+        getattr(f, "heads", 0),
+        norm.eps == EPS or None,
+        branch.gamma is None,
+        branch.drop_path,
+        branch.training,
+    )

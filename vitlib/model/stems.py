@@ -1,26 +1,36 @@
 """Thing 3: patch pre-processing (section 5, Figure 5, Algorithm 1, Table 7).
 
-Every stem turns an image (B, C, H, W) into one token a patch, (B, N, D). In the linear and the hMLP stem each
+Every stem turns images (B, C, H, W) into one token per patch, (B, N, D). In the linear and the hMLP stem each
 kernel equals its stride, so no pixel of one patch reaches another: masking a patch before the stem or replacing its
 token after it is the same. The convolutional stem has 3x3 kernels with stride 2, which overlap, so masked pixels
 leak into visible tokens. In the local-transformer stem a small transformer works inside of each patch alone.
+
+A stem is a function (or class) of the configuration and one entry of `STEMS`, with its norm, its activation and what it
+refuses; `ViTConfig` asks there.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.model.config import ViTConfig
-from vitlib.model.layers import EPS, attention
+from vitlib.model.layers import EPS, attend
 
-# Kernels = strides of the three hMLP convolutions by patch size.
-# Paper: the text says it starts from 2x2 patches; Figure 5, Algorithm 1, the released code and the printed 17.73
-# GFLOPs say 4, 2, 2 for patches of 16. We follow the latter and choose the nearest triple at other sizes.
-HMLP_KERNELS = {4: (2, 2, 1), 8: (2, 2, 2), 14: (7, 2, 1), 16: (4, 2, 2), 32: (8, 2, 2)}
+
+class Patches(Protocol):
+    """What a stem reads of a `ViTConfig`."""
+
+    in_chans: int  # C
+    patch_size: int  # P
+    width: int  # D
+    stem_width: int | None  # hidden channels; None = the stem's own
+    norm: str  # after each convolution: none, bn or ln
+    act: str  # none or gelu
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -32,42 +42,72 @@ class ChannelNorm(nn.LayerNorm):
         )
 
 
-def _norm(kind: str, width: int) -> list[nn.Module]:
-    """Released code: SyncBatchNorm, which does not train on CPU with several processes; BatchNorm2d here, which a run over
+def norm(config: Patches, width: int) -> list[nn.Module]:
+    """The norm of a map of `width` channels, or nothing.
+
+    Released code: SyncBatchNorm, which does not train on CPU with several processes; BatchNorm2d here, which a run over
     several GPUs turns into it (`train/engine.py`).
     """
-    return {"none": [], "bn": [nn.BatchNorm2d(width)], "ln": [ChannelNorm(width, eps=EPS)]}[kind]
+    return {"none": [], "bn": [nn.BatchNorm2d(width)], "ln": [ChannelNorm(width, eps=EPS)]}[config.norm]
 
 
-def _act(kind: str) -> list[nn.Module]:
-    return {"none": [], "gelu": [nn.GELU()]}[kind]
+def act(config: Patches) -> list[nn.Module]:
+    return {"none": [], "gelu": [nn.GELU()]}[config.act]
 
 
 class Stem(nn.Sequential):
     """Convolutions, then flatten: (B, C, H, W) -> (B, N, D), patches in row-major order."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)
+        return super().forward(images).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, grid * grid, D)
 
 
-def linear_stem(config: ViTConfig) -> Stem:
-    """One linear map of each patch; optionally a norm and a GELU behind it (rows 2 to 4 of Table 7)."""
+# ---------------------------------------------------------------------------------------------------- linear
+
+
+def linear_stem(config: Patches) -> Stem:
+    """One linear map of each patch; optionally a norm and a GELU after it (rows 2 to 4 of Table 7)."""
     D, P = config.width, config.patch_size
-    return Stem(nn.Conv2d(config.in_chans, D, P, P), *_norm(config.stem_norm, D), *_act(config.stem_act))
+    return Stem(nn.Conv2d(config.in_chans, D, P, P), *norm(config, D), *act(config))
 
 
-def hmlp_stem(config: ViTConfig) -> Stem:
+# ---------------------------------------------------------------------------------------------------- hMLP
+
+
+def hmlp_stem(config: Patches) -> Stem:
     """Algorithm 1: three linear maps from ever larger sub-patches, norm after each, GELU between, none at the end."""
-    D, hidden, norm = config.width, config.width // 4, config.stem_norm
-    first, second, third = HMLP_KERNELS.get(config.patch_size, (config.patch_size, 1, 1))
+    D, hidden = config.width, config.stem_width or config.width // 4
+    first, second, third = hmlp_kernels(config.patch_size)
+    # Each kernel equals its stride. Sides of the map, P = 16: H -> H / 4 -> H / 8 -> H / 16.
     return Stem(
-        nn.Conv2d(config.in_chans, hidden, first, first), *_norm(norm, hidden), *_act(config.stem_act),
-        nn.Conv2d(hidden, hidden, second, second), *_norm(norm, hidden), *_act(config.stem_act),
-        nn.Conv2d(hidden, D, third, third), *_norm(norm, D),
+        nn.Conv2d(config.in_chans, hidden, first, first), *norm(config, hidden), *act(config),
+        nn.Conv2d(hidden, hidden, second, second), *norm(config, hidden), *act(config),
+        nn.Conv2d(hidden, D, third, third), *norm(config, D),
     )  # fmt: skip
 
 
-def conv_stem(config: ViTConfig) -> Stem:
+def hmlp_kernels(patch_size: int) -> tuple[int, int, int]:
+    """Kernels = strides of the three convolutions: (4, 2, 2) for patches of 16.
+
+    Paper: the text says it starts from 2x2 patches; Figure 5, Algorithm 1, the released code (for patches of 16 alone)
+    and the printed 17.73 GFLOPs say 4, 2, 2. The last map then reads 2x2 places of D/4 channels, D numbers, and so it
+    does here at every P that 4 divides; at other even P it reads two places of two each.
+    """
+    return (patch_size // 4, 2, 2) if patch_size % 4 == 0 else (patch_size // 2, 1, 2)
+
+
+def hmlp_refuses(config: Patches) -> str | None:
+    if config.patch_size % 2:
+        return f"the hMLP stem has patch_size {config.patch_size}: allowed are even ones, as its last kernel is 2x2"
+    if config.stem_width is None and config.width % 4:
+        return f"the hMLP stem has hidden width width / 4, and width {config.width} is no multiple of 4"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- convolutional
+
+
+def conv_stem(config: Patches) -> Stem:
     """LeViT's stem (Graham et al. 2021): log2(P) convolutions 3x3 of stride 2, widths ..., D/4, D/2, D, no bias.
 
     Paper: not written out; this reading gives the 19.07 GFLOPs of Table 7 (3,489,120 parameters for B/16).
@@ -76,9 +116,18 @@ def conv_stem(config: ViTConfig) -> Stem:
     widths = [config.in_chans] + [config.width >> (steps - 1 - i) for i in range(steps)]
     parts: list[nn.Module] = []
     for i, (fan_in, width) in enumerate(itertools.pairwise(widths)):
-        parts += [nn.Conv2d(fan_in, width, 3, 2, 1, bias=False), *_norm(config.stem_norm, width)]
-        parts += _act(config.stem_act) if i < steps - 1 else []
+        parts += [nn.Conv2d(fan_in, width, 3, 2, 1, bias=False), *norm(config, width)]  # each halves the map's side
+        parts += act(config) if i < steps - 1 else []  # as in hMLP, none at the end
     return Stem(*parts)
+
+
+def conv_refuses(config: Patches) -> str | None:
+    if config.patch_size not in (2, 4, 8, 16, 32, 64):
+        return f"the convolutional stem has patch_size {config.patch_size}: allowed are 2, 4, 8, 16, 32, 64"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- local transformer
 
 
 class LocalStem(Stem):
@@ -94,7 +143,7 @@ class LocalStem(Stem):
     reaches into neighbouring patches.
     """
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: Patches):
         super().__init__()
         width, inner = config.width // 8, config.patch_size // 4
         self.patch = nn.Conv2d(config.in_chans, width, inner, inner)
@@ -105,10 +154,13 @@ class LocalStem(Stem):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images)  # (B, D/8, 4 grid, 4 grid)
-        B, _, side, _ = x.shape
-        x = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 3, 5, 1)  # B, row, column, 4, 4, D/8
-        x = self.layers(x.reshape(-1, 16, x.shape[-1]) + self.positions)
-        return self.proj(self.norm(x.reshape(B, (side // 4) ** 2, -1)))
+        grid = x.shape[-1] // 4
+        # Rows and columns of the map are split into patches and places within: (B, grid, grid, 4, 4, D/8).
+        x = x.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).permute(0, 2, 4, 3, 5, 1)
+        x = x.flatten(3, 4).flatten(0, 2)  # (B grid grid, 16, D/8): each patch is a sequence by itself
+        x = self.layers(x + self.positions)
+        # The 16 inner tokens together are the patch's: (B, grid * grid, 16 D/8) -> (B, N, D).
+        return self.proj(self.norm(x.flatten(1).unflatten(0, (-1, grid * grid))))
 
 
 class InnerLayer(nn.Module):
@@ -127,12 +179,41 @@ class InnerLayer(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.proj(attention(self.norm1(x), self.qkv.weight, self.qkv.bias, self.heads))
+        x = x + self.proj(attend(*self.qkv(self.norm1(x)).chunk(3, dim=-1), self.heads))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-STEMS = {"linear": linear_stem, "hmlp": hmlp_stem, "conv": conv_stem, "local": LocalStem}
+def local_refuses(config: Patches) -> str | None:
+    if config.patch_size % 4 or config.width % 32:
+        return (
+            f"the local-transformer stem has patch_size {config.patch_size} and width {config.width}: "
+            "allowed are multiples of 4 and of 32"
+        )
+    if (config.norm, config.act) != ("none", "none"):
+        return "the local-transformer stem has norms and GELUs of its own: stem_norm and stem_act are none"
+    return None
 
 
-def make_stem(config: ViTConfig) -> Stem:
-    return STEMS[config.stem](config)
+# ---------------------------------------------------------------------------------------------------- all of them
+
+
+class Kind(NamedTuple):
+    """A stem as a configuration knows it."""
+
+    make: Callable[[Patches], Stem]
+    norm: str = "none"  # what it has unless told otherwise (Table 7)
+    act: str = "none"
+    hidden: bool = False  # whether `stem_width` says something about it
+    refuses: Callable[[Patches], str | None] = lambda config: None  # why it cannot be built, in one sentence
+
+
+STEMS = {
+    "linear": Kind(linear_stem),
+    "conv": Kind(conv_stem, "bn", "gelu", refuses=conv_refuses),
+    "hmlp": Kind(hmlp_stem, "bn", "gelu", hidden=True, refuses=hmlp_refuses),
+    "local": Kind(LocalStem, refuses=local_refuses),
+}
+
+
+def make_stem(config: Patches) -> Stem:
+    return STEMS[config.stem].make(config)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlib.draws import key
+from vitlib.errors import UsageError
 from vitlib.model.config import ViTConfig
-from vitlib.model.layers import EPS, Rows, take
+from vitlib.model.layers import EPS, Reads, Rows, take
 from vitlib.model.parallel import ParallelLayer
 from vitlib.model.stems import make_stem
 
@@ -30,7 +31,7 @@ class ViT(nn.Module):
     3x4 start from identical tensors, and arms with different stems from identical blocks.
     """
 
-    # The last layer computes only the tokens that are read behind it, e.g. the class token: the same logits for up to
+    # The last layer computes only the tokens that are read after it, e.g. the class token: the same logits for up to
     # 10/12 of a layer less. False: every token, as the paper's multiply-adds are counted.
     skip_unread = True
     # True: a layer's activations are not kept for the backward pass but computed again. Non-reentrant: the reentrant form
@@ -39,6 +40,8 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig, seed: int = 0):
         super().__init__()
+        if not isinstance(config, ViTConfig):
+            raise UsageError(f"ViT wants a ViTConfig, not {config!r}: for example ViT(vit_config('B12'))")
         D = config.width
         self.config = config
         self.stem = make_stem(config)
@@ -54,10 +57,11 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, num_classes). `draws` (pairs, 2, B): stochastic depth, uniform in [0, 1)."""
         read = slice(0, 1) if self.config.pool == "cls" else None
-        return self.head(self.pool(self.encode(self.embed(images), draws, read)))
+        x = self.encode(self.embed(images), draws, read)  # (B, 1, D), or (B, 1 + patches, D) for the mean
+        return self.head(self.pool(x))
 
     def embed(self, images: Tensor) -> Tensor:
-        """The stem: (B, C, H, W) -> (B, patches, D). Masked pre-training replaces tokens behind it."""
+        """The stem: (B, C, H, W) -> (B, patches, D). Masked pre-training replaces tokens after it."""
         C, size = self.config.in_chans, self.config.image_size
         if images.shape[1:] != (C, size, size):
             raise ValueError(f"images have shape {tuple(images.shape)}, this model wants (B, {C}, {size}, {size})")
@@ -68,19 +72,25 @@ class ViT(nn.Module):
 
         `rows`: the tokens that will be read, all by default; (B, M, D) then.
         """
-        cls_token = self.cls_token.expand(len(x), -1, -1)
+        # the class token is token 0; N = 1 + patches from here on
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         if self.config.pos == "patches":
             x = x + self.pos_embed
         x = torch.cat([cls_token, x], dim=1)
         if self.config.pos == "all":
             x = x + self.pos_embed
-        relative = self.relative() if self.relative is not None else None
+
+        # one table of relative positions for all layers; what is not read is skipped in the last one
+        reads = Reads(self.relative() if self.relative is not None else None)
+        last_reads = reads._replace(rows=rows) if self.skip_unread else reads
         K, last = self.config.branches, len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            own = None if draws is None else draws[i * K : (i + 1) * K]
+            # this layer's draws, (K, 2, B) of (pairs, 2, B)
+            drawn = None if draws is None else draws[i * K : (i + 1) * K]
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpointing else layer
-            x = run(x, own, relative, rows if i == last and self.skip_unread else None)
-        return self.norm(x) if self.skip_unread else take(self.norm(x), rows)
+            x = run(x, drawn, last_reads if i == last else reads)
+        x = self.norm(x)
+        return x if self.skip_unread else take(x, rows)
 
     def pool(self, x: Tensor) -> Tensor:
         """What the head reads: (B, 1 + patches, D) -> (B, D)."""
@@ -91,7 +101,7 @@ class ViT(nn.Module):
         return {"cls_token", "pos_embed", "relative.table", "stem.positions"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Depth groups for timm's layer decay: what stands before the layers, each layer, and the rest at scale 1.0.
+        """Depth groups for timm's layer decay: all before the layers, each layer, and the rest at scale 1.0.
 
         The last norm belongs to the rest, the head's group, as in BEiT. (timm's own models give it a group below.)
         """
@@ -101,29 +111,37 @@ class ViT(nn.Module):
 class RelativeBias(nn.Module):
     """One learned bias per head and relative position, shared by all layers, as in BEiT: () -> (H, N, N).
 
-    The class token has three entries of its own: to itself, to a patch, from a patch.
+    The class token has three entries: to itself, to a patch, from a patch.
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        side, span = config.grid, 2 * config.grid - 1
-        self.table = nn.Parameter(torch.zeros(span * span + 3, config.heads))
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        place = torch.stack([rows.flatten(), columns.flatten()])
-        apart = place[:, :, None] - place[:, None, :] + side - 1  # (2, patches, patches), from 0
-        index = torch.full((config.tokens, config.tokens), span * span)
-        index[0, 1:] += 1
-        index[1:, 0] += 2
-        index[1:, 1:] = apart[0] * span + apart[1]
-        self.register_buffer("index", index, persistent=False)
+        self.grid = config.grid
+        self.table = nn.Parameter(torch.zeros((2 * config.grid - 1) ** 2 + 3, config.heads))
+
+    def index(self) -> Tensor:
+        """The row of the table for each pair of tokens, int64 (N, N).
+
+        Made at each call: a buffer outside of the state would be empty after a model was made on the meta device.
+        """
+        grid, span = self.grid, 2 * self.grid - 1
+        place = torch.arange(grid * grid, device=self.table.device)
+        row, column = place // grid, place % grid
+        # offset of patch j from patch i, from 0 to span - 1 in each direction
+        apart = (row[:, None] - row + grid - 1) * span + column[:, None] - column + grid - 1
+        of_class = torch.full_like(place, span * span)
+        # row 0 is the class token: to itself, then to each patch; column 0 is from each patch to it
+        from_class = torch.cat([of_class[:1], of_class + 1])
+        from_patch = torch.cat([of_class[:, None] + 2, apart], dim=1)
+        return torch.cat([from_class[None], from_patch])
 
     def forward(self) -> Tensor:
-        return self.table[self.index].permute(2, 0, 1)
+        return self.table[self.index()].permute(2, 0, 1)
 
 
 @torch.no_grad()
 def initialise(model: ViT, seed: int) -> None:
-    """Fill every parameter of `model` in place; each tensor has a generator of its own."""
+    """Fill every parameter of `model` in place; each tensor has its generator."""
     config = model.config
 
     def generator(role: str, pair: int) -> torch.Generator:
@@ -135,9 +153,19 @@ def initialise(model: ViT, seed: int) -> None:
             nn.init.zeros_(module.bias)
 
     def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
-        """Truncated at +-2 (absolute), which cuts nothing: the real deviation is the nominal one."""
+        """Truncated at +-2 (absolute), which cuts nothing: the real standard deviation is the nominal one."""
         if not tensor.is_meta:
             nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
+
+    def convolution(module: nn.Conv2d, role: str) -> None:
+        """As PyTorch starts them: uniform between +-1 / sqrt(fan in)."""
+        if module.weight.is_meta:
+            return
+        draws = generator(role, 0)
+        nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=draws)
+        if module.bias is not None:
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            nn.init.uniform_(module.bias, -bound, bound, generator=draws)
 
     for i, layer in enumerate(model.layers):
         for k in range(config.branches):
@@ -153,17 +181,14 @@ def initialise(model: ViT, seed: int) -> None:
     normal(model.cls_token, "cls_token")
     if model.pos_embed is not None:
         normal(model.pos_embed, "pos_embed")
-    if config.stem == "local":
-        normal(model.stem.positions, "stem.positions")
-    for name, module in model.stem.named_modules():
+    for prefix, module in model.stem.named_modules(prefix="stem"):
         if isinstance(module, nn.Linear):
-            linear(module, f"stem.{name}")
-        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-            own = generator(f"stem.{name}", 0)
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=own)
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                nn.init.uniform_(module.bias, -bound, bound, generator=own)
+            linear(module, prefix)
+        elif isinstance(module, nn.Conv2d):
+            convolution(module, prefix)
+        elif not hasattr(module, "reset_parameters"):  # e.g. positions; other layers of PyTorch start by themselves
+            for name, tensor in module.named_parameters(prefix, recurse=False):
+                normal(tensor, name)
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
@@ -180,5 +205,6 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     if old == grid:
         return pos_embed
     table = pos_embed[:, extra:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    table = F.interpolate(table, size=(grid, grid), mode="bicubic", align_corners=False)
+    exact = torch.promote_types(table.dtype, torch.float32)  # of a half-precision table, too
+    table = F.interpolate(table.to(exact), size=(grid, grid), mode="bicubic", align_corners=False).to(table)
     return torch.cat([pos_embed[:, :extra], table.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)], dim=1)

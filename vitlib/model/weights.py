@@ -1,13 +1,11 @@
-"""Models as files, as timm's models, and from the checkpoints of DeiT, DeiT III and timm.
+"""Models as files, fused, as timm's models, and from the checkpoints of DeiT, DeiT III and timm.
 
-`save` and `load` keep a model and its configuration in one safetensors file. `to_timm` builds timm's VisionTransformer
-with the same weights and the same logits: a plain ViT for one branch, timm's parallel blocks for several. A fused
-18x2 model (`execution.fuse`) therefore leaves as an 18-layer ViT with twice the heads, each of the old size, and a
-twice wider FFN, which any library with free head size and FFN width can hold. `from_timm` is the way back, `save_timm`
-writes timm's names for `timm.create_model(..., checkpoint_path=path)`.
+`save` and `load` keep a model and its configuration in one safetensors file. `fuse` makes the branches of a parallel
+model one. `to_timm` builds timm's VisionTransformer with the same weights and the same logits (a fused 18x2 model is an
+18-layer ViT with twice the heads and a twice wider FFN), `from_timm` is the way back, `save_timm` writes timm's names.
 
-The paper's own checkpoints were never released. The nearest are DeiT III's, vanilla ViTs with LayerScale.
-Attention-only fine-tuning at 384 starts from one with
+The paper's checkpoints were never released. The nearest are DeiT III's, vanilla ViTs with LayerScale. Attention-only
+fine-tuning at 384 starts from one with
 
     trunk = read_checkpoint("deit_3_small_224_1k.pth")  # or timm's name, deit3_small_patch16_224.fb_in1k
     model = start_from(trunk.state_dict(), at_image_size(trunk.config, 384), seed=0)
@@ -17,27 +15,28 @@ Attention-only fine-tuning at 384 starts from one with
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import math
+import pathlib
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError
-from vitlib.model.config import WIDTHS, ViTConfig, check
+from vitlib.model.config import WIDTHS, ViTConfig
 from vitlib.model.layers import EPS, MHSA
+from vitlib.model.parallel import obstacle, side_by_side
 from vitlib.model.vit import ViT
-
-if TYPE_CHECKING:
-    from timm.models import VisionTransformer
 
 State = Mapping[str, Tensor]
 Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
@@ -46,30 +45,121 @@ Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
 # ---------------------------------------------------------------------------------------------------- our files
 
 
-def save(model: ViT, path: str | Path) -> None:
-    """Weights and configuration in one safetensors file."""
-    _write(model.state_dict(), path, vitlib=json.dumps(asdict(model.config)))
+class Kind(NamedTuple):
+    """A class of models that `save` and `load` know. Its models have a `config`, a dataclass of numbers and names."""
+
+    model: type[nn.Module]
+    config: type
+    make: Callable[[object, State], nn.Module]  # sizes that the configuration does not name are those of the tensors
 
 
-def load(path: str | Path) -> ViT:
+KINDS = {"vit": Kind(ViT, ViTConfig, lambda config, state: ViT(config))}  # vitlib.train adds its own
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Weights and configuration in one safetensors file.
+
+    Raises UsageError for a model that `load` would refuse: of another class, or changed since its configuration.
+    """
+    kind = next((name for name, kind in KINDS.items() if type(model) is kind.model), None)
+    if kind is None:
+        raise UsageError(f"{type(model).__name__} cannot be saved: known are {', '.join(KINDS)}")
+    state = model.state_dict()
+    if differ := _differ(_empty(model.config, kind, state).state_dict(), state):
+        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
+    _write(state, path, kind=kind, vitlib=json.dumps(asdict(model.config)))
+
+
+def load(path: str | Path) -> nn.Module:
     """The model that `save` wrote, in its precision.
 
     Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ.
     """
     state, metadata = _safetensors(Path(path))
+    kind = metadata.get("kind", "vit")
     if "vitlib" not in metadata:
         raise UsageError(f"{path} was not written by vitlib.model.weights.save: it names no configuration")
+    if kind not in KINDS:
+        raise UsageError(
+            f"{path} holds a model of kind {kind!r}: known are {', '.join(KINDS)}; import vitlib.train first"
+        )
     try:
-        config = check(ViTConfig(**json.loads(metadata["vitlib"])))
+        config = KINDS[kind].config(**json.loads(metadata["vitlib"]))
     except (TypeError, json.JSONDecodeError) as fault:
         raise UsageError(f"{path} names a configuration that cannot be read ({fault})") from fault
-    return _fill(ViT(config), state, {}, str(path))
+    return _fill(_empty(config, kind, state), state, {}, str(path))
 
 
 def _write(state: State, path: str | Path, **metadata: str) -> None:
     from safetensors.torch import save_file
 
     save_file({name: t.contiguous() for name, t in state.items()}, path, metadata={"format": "pt"} | metadata)
+
+
+def _empty(config: object, kind: str = "vit", state: State = {}) -> nn.Module:  # noqa: B006
+    """A model without values: no time is spent on an initialisation that is overwritten."""
+    with torch.device("meta"):
+        return KINDS[kind].make(config, state)
+
+
+def _fill(model: nn.Module, state: State, names: Names, what: str) -> nn.Module:
+    """The model with the tensors of `state`, not copied; without `names` they are called as ours.
+
+    Raises UsageError with the keys that differ.
+    """
+    theirs = {name: their_name(name, names) if names else name for name in model.state_dict()}
+    if differ := _differ({theirs[name]: tensor for name, tensor in model.state_dict().items()}, state):
+        raise UsageError(f"{what} does not fit {model.config.name}: {differ}; nothing was loaded")
+    model.load_state_dict({name: state[other] for name, other in theirs.items()}, assign=True)
+    return model
+
+
+def _differ(wanted: State, given: State) -> str:
+    """The keys that differ, with shapes."""
+    a, b = ({name: _shape(tensor) for name, tensor in state.items()} for state in (given, wanted))
+    names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return ", ".join(f"{name} ({a.get(name, 'missing')}, not {b.get(name, 'known')})" for name in names)
+
+
+def _shape(tensor: Tensor) -> str:
+    """Shape, and the type if it is no floating-point one, whose precision may differ: 64x3x4x4."""
+    shape = "x".join(map(str, tensor.shape)) or "one number"
+    return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# ---------------------------------------------------------------------------------------------------- fused
+
+
+@torch.no_grad()
+def fuse(model: ViT) -> ViT:
+    """A plain ViT, one branch per layer, with the same logits up to rounding: the branches of a layer made one, for good.
+
+    An 18x2 model becomes an 18-layer ViT with twice the heads and a twice wider FFN; its norms keep no affine part (they
+    are 1 and 0) and there is no LayerScale. In eval mode and frozen; `model` stays as it is. To train, use `par`: a
+    fused model's matrices are other tensors, and per-tensor optimizers would take other steps.
+
+    Raises UsageError where a branch has a part that cannot be read, e.g. an adapter that is not merged.
+    """
+    K, config = model.config.branches, model.config
+    for i, layer in enumerate(model.layers):
+        if reason := obstacle(layer) or (None if len(layer.mhsa) == len(layer.ffn) == K else f"not {K} branches"):
+            raise UsageError(f"this model cannot be fused: in layer {i}, {reason}")
+    wide = replace(
+        config, branches=1, heads=K * config.heads, inner=K * (config.inner or config.width),
+        ffn_width=K * (config.ffn_width or 4 * config.width), layer_scale=None, drop_path=0.0,
+        key_bias=True,  # the norm's
+    )  # fmt: skip
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("layers.")}
+    if "relative.table" in state:
+        state["relative.table"] = state["relative.table"].repeat(1, K)
+    for i, layer in enumerate(model.layers):
+        w, norm = side_by_side(layer)._asdict(), layer.mhsa[0].norm
+        for part, first, last in (("mhsa", "qkv", "proj"), ("ffn", "fc1", "fc2")):
+            at = f"layers.{i}.{part}.0"
+            state |= {f"{at}.norm.weight": torch.ones_like(norm.weight), f"{at}.norm.bias": torch.zeros_like(norm.bias)}
+            state |= {f"{at}.f.{first}.weight": w[first], f"{at}.f.{first}.bias": w[f"{first}_bias"]}
+            state |= {f"{at}.f.{last}.weight": w[last], f"{at}.f.{last}.bias": w[f"{last}_bias"].sum(0)}
+    return _fill(_empty(wide), state, {}, "this model").eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -113,10 +203,10 @@ def find_names(state: State) -> tuple[Names, int]:
     return (_DEIT if deit else _ONE), (2 if two else 1)
 
 
-# ---------------------------------------------------------------------------------------------------- to timm
+# ---------------------------------------------------------------------------------------------------- timm's models
 
 
-def to_timm(model: ViT) -> VisionTransformer:
+def to_timm(model: ViT) -> nn.Module:
     """timm's VisionTransformer with copies of the weights of `model`, on its device, in its mode: the same logits.
 
     Stochastic depth is left off: timm's rate grows over the layers. Raises UsageError for what timm's class has not:
@@ -125,8 +215,7 @@ def to_timm(model: ViT) -> VisionTransformer:
     from timm.layers import Attention
     from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
 
-    c = model.config
-    state = timm_state(model)
+    c, state = model.config, timm_state(model)
 
     class Wide(Attention):
         """timm makes heads of size width / heads; a fused model's keep the size that they had."""
@@ -149,7 +238,7 @@ def to_timm(model: ViT) -> VisionTransformer:
 def timm_state(model: ViT) -> dict[str, Tensor]:
     """Copies of the weights of `model` under timm's names. Raises UsageError as `to_timm`."""
     c = model.config
-    if c.stem != "linear" or (c.stem_norm, c.stem_act) != ("none", "none") or c.pos == "relative":
+    if (c.stem, c.norm, c.act) != ("linear", "none", "none") or c.pos == "relative":
         raise UsageError(
             f"timm has no such model: stem {c.stem}, pos {c.pos}; allowed are the linear stem, patches or all"
         )
@@ -163,14 +252,11 @@ def timm_state(model: ViT) -> dict[str, Tensor]:
 
 
 def save_timm(model: ViT, path: str | Path) -> None:
-    """The weights alone, under timm's names, in one safetensors file. Raises UsageError as `to_timm`."""
+    """The weights under timm's names in one safetensors file, for `timm.create_model(..., checkpoint_path=path)`."""
     _write(timm_state(model), path)
 
 
-# ---------------------------------------------------------------------------------------------------- from timm
-
-
-def from_timm(model: VisionTransformer) -> ViT:
+def from_timm(model: nn.Module) -> ViT:
     """Our ViT with copies of the weights of timm's `model`, on its device, in its mode: the same logits.
 
     Plain and parallel blocks, with or without LayerScale and a position for the class token, read by class token or
@@ -182,45 +268,43 @@ def from_timm(model: VisionTransformer) -> ViT:
     what = f"timm's {type(model).__name__}"
     if not isinstance(model, VisionTransformer) or not isinstance(model.patch_embed, PatchEmbed):
         raise UsageError(f"{what} cannot be read: allowed is timm's VisionTransformer with its linear stem")
-    _check_parts(model, what)
-    state = {re.sub(r"^fc_norm\.", "norm.", name): tensor.clone() for name, tensor in model.state_dict().items()}
-    names, branches = find_names(state)
-    config = infer_config(
-        state, names, branches, what,
-        heads=next((m.num_heads for m in model.modules() if isinstance(m, Attention)), None),
-        pool="mean" if model.global_pool == "avg" else "cls",
-        layer_scale=next((m.init_values for m in model.modules() if isinstance(m, LayerScale)), None),
-    )  # fmt: skip
-    return _fill(_empty(config), state, names, what).train(model.training)
-
-
-def _check_parts(model: VisionTransformer, what: str) -> None:
-    """Raises UsageError for a part that ours has not and that the tensors' names and shapes do not show."""
-    from timm.layers import Attention
-
+    # Parts that ours has not and that names and shapes of tensors do not show
     attention = [module for name, module in model.named_modules() if name.endswith(".attn")]
-    attention = {"Attention" if isinstance(m, Attention) else type(m).__name__ for m in attention}
     side = model.patch_embed.grid_size[0] * model.patch_embed.patch_size[0]
-    # Behind the class token's selection a norm is the last norm; behind a mean it is another function than before it.
+    # After the class token's selection a norm is the last norm; after a mean it is another function than before it.
     pooling = model.global_pool if isinstance(model.fc_norm, nn.Identity) else f"{model.global_pool}, then fc_norm"
     # fmt: off
-    rows = [  # part, what the model has, what ours has
+    for part, theirs, ours in (
         ("blocks", {type(block).__name__ for block in model.blocks}, {"Block", "ParallelThingsBlock"}),
-        ("attention", attention, {"Attention"}),
+        ("attention", {"Attention" if isinstance(m, Attention) else type(m).__name__ for m in attention}, {"Attention"}),
         ("activation", {str(m.act) for m in model.modules() if hasattr(m, "act")}, {"GELU(approximate='none')"}),
         ("LayerNorm eps", {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}, {EPS}),
         ("image size", {tuple(model.patch_embed.img_size)}, {(side, side)}),
         ("pooling", {pooling}, {"token", "avg", "token, then fc_norm"}),
         ("pool_include_prefix", {model.pool_include_prefix}, {False}),
-    ]
-    # fmt: on
-    for part, found, ours in rows:
-        if other := " and ".join(sorted(map(str, found - ours))):
+    ):
+        if other := " and ".join(sorted(map(str, theirs - ours))):
             allowed = " or ".join(sorted(map(str, ours)))
             raise UsageError(f"{what} cannot be read: its {part} is {other}, allowed is {allowed}")
+    # fmt: on
+    state = {re.sub(r"^fc_norm\.", "norm.", name): tensor.clone() for name, tensor in model.state_dict().items()}
+    scales = (m.init_values for m in model.modules() if isinstance(m, LayerScale))
+    pool = "mean" if model.global_pool == "avg" else "cls"
+    return _ours(state, what, next((m.num_heads for m in attention), None), pool, next(scales, None)).train(
+        model.training
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
+# What training programs keep beside the tensors: values, no code
+_HARMLESS = [
+    argparse.Namespace, collections.defaultdict, dict, list, torch.torch_version.TorchVersion, np.dtype,
+    *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind not in "OV"},
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((pathlib.PurePath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+]  # fmt: skip
 
 
 def read_checkpoint(
@@ -228,23 +312,26 @@ def read_checkpoint(
 ) -> ViT:
     """Our ViT with the weights of a checkpoint file in DeiT's, DeiT III's or timm's layout, or of a timm model by name.
 
-    source       .safetensors, or .pth, .pt, .bin of tensors without pickled code; else a timm name, which is downloaded
+    source       a file of tensors (.safetensors or .pth, .pt, .bin, .ckpt); else a timm name, which is downloaded
     and for a file, what its tensors do not show:
-    heads        None: the paper's 64 values a head at the paper's widths; to be given at any other width
+    heads        None: the paper's head size, 64, at the paper's widths; to be given at any other width
     pool         what the head reads, "cls" or "mean": DeiT's class token unless told otherwise
     layer_scale  the initial value that the configuration names where the file has LayerScale. Released code: 1e-4
     key          which of a .pth file's states is read, e.g. "model_ema"; a file may also be a bare state
 
-    LayerNorm's eps 1e-6 and GELU are DeiT's and timm's. Stochastic depth is off; fine-tuning sets it with
+    In float32. LayerNorm's eps 1e-6 and GELU are DeiT's and timm's. Stochastic depth is off; fine-tuning sets it with
     `dataclasses.replace(config, drop_path=...)`. Raises UsageError for a file that is damaged, holds code, or is of
     another model, with the keys that differ; nothing is loaded then.
     """
-    if Path(source).suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+    path = Path(source)
+    if not path.is_file() and not path.name.lower().endswith(_ENDINGS):
         return from_timm(_download(str(source)))
-    state = _tensors(Path(source), key)
-    names, branches = find_names(state)
-    config = infer_config(state, names, branches, str(source), heads, pool, layer_scale)
-    return _fill(_empty(config), state, names, str(source))
+    state = {}
+    for name, tensor in _tensors(path, key).items():
+        # half precision is for storage; what DistributedDataParallel and torch.compile put before a name goes
+        exact = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        state[re.sub(r"^((module|_orig_mod|model)\.)+", "", name)] = tensor.to(exact)
+    return _ours(state, str(source), heads, pool, layer_scale)
 
 
 def _download(name: str) -> nn.Module:
@@ -262,21 +349,21 @@ def _download(name: str) -> nn.Module:
         raise UsageError(f"timm cannot get the weights of {name} ({_first(fault)}): give a file") from fault
 
 
-def _tensors(path: Path, key: str) -> dict[str, Tensor]:
-    """The state that lies under `key` in a file, or the file's own if it is a bare one."""
+def _tensors(path: Path, key: str) -> State:
+    """The state that lies under `key` in a file, or the file's content if it is a bare one."""
     if not path.is_file():
         raise UsageError(f"{path} is not there: give a .safetensors, .pth, .pt or .bin file")
-    content = _safetensors(path)[0] if path.suffix == ".safetensors" else _pth(path)
+    content = _safetensors(path)[0] if path.suffix.lower() == ".safetensors" else _pth(path)
     if not isinstance(content, Mapping):
         raise UsageError(f"{path} holds a {type(content).__name__}: allowed is a dictionary of tensors by name")
     state = content.get(key, content if key == "model" else None)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         states = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
         raise UsageError(f"{path} has no tensors under key {key!r}: allowed are {', '.join(states) or 'bare states'}")
-    return dict(state)
+    return state
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
     """Tensors and metadata."""
     from safetensors import SafetensorError, safe_open
 
@@ -288,15 +375,14 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _pth(path: Path) -> object:
-    """What torch.save wrote, read without running code.
-
-    DeiT's main.py stores its arguments beside the weights: an argparse.Namespace holds values and no code, so it may
-    stand in the file.
-    """
+    """What torch.save wrote, read without running code."""
     try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):  # torch does not look at checksums
-            raise zipfile.BadZipFile(bad)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        if zipfile.is_zipfile(path):  # torch does not look at checksums
+            with zipfile.ZipFile(path) as file:
+                # torch.save may leave them out: all are 0 then
+                if any(part.CRC for part in file.infolist()) and (bad := file.testzip()):
+                    raise zipfile.BadZipFile(bad)
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # damaged bytes end in exceptions of every kind
         code = re.search(r"GLOBAL (\S+)", str(fault)) if isinstance(fault, UnpicklingError) else None
@@ -312,13 +398,8 @@ def _first(fault: Exception) -> str:
     return (str(fault).strip().splitlines() or [""])[0].rstrip(". ") or type(fault).__name__
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
-
-def infer_config(
-    state: State, names: Names, branches: int, what: str, heads: int | None, pool: str, layer_scale: float | None
-) -> ViTConfig:
-    """The configuration that the tensors' shapes say; `heads`, `pool` and `layer_scale` are not among them.
+def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: float | None) -> ViT:
+    """Our ViT with the tensors of a checkpoint; its configuration is what their shapes say, and the three values.
 
     Raises UsageError for another kind of model, with `what` it is, and where heads are not given at a width that is not
     the paper's.
@@ -327,6 +408,7 @@ def infer_config(
         raise UsageError(
             f"{what} is a distilled model ({distilled[0]}): allowed are models with one class token and head"
         )
+    names, branches = find_names(state)
     read = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
             f"blocks.0.{names['mhsa.0.f']}.qkv.weight": 2, f"blocks.0.{names['ffn.0.f']}.fc1.weight": 2}  # fmt: skip
     if strange := [name for name, axes in read.items() if name not in state or state[name].ndim != axes]:
@@ -340,64 +422,16 @@ def infer_config(
             f"{what} has {positions[1]} positions and patches of {patch[2]}x{side}: allowed are square images of "
             "square patches, with or without a position for the class token"
         )
+    known = dict(WIDTHS.values())  # Paper: Table 1; a fused model's attention is wider
+    if heads is None and (width not in known or inner != width):
+        widths = ", ".join(map(str, known))
+        raise UsageError(f"{what} has width {width}, attention {inner}: heads are known at {widths} alone, give heads")
     config = ViTConfig(
-        width=width, depth=_depth(state), branches=branches, in_chans=patch[1], patch_size=side, image_size=grid * side,
-        heads=_heads(width, inner, what) if heads is None else heads, num_classes=_classes(state),
-        layer_scale=layer_scale if f"blocks.0.{names['mhsa.0.gamma']}" in state else None, pool=pool,
+        width=width, depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}), branches=branches,
+        heads=heads or known[width], patch_size=side, image_size=grid * side, in_chans=patch[1],
+        num_classes=state["head.bias"].numel() if "head.bias" in state else 0, pool=pool,
+        layer_scale=layer_scale if f"blocks.0.{names['mhsa.0.gamma']}" in state else None,
         pos="all" if positions[1] > grid * grid else "patches",
         inner=inner if inner != width else None, ffn_width=fc1[0] if fc1[0] != 4 * width else None,
     )  # fmt: skip
-    return check(config)
-
-
-def _depth(state: State) -> int:
-    return len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
-
-
-def _classes(state: State) -> int:
-    """0: no head."""
-    return state["head.bias"].numel() if "head.bias" in state else 0
-
-
-def _heads(width: int, inner: int, what: str) -> int:
-    """Paper: Table 1. Not known for widths that are not there, nor for a fused model, whose attention is wider."""
-    heads = dict(WIDTHS.values())
-    if width not in heads or inner != width:
-        widths = ", ".join(map(str, heads))
-        raise UsageError(f"{what} has width {width}, attention {inner}: heads are known at {widths} alone, give heads")
-    return heads[width]
-
-
-# ---------------------------------------------------------------------------------------------------- filling
-
-
-def _empty(config: ViTConfig) -> ViT:
-    """A model without values: no time is spent on an initialisation that is overwritten."""
-    with torch.device("meta"):
-        return ViT(config)
-
-
-def _fill(model: ViT, state: State, names: Names, what: str) -> ViT:
-    """The model with the tensors of `state` for its own, not copied; without `names` they are ours.
-
-    Raises UsageError with the keys that differ.
-    """
-    own = model.state_dict()
-    theirs = {name: their_name(name, names) if names else name for name in own}
-    wanted = {theirs[name]: _kind(tensor) for name, tensor in own.items()}
-    found = {name: _kind(tensor) for name, tensor in state.items()}
-    differ = [
-        f"{name} ({found.get(name, 'missing')}, not {wanted.get(name, 'known')})"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if differ:
-        raise UsageError(f"{what} does not fit {model.config.name}: {', '.join(differ)}; nothing was loaded")
-    model.load_state_dict({name: state[other] for name, other in theirs.items()}, assign=True)
-    return model
-
-
-def _kind(tensor: Tensor) -> str:
-    """Shape, and the type if it is no floating-point one, whose precision may differ: 64x3x4x4."""
-    kind = "x".join(map(str, tensor.shape)) or "one number"
-    return kind if tensor.is_floating_point() else f"{kind} of {str(tensor.dtype).removeprefix('torch.')}"
+    return _fill(_empty(config), state, names, what)

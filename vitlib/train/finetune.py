@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
-from vitlib.model.config import check
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.vit import RelativeBias
 from vitlib.train import supervised
@@ -94,7 +93,7 @@ def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 def at_image_size(config: ViTConfig, image_size: int) -> ViTConfig:
     """The same model for another resolution; checked."""
-    return check(replace(config, image_size=image_size))
+    return replace(config, image_size=image_size)
 
 
 def start(setting: Setting) -> tuple[ViT, LossFunction]:
