@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitlib.errors import UsageError
 
-SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `cluster.submit`
+SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `launch.submit`
 
 
 def main(words: list[str] | None = None) -> int:
@@ -145,26 +145,29 @@ def plan_(arguments) -> None:
 
 
 def run_(arguments) -> None:
+    from lab.claims.ledger import ledger_hashes
+    from lab.cost.plan import cpu_seconds
     from lab.runs import spec, store
-    from lab.runs.cluster import submit
-    from lab.runs.launch import distributed, launch
+    from lab.runs.launch import distributed, launch, submit
 
     specs = _specs(arguments)
     if arguments.slurm:
         sizes = {name: getattr(arguments, name) for name in SLURM_SIZES}
-        jobs = submit(specs, arguments.slurm, **sizes)
+        jobs = submit(specs, arguments.slurm, **sizes, stamps=ledger_hashes())
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:
         for spec, need_weights in store.missing(specs).items():
             print(spec.describe(), flush=True)
-            distributed(spec, arguments.processes, need_weights)
+            distributed(spec, arguments.processes, need_weights, stamps=ledger_hashes())
     else:
-        launch(specs, arguments.jobs)
+        launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
 
 
 def tune_(arguments) -> None:
     from lab import report
     from lab.claims import tuning
+    from lab.claims.ledger import ledger_hashes
+    from lab.cost.plan import cpu_seconds
     from lab.experiments.profiles import profile
     from lab.runs.launch import launch
 
@@ -175,7 +178,7 @@ def tune_(arguments) -> None:
         chosen = tuning.groups(arguments.group)
         specs = tuning.specs(name, chosen.values())
     print(report.plan_table(specs, arguments.jobs))
-    launch(specs, arguments.jobs)
+    launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
     print(report.tuning_table(name, chosen))
 
 

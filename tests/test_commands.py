@@ -11,7 +11,7 @@ from lab import paths, report
 from lab.__main__ import main, parser
 from lab.experiments.catalogue import NOTEBOOKS, experiment
 from lab.report import render
-from lab.runs import cluster, launch
+from lab.runs import launch
 from vitlib import installation
 from vitlib.errors import UsageError
 
@@ -39,7 +39,7 @@ BAD = {
     "a number": (["run", "--jobs", "many"], "argument --jobs: invalid int value: 'many'"),
     "a command": (["reprodce"], "invalid choice: 'reprodce' (choose from"),
     "a number of jobs": (["run", "--jobs", "-2"], "jobs is -2: allowed are 0"),
-    "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to import"),
+    "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to read"),
     "a profile of claims": (["claims", "--profile", "Study"], "did you mean 'study'?"),
     "a device of a plan": (["plan", "--profile", "smoke", "--device", "h1000"], "unknown device 'h1000'"),
     "a rate of a plan": (["plan", "--profile", "smoke", "--device", "h100", "--rate", "-1"], "rate is -1.0: allowed is"),
@@ -71,7 +71,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(what, capsys, untouched):
 )
 def test_a_slurm_job_gets_what_was_asked_for(monkeypatch, words, cpus, memory_gb):
     seen = []
-    monkeypatch.setattr(cluster, "submit", lambda specs, folder, **sizes: seen.append((folder, sizes)) or {})
+    monkeypatch.setattr(launch, "submit", lambda specs, folder, stamps, **sizes: seen.append((folder, sizes)) or {})
     more = ["--partition", "a100", "--gpus", "8", "--nodes", "2", "--hours", "1.5"]
     assert main(["run", "--profile", "smoke", "--slurm", "jobs", *more, *words]) == 0
     sizes = {"partition": "a100", "gpus": 8, "nodes": 2, "hours": 1.5, "cpus": cpus, "memory_gb": memory_gb}

@@ -23,9 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from lab.claims.ledger import ledger_hashes
 from lab.data.registry import load_resized
-from lab.runs import cluster, execute, launch, store
+from lab.runs import execute, launch, store
 from lab.runs.spec import RunSpec
 from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, memory, subset
 from vitlib.data.augment import Augment
@@ -248,7 +247,7 @@ def test_the_average_of_the_weights_is_kept_beside_them(run_store):
 
 def test_a_run_whose_average_cannot_be_written_is_not_kept(run_store, monkeypatch):
     def full(state, path):
-        if path.name == "ema.safetensors":
+        if path.name.endswith("ema.safetensors"):
             raise OSError(errno.ENOSPC, "no space")
         save_file(state, path)
 
@@ -296,13 +295,16 @@ class Killed(BaseException):
     pass
 
 
+STAMPS = {"P1": "of the first start"}
+
+
 def killed_at(step: int, spec: RunSpec, every_s: float = 0.0) -> None:
     def on_step(now: int, steps: int) -> None:
         if now == step:
             raise Killed
 
     with pytest.raises(Killed):
-        execute.execute(spec, on_step=on_step, every_s=every_s)
+        execute.execute(spec, on_step=on_step, every_s=every_s, stamps=STAMPS)
 
 
 def kept(run_store, spec: RunSpec):
@@ -318,7 +320,7 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_an_uninterrupted_one(run_st
     spec = RUNS[name]
     if spec.parent:
         execute.execute(spec.parent)
-    execute.execute(spec)
+    execute.execute(spec, stamps=STAMPS)
     expected = kept(run_store, spec)
     steps = [*random.Random(name).sample(range(1, spec.steps), 2), spec.steps]
     for step in sorted(steps):  # killed three times, the last time when nothing but the evaluation was left
@@ -336,13 +338,12 @@ def test_what_a_run_took_before_it_was_killed_counts_and_its_ledger_is_that_of_i
     killed_at(2, TINY)
     path = store.checkpoint_path(TINY)
     state = torch.load(path, weights_only=True)
-    assert state["notes"] == ledger_hashes() and state["wall_s"] > 0 and state["cpu_s"] > 0
+    assert state["notes"] == STAMPS and state["wall_s"] > 0 and state["cpu_s"] > 0
     torch.save(state | {"wall_s": 5000.0, "cpu_s": 4000.0}, path)
-    monkeypatch.setattr(execute, "ledger_hashes", lambda: {"P1": "another"})
     seen = []
-    result = execute.execute(TINY, on_step=lambda step, steps: seen.append(step))
+    result = execute.execute(TINY, on_step=lambda step, steps: seen.append(step), stamps={"P1": "another"})
     assert seen == list(range(3, 9))
-    assert result.ledger == ledger_hashes()
+    assert result.ledger == STAMPS
     assert result.about["wall_s"] > 5000 and 4000 < result.about["cpu_s"] < 4100
 
 
@@ -374,7 +375,7 @@ def test_a_checkpoint_is_written_when_it_is_due_and_by_one_process_only(run_stor
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other", "empty", "another model"])
 def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(run_store, damage):
-    execute.execute(TINY)
+    execute.execute(TINY, stamps=STAMPS)
     expected = kept(run_store, TINY)
     (run_store / TINY.hash / "result.json").unlink()
     killed_at(5, TINY)
@@ -391,7 +392,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_run_starts_anew(run
         torch.save(state | {"model": {"w": torch.zeros(3)}}, path)
     left, seen = path.read_bytes(), []
     with pytest.warns(UserWarning, match=f"the checkpoint .*{TINY.hash}.pt is damaged") as warned:
-        execute.execute(TINY, on_step=lambda step, steps: seen.append(step))
+        execute.execute(TINY, on_step=lambda step, steps: seen.append(step), stamps=STAMPS)
     assert "\n" not in str(warned[0].message) and seen[0] == 1
     assert path.with_suffix(".damaged").read_bytes() == left and kept(run_store, TINY) == expected
 
@@ -588,11 +589,11 @@ def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(r
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(launch.RunsFailed, match=rf"2 processes that train the run {spec.hash} .* last lines") as error:
-        launch.distributed(spec, 2, every_s=0)
+        launch.distributed(spec, 2, every_s=0, stamps=STAMPS)
     said = str(error.value)
     assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
     assert workers() == [] and not store.find(spec)
-    assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"] == ledger_hashes()
+    assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"] == STAMPS
 
 
 def workers() -> list[int]:
@@ -601,23 +602,23 @@ def workers() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             own = f"VITLIB_PARENT={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if own and b"lab.runs.launch" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
+            if own and b"lab.runs.execute" in (words := (folder / "cmdline").read_bytes()) and b"torch" not in words:
                 found.append(int(folder.name))
     return sorted(found)
 
 
 def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypatch):
     """Without starting them: torchrun's place is taken by a process that is one of them."""
-    monkeypatch.setattr(launch, "joined", lambda device: nullcontext(Shard()))
+    monkeypatch.setattr(execute, "joined", lambda device: nullcontext(Shard()))
 
     def one(command, log, threads):
         log.touch()
         with pytest.raises(SystemExit):
-            launch.main(Path(command[-1]))
+            execute.main(Path(command[-1]))
         return 1
 
     monkeypatch.setattr(launch, "_until_it_ends", one)
-    monkeypatch.setattr(launch, "_watch", lambda asker: None)
+    monkeypatch.setattr(execute, "watch_parents", lambda asker: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="'cuda' needs a GPU"):
         launch.distributed(replace(TINY, device="cuda"), 2)
@@ -654,7 +655,7 @@ def test_processes_take_turns_in_getting_a_gpu(monkeypatch):
 def test_there_is_a_process_for_each_gpu_unless_more_are_asked_for(monkeypatch, device, jobs, expected):
     seen = []
     monkeypatch.setattr(launch, "gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(launch, "_train", lambda todo, *rest: seen.append(rest))
+    monkeypatch.setattr(launch, "_train", lambda todo, jobs, gpus, *_: seen.append((jobs, gpus)))
     launch.launch([replace(TINY, device=device).with_seed(s) for s in (1000, 1001, 1002)], jobs)
     assert seen == [expected]
 
@@ -662,20 +663,20 @@ def test_there_is_a_process_for_each_gpu_unless_more_are_asked_for(monkeypatch, 
 def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="there is no command sbatch") as error:
-        cluster.submit([TINY], tmp_path)
+        launch.submit([TINY], tmp_path)
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match=r"unknown cluster 'slrum'.*did you mean 'slurm'"):
-        cluster.submit([TINY], tmp_path, cluster="slrum")
+        launch.submit([TINY], tmp_path, cluster="slrum")
     with pytest.raises(UsageError, match="hours above 0"):
-        cluster.submit([TINY], tmp_path, hours=0)
+        launch.submit([TINY], tmp_path, hours=0)
 
 
 @pytest.mark.slow
 def test_a_job_trains_its_run_and_gives_its_metrics(run_store, tmp_path):
     pytest.importorskip("submitit")
-    jobs = cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
+    jobs = launch.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
     assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [store.find(TINY).metrics]}
-    assert cluster.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
+    assert launch.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
 
 
 def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(run_store, monkeypatch, tmp_path):
@@ -686,7 +687,7 @@ def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_need
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     other = TINY.with_seed(1001)
-    jobs = cluster.submit(
+    jobs = launch.submit(
         [TUNED, other], tmp_path / "jobs", partition="a100", gpus=4, nodes=2, hours=1.5, cpus=6, memory_gb=90
     )
     assert [(spec, job.job_id) for spec, job in jobs.items()] == [(TINY, "1"), (TUNED, "2"), (other, "3")]

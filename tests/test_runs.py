@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from lab import paths
 from lab.claims import exact
-from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
+from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger
 from lab.cost import count, plan
 from lab.cost.count import macs
 from lab.data.registry import card, load
@@ -162,14 +163,14 @@ def test_tuning_seeds_see_validation_images_only_and_others_the_test_set():
 
 def test_a_finished_run_is_read_and_not_trained_again(monkeypatch, run_store):
     seen = trained(monkeypatch)
-    first, second = execute.execute(TINY), execute.execute(TINY)
+    first, second = execute.execute(TINY, stamps={"P1": "0123"}), execute.execute(TINY)
     assert seen == ["1000:16"]
     assert first.metrics == second.metrics and np.array_equal(first.correct, second.correct)
     assert sorted(p.name for p in (run_store / TINY.hash).iterdir()) == [
         "history.csv", "result.json", "spec.json", "weights.safetensors",
     ]  # fmt: skip
     record = json.loads((run_store / TINY.hash / "result.json").read_text())
-    assert record["ledger"] == ledger_hashes() and record["split"] == "validation"
+    assert record["ledger"] == {"P1": "0123"} and record["split"] == "validation"
     assert {"wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date"} <= set(record)
     assert 100 * first.correct.mean() == pytest.approx(first.metrics["top1"])
 
@@ -647,3 +648,50 @@ def test_damaged_data_stop_everything_in_one_sentence_before_any_training(tmp_pa
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and f"fashion-mnist-{split}.parquet is damaged" in done.stderr
     assert not list((tmp_path / "runs").glob("[0-9a-f]*"))
+
+
+# ---- results and archives
+
+
+def archived(folder, specs, arm="linear", notebook="52") -> Path:
+    """The runs of a store with their table of arms: each spec one seed of `arm`."""
+    store.export_runs(folder / "runs.jsonl")
+    rows = [f"{notebook},{arm},{spec.seed},{spec.hash}" for spec in specs]
+    (folder / "arms.csv").write_text("\n".join(["notebook,arm,seed,run", *rows, ""]))
+    return folder
+
+
+def test_an_archive_gives_the_results_by_arm_and_seed_and_the_runs_that_each_began_with(tmp_path):
+    tuned = replace(TINY, protocol="finetune", parent=replace(MASKED, masked=3))
+    seeds = [tuned.with_seed(1001), tuned]
+    launch.launch(seeds, jobs=2)
+    archive = results.Archive(archived(tmp_path, seeds))
+    assert archive.seeds == (1000, 1001) and archive.notebooks == ("52",) and archive.results("31") == {}
+    read = archive.results("52")["linear"]
+    assert [result.record() for result in read] == [store.find(spec).record() for spec in seeds[::-1]]
+    assert [result.hash for result in archive.family(tuned.hash)] == [spec.hash for spec in tuned.family()]
+    assert archive.record(tuned.hash) == json.loads(json.dumps(tuned.record()))
+    with pytest.raises(UsageError, match="has no run '0123'"):
+        archive.record("0123")
+
+
+def test_an_archive_without_a_run_or_a_seed_of_an_arm_is_refused(tmp_path):
+    execute.execute(TINY)
+    for seed, said in ((TINY, "has no run of arm 'linear' of notebook 52 at seed 1001"), (None, "is no table of arms")):
+        archived(tmp_path, [TINY, TINY.with_seed(1001)])
+        if seed is None:
+            (tmp_path / "arms.csv").write_text("arm,run\nlinear,0123\n")
+        with pytest.raises(UsageError, match=said):
+            results.Archive(tmp_path)
+    with pytest.raises(UsageError, match="there is no file"):
+        results.Archive(tmp_path / "nowhere")
+
+
+def test_an_archive_is_read_without_torch(tmp_path):
+    execute.execute(TINY)
+    archived(tmp_path, [TINY])
+    code = "import sys; sys.modules['torch'] = None; from lab.runs.results import Archive; print(Archive(sys.argv[1]).seeds)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "(1000,)\n"

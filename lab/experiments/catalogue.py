@@ -6,7 +6,7 @@ outermost, so that a stop leaves complete pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lab.claims.ledger import Part, ledger
@@ -42,9 +42,11 @@ class Experiment:
         """Every run, seeds outermost."""
         return [spec.with_seed(seed) for seed in self.profile.seeds for spec in self.arms.values()]
 
-    def run(self, jobs: int = 0) -> Runs:
-        """Train what is missing (`jobs` at a time, 0 = one a core) and read all results."""
-        return self.collect(launch(self.specs(), jobs))
+    def run(
+        self, jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Mapping[str, str] | None = None
+    ) -> Runs:
+        """Train what is missing, as `launch` does, and read all results."""
+        return self.collect(launch(self.specs(), jobs, seconds, stamps))
 
     def collect(self, found: dict[RunSpec, Result]) -> Runs:
         """The results by arm, one a seed."""

@@ -17,6 +17,8 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from lab import paths, report
+from lab.claims.ledger import ledger_hashes
+from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, Experiment, Runs, experiment, notebook_number
 from lab.experiments.profiles import profile
 from lab.runs.store import weights_path
@@ -37,7 +39,7 @@ class Page:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
         setting = self.experiment
         train = os.environ.get("VITLIB_TRAIN") != "0"
-        found = setting.run(jobs) if train else Runs(setting, report.finished(setting))
+        found = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else Runs(setting, report.finished(setting))
         said = report.provenance(found) if found.results else f"No runs at `{self.profile}`: {report.WITHOUT_RUNS}"
         display(Markdown(said))
         return found

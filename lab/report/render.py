@@ -27,6 +27,8 @@ from papermill.exceptions import PapermillExecutionError
 from lab import paths, report
 from lab.bench import finetune as finetune_bench
 from lab.bench import runner
+from lab.claims.ledger import ledger_hashes
+from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
 from lab.experiments.profiles import profile as scale
 from lab.runs import store
@@ -62,7 +64,7 @@ def reproduce(
     parameters = {n: _parameters(source(n), {"profile": profile, "jobs": jobs}, settings) for n in notebooks}
     print(report.plan_table(specs, jobs))
     if train:
-        launch(specs, jobs)
+        launch(specs, jobs, cpu_seconds, ledger_hashes())
     os.environ["VITLIB_TRAIN"] = "1" if train else "0"
     if "41" in notebooks and scale(profile).judged:
         finetune_bench.at_profile(profile)  # alone on the machine, before kernels start
@@ -198,7 +200,7 @@ def refresh(notebooks: list[str], jobs: int) -> None:
     store = Path(tempfile.mkdtemp(prefix="vitlib-"))
     try:
         os.environ |= {"VITLIB_RUNS": str(store / "runs"), "VITLIB_OUTPUTS": str(store / "outputs")}
-        launch(all_specs("smoke", notebooks), jobs)
+        launch(all_specs("smoke", notebooks), jobs, cpu_seconds, ledger_hashes())
         for number in notebooks:
             path = source(number)
             changes = refresh_one(path)

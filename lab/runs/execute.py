@@ -1,14 +1,21 @@
-"""Train one run: from its spec to its result."""
+"""Train one run: from its spec to its result.
+
+One run on the GPUs of several machines, whose store is a folder that all of them see (a file from `launch.write_order`):
+
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m lab.runs.execute run.json
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,20 +25,25 @@ import torch
 from timm.utils import ModelEmaV3
 
 from lab import paths
-from lab.claims.ledger import ledger_hashes
 from lab.data.external import held_out
 from lab.data.readers import locate
 from lab.data.registry import load_resized
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from lab.runs.store import checkpoint_path, find, held, keep, warn_of_other_files, weights, weights_path
+from lab.runs.store import alive, checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
 from vitlib.data import DataSet, subset
 from vitlib.data.stream import Images
+from vitlib.errors import UsageError
 from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.dvae import DVAE
-from vitlib.train.engine import Engine, resolve, this_shard
+from vitlib.train.engine import Engine, joined, resolve, this_shard
 from vitlib.train.protocol import LossFunction, Setting
+
+try:
+    import resource
+except ImportError:  # Windows: the peak of memory is not measured
+    resource = None
 
 LOADERS = 8  # at most so many processes read and decode images which are not in memory
 
@@ -41,23 +53,24 @@ def execute(
     need_weights: bool = False,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     every_s: float = 300.0,
+    stamps: Mapping[str, str] | None = None,
 ) -> Result:
     """Train a run, or read it where it is finished. What it needs must be finished, with weights.
 
     `need_weights` trains a run again of which only the metrics were imported. A checkpoint is written every `every_s`
-    seconds; a run that was killed goes on from it. Raises NonFiniteLoss with the run's name; the run is not kept then,
-    the last good checkpoint is. All processes of a distributed run call this; the first one writes.
+    seconds; a run that was killed goes on from it. `stamps` are kept with the result as they were at the run's first start
+    (the hashes of the ledger's entries). Raises NonFiniteLoss with the run's name; the run is not kept then, the last good
+    checkpoint is. All processes of a distributed run call this; the first one writes.
     """
     engine = engine_of(spec)
     first = engine.shard.rank == 0
     with held(spec.hash, engine.shard) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
-        done = find(spec)
-        if done is not None and not (need_weights and not weights_path(spec).is_file()):
-            return done
+        if finished(spec, need_weights):
+            return find(spec)
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
-        checkpoints = Checkpoints(checkpoint_path(spec), every_s, ledger_hashes(), writes=first)
+        checkpoints = Checkpoints(checkpoint_path(spec), every_s, dict(stamps or {}), writes=first)
         data = data_of(spec, "train")
         held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
         other = second_test(spec)
@@ -171,10 +184,10 @@ def trained_tokenizer(spec: RunSpec) -> DVAE:
 
 def surroundings(device: str) -> dict:
     """Where and with what a run was done."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0  # KiB; bytes on macOS
     gpu = {"gpu_mem_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
     return gpu | {
-        "mem_mb": round(peak), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
+        "mem_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
         "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
 
@@ -206,3 +219,54 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + (
         "+" if git("status", "--porcelain", "vitlib", "lab", "outputs/paper") else ""
     )
+
+
+# ---------------------------------------------------------------------------------------------------- under torchrun
+
+
+def main(order: Path) -> None:
+    """One of the processes that torchrun started: train the run of `order` together with the others."""
+    watch_parents(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
+    wanted = json.loads(order.read_text(encoding="utf-8"))
+    try:
+        spec = RunSpec.from_fields(wanted["spec"])
+        with joined(resolve(spec.device)) as shard:
+            on_step = progress_lines(shard.rank == 0)
+            execute(spec, wanted["need_weights"], on_step, wanted["every_s"], wanted["stamps"])
+    except (UsageError, loop.NonFiniteLoss) as fault:
+        last_word(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
+        sys.exit(str(fault))
+
+
+def last_word(order: Path) -> Path:
+    """Where a process leaves the one sentence that it ended with."""
+    return order.with_suffix(".said")
+
+
+def watch_parents(asker: int) -> None:
+    """End this process when torchrun or the process that asked for the run is gone, even while it waits for others."""
+    torchrun = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchrun and alive(asker):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def progress_lines(first: bool, every_s: float = 10.0) -> Callable[[int, int], None]:
+    """Prints how far the run is, for the log."""
+    last = 0.0
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal last
+        if first and time.monotonic() - last > every_s:
+            last = time.monotonic()
+            print(f"step {step} of {steps}", flush=True)
+
+    return on_step
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,45 +1,45 @@
-"""Train what is missing: several runs side by side (`launch`), or one run by several processes (`distributed`).
+"""Train what is missing: runs side by side (`launch`), one run by several processes (`distributed`), SLURM jobs (`submit`).
 
-Side by side, each run has a single-thread process of its own: on few cores two of them are as fast in total as one with two
-threads, and far steadier. Where there are GPUs, the processes take turns in getting one.
-
-One run over the GPUs of several machines, whose store is a folder that all see (a file from `write_order`):
-
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m lab.runs.launch run.json
+Side by side, each run has a single-thread process: on few cores two of them are as fast in total as one with two threads,
+and far steadier. Where there are GPUs, the processes take turns in getting one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from lab import paths
-from lab.cost.plan import cpu_seconds
 from lab.runs import execute, store
 from lab.runs.execute import cores
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, unknown
 from vitlib.train.engine import joined, resolve
-from vitlib.train.loop import NonFiniteLoss
+
+if TYPE_CHECKING:
+    from submitit import Job
+    from submitit.helpers import DelayedSubmission
 
 # How the GNU C library hands out memory to a training process: large pages, and nothing given back between steps, since
 # the same tensors come again. Read when a process starts, without effect elsewhere; the numbers stay the same. A step of
@@ -54,22 +54,28 @@ class RunsFailed(RuntimeError):
     """Some runs could not be trained; the message names them. Finished runs are kept."""
 
 
-def launch(specs: Iterable[RunSpec], jobs: int = 0) -> dict[RunSpec, Result]:
+def launch(
+    specs: Iterable[RunSpec],
+    jobs: int = 0,
+    seconds: Callable[[RunSpec], float] | None = None,
+    stamps: Mapping[str, str] | None = None,
+) -> dict[RunSpec, Result]:
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
-    jobs: 0 = one a core, or one a GPU where a run may use one; with more, several share a GPU. Runs start in the order of
-    `specs`, so seeds belong outermost. A run that fails does not stop the others; then RunsFailed names it. Raises
-    UsageError if `jobs` is negative.
+    jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: how long a run is
+    expected to take, for the progress bar (`lab.cost`); None counts runs. stamps: kept with each result, as in `execute`.
+    Runs start in the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then
+    RunsFailed names it. Raises UsageError if `jobs` is negative.
     """
     specs = list(specs)
     if jobs < 0:
-        raise UsageError(f"jobs is {jobs}: allowed are 0 (one a core or GPU) and up")
-    todo = store.missing(specs)
-    if todo:
+        raise UsageError(f"jobs is {jobs}: allowed are 0 (one per core or GPU) and up")
+    if todo := store.missing(specs):
         store.sweep()
         paths.runs().mkdir(parents=True, exist_ok=True)
-        own = gpus() if any(spec.device != "cpu" for spec in todo) else []
-        _train(todo, min(jobs or len(own) or cores(), len(todo)), own)
+        devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
+        cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
+        _train(todo, min(jobs or len(devices) or cores(), len(todo)), devices, cost, dict(stamps or {}))
     return {spec: store.find(spec) for spec in specs}
 
 
@@ -84,27 +90,28 @@ def assign(jobs: int, gpus: Sequence[str]) -> list[str | None]:
     return [gpus[job % len(gpus)] if gpus else None for job in range(jobs)]
 
 
-def _train(todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str]) -> None:
+def _train(
+    todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str], cost: Mapping[str, float], stamps: dict[str, str]
+) -> None:
     """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
-        context.set_forkserver_preload(["lab.runs.execute"])  # torch and timm are imported once, not once a worker
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(["lab.runs.execute"])  # torch and timm are imported once, not once per worker
         with _environment(MEMORY):
-            multiprocessing.forkserver.ensure_running()
-    steps, own = context.SimpleQueue(), context.SimpleQueue()
+            forkserver.ensure_running()
+    steps, devices = context.SimpleQueue(), context.SimpleQueue()
     for gpu in assign(jobs, gpus):  # each process takes one when it begins
-        own.put(gpu)
-    cost = {spec.hash: cpu_seconds(spec) for spec in todo}
+        devices.put(gpu)
     waiting, failed, going = list(todo), {}, {}
     bar = tqdm(
-        total=sum(cost.values()), unit="s", disable=os.environ.get("VITLIB_PROGRESS") == "0", smoothing=0.1,
+        total=sum(cost.values()), disable=os.environ.get("VITLIB_PROGRESS") == "0", smoothing=0.1, file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 30,
-        bar_format="{desc} {percentage:3.0f}% |{bar:24}| {elapsed} gone, {remaining} left", file=sys.stderr,
+        bar_format="{desc} {percentage:3.0f}% |{bar:24}| {elapsed} gone, {remaining} left",
     )  # fmt: skip
-    finished, reached = 0, dict.fromkeys(cost, 0.0)
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_begin, initargs=(steps, own, os.environ.copy(), os.getpid())
-    )
+    finished, shares = 0, dict.fromkeys(cost, 0.0)  # how much of each run is done
+    pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(steps, devices, os.environ.copy()))
     try:
         while waiting or going:
             for spec in list(waiting):
@@ -112,20 +119,20 @@ def _train(todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str]) -> None:
                     failed[spec] = f"{spec.describe()}: its {lost[0].protocol} run failed"
                     waiting.remove(spec)
                 elif len(going) < jobs and not {*spec.needs} & {*waiting, *going.values()}:
-                    going[pool.submit(_work, spec, todo[spec])] = spec
+                    going[pool.submit(_work, spec, todo[spec], stamps)] = spec
                     waiting.remove(spec)
             bar.set_description_str(f"{finished} of {len(todo)} runs, {len(going)} going", refresh=False)
             done, _ = wait(going, timeout=0.5, return_when=FIRST_COMPLETED)
             while not steps.empty():
                 name, share = steps.get()
-                reached[name] = max(reached[name], share)
+                shares[name] = max(shares[name], share)
             for future in done:
                 spec = going.pop(future)
                 finished += 1
-                reached[spec.hash] = 1.0
+                shares[spec.hash] = 1.0
                 if (fault := _fault(future)) is not None:
                     failed[spec] = fault
-            bar.n = min(bar.total, sum(cost[name] * share for name, share in reached.items()))
+            bar.n = min(bar.total, sum(cost[name] * share for name, share in shares.items()))
             bar.update(0)
     except BaseException:  # Ctrl-C, or a worker that was killed: do not wait for the runs that are going
         for process in list((pool._processes or {}).values()):
@@ -135,9 +142,8 @@ def _train(todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str]) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
     if failed:
-        raise RunsFailed(
-            f"{len(failed)} of {len(todo)} runs failed, the others are kept: " + "; ".join(failed.values())
-        )
+        lost = "; ".join(failed.values())
+        raise RunsFailed(f"{len(failed)} of {len(todo)} runs failed, the others are kept: {lost}")
 
 
 @contextmanager
@@ -168,19 +174,18 @@ def _fault(future: Future) -> str | None:
 
 
 _steps = None
-_parent = 0
 
 
-def _begin(steps, own, environment: dict[str, str], parent: int) -> None:
+def _begin(steps, devices, environment: dict[str, str]) -> None:
     """In each worker: the caller's environment (the fork server keeps an older one), its GPU, and the way to report."""
-    global _steps, _parent
-    _steps, _parent = steps, parent
+    global _steps
+    _steps = steps
     os.environ.update(environment)
-    if (gpu := own.get()) is not None:
+    if (gpu := devices.get()) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
-def _work(spec: RunSpec, need_weights: bool) -> None:
+def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
     last = time.monotonic()
 
     def on_step(step: int, steps: int) -> None:
@@ -188,29 +193,35 @@ def _work(spec: RunSpec, need_weights: bool) -> None:
         if time.monotonic() - last > 0.5:
             last = time.monotonic()
             _steps.put((spec.hash, step / steps))
-            if not store.alive(_parent):
+            if not multiprocessing.parent_process().is_alive():
                 os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
 
-    execute.execute(spec, need_weights, on_step)
+    execute.execute(spec, need_weights, on_step, stamps=stamps)
 
 
 # ---------------------------------------------------------------------------------------------------- one run, shared
 
-LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what stood before
+LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what led to it
 TORCHRUN_SAYS = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")  # a line of its own log
 PATIENCE_S = 10.0  # for processes that are asked to end
 
 
-def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every_s: float = 300.0) -> Result:
+def distributed(
+    spec: RunSpec,
+    processes: int,
+    need_weights: bool = False,
+    every_s: float = 300.0,
+    stamps: Mapping[str, str] | None = None,
+) -> Result:
     """The result of one run that `processes` processes of this machine train together, started by torchrun.
 
-    What it needs must be finished, with weights (the command line trains it first). What the processes print goes to <store>/.logs/<hash>.log. Raises
-    UsageError for what they refuse, and RunsFailed, with the log's last lines, when one of them fails or is killed; the
-    others are ended then, and the same call goes on from the last checkpoint.
+    What it needs must be finished, with weights (the command line trains it first). What the processes print goes to
+    <store>/.logs/<hash>.log. Raises UsageError for what they refuse, and RunsFailed, with the log's last lines, when one of
+    them fails or is killed; the others are ended then, and the same call goes on from the last checkpoint.
     """
     if processes < 1:
         raise UsageError(f"processes is {processes}: allowed are 1 and up")
-    if store.find(spec) is None or (need_weights and not store.weights_path(spec).is_file()):
+    if not store.finished(spec, need_weights):
         for need in spec.needs:
             if not store.weights_path(need).is_file():
                 raise UsageError(
@@ -220,10 +231,10 @@ def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every
         log = paths.runs() / ".logs" / f"{spec.hash}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
-            order = write_order(spec, Path(folder, "run.json"), need_weights, every_s)
+            order = write_order(spec, Path(folder, "run.json"), need_weights, every_s, stamps)
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            code = _until_it_ends([*command, "-m", "lab.runs.launch", str(order)], log, spec.threads)
-            if (said := _said(order)).is_file():
+            code = _until_it_ends([*command, "-m", "lab.runs.execute", str(order)], log, spec.threads)
+            if (said := execute.last_word(order)).is_file():
                 usage, text = json.loads(said.read_text(encoding="utf-8"))
                 raise UsageError(text) if usage else RunsFailed(text)
         if code:
@@ -232,20 +243,21 @@ def distributed(spec: RunSpec, processes: int, need_weights: bool = False, every
     return store.find(spec)
 
 
-def write_order(spec: RunSpec, path: Path, need_weights: bool = False, every_s: float = 300.0) -> Path:
+def write_order(
+    spec: RunSpec,
+    path: Path,
+    need_weights: bool = False,
+    every_s: float = 300.0,
+    stamps: Mapping[str, str] | None = None,
+) -> Path:
     """The file that tells the processes of a distributed run what to train."""
-    order = {"spec": asdict(spec), "need_weights": need_weights, "every_s": every_s}
+    order = {"spec": asdict(spec), "need_weights": need_weights, "every_s": every_s, "stamps": dict(stamps or {})}
     path.write_text(json.dumps(order), encoding="utf-8")
     return path
 
 
-def _said(order: Path) -> Path:
-    """Where a process leaves the one sentence that it ended with."""
-    return order.with_suffix(".said")
-
-
 def last_lines(log: Path) -> str:
-    """What the processes printed last, and torchrun's word on the first that failed; its own traceback stands between."""
+    """What the processes printed last, and torchrun's word on the first that failed, without its own traceback."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     end = next((i for i, line in enumerate(lines) if TORCHRUN_SAYS.match(line)), len(lines))
     cause = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
@@ -268,46 +280,81 @@ def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
                 process.terminate()  # torchrun ends its processes
                 process.wait(PATIENCE_S)
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it did not end sees that it is gone: `_watch`
+                os.killpg(process.pid, signal.SIGKILL)  # what it did not end sees that it is gone: `watch_parents`
 
 
-def main(order: Path) -> None:
-    """One of the processes that torchrun started: train the run of `order` together with the others."""
-    _watch(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
-    wanted = json.loads(order.read_text(encoding="utf-8"))
-    try:
-        spec = RunSpec.from_fields(wanted["spec"])
-        with joined(resolve(spec.device)) as shard:
-            execute.execute(spec, wanted["need_weights"], _printed(shard.rank == 0), wanted["every_s"])
-    except (UsageError, NonFiniteLoss) as fault:
-        _said(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
-        sys.exit(str(fault))
+# ---------------------------------------------------------------------------------------------------- a job per run
+
+CLUSTERS = ("slurm", "local")
 
 
-def _watch(asker: int) -> None:
-    """End this process when torchrun or the process that asked for the run is gone, even while it waits for others."""
-    torchrun = os.getppid()
+def submit(
+    specs: Iterable[RunSpec],
+    folder: str | Path,
+    *,
+    partition: str | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+    hours: float = 24.0,
+    cpus: int = 16,
+    memory_gb: int = 60,
+    cluster: str = "slurm",
+    stamps: Mapping[str, str] | None = None,
+) -> dict[RunSpec, Job]:
+    """SLURM jobs, through submitit, for all missing runs: one per run, which waits for the jobs of the runs that it needs.
 
-    def watch() -> None:
-        while os.getppid() == torchrun and store.alive(asker):
-            time.sleep(0.5)
-        os._exit(1)
+    folder: where submitit keeps scripts and logs. partition: None = the cluster's default. gpus: of each of `nodes`
+    machines, one process each; 0 = one process on CPU. hours, cpus and memory_gb: of a job, of a process (which reads images
+    with `execute.LOADERS` more), of a machine. The run store (`VITLIB_RUNS`) must be a folder that all machines see. A job
+    that is stopped by its time limit or preempted is put back into the queue and goes on from the run's last checkpoint.
+    cluster="local" runs the jobs on this machine. Raises UsageError where SLURM's command or submitit is not there.
+    """
+    if cluster not in CLUSTERS:
+        raise unknown("cluster", cluster, CLUSTERS)
+    if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or not 0 < hours < math.inf:
+        raise UsageError("a job needs nodes, cpus and memory_gb from 1, gpus from 0 and hours above 0")
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError(
+            "there is no command sbatch: jobs are submitted on a machine of a SLURM cluster; elsewhere use launch"
+        )
+    if importlib.util.find_spec("submitit") is None:
+        raise UsageError("submitit is not installed: jobs are submitted through it (pip install submitit)")
+    from submitit import AutoExecutor
 
-    threading.Thread(target=watch, daemon=True).start()
+    executor = AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(
+        name="vitlib", timeout_min=max(1, round(60 * hours)), nodes=nodes, tasks_per_node=max(gpus, 1), gpus_per_node=gpus,
+        cpus_per_task=cpus, mem_gb=memory_gb, slurm_partition=partition,
+    )  # fmt: skip
+    jobs: dict[RunSpec, Job] = {}
+    for spec, need_weights in store.missing(specs).items():
+        before = [jobs[need].job_id for need in spec.needs if need in jobs]
+        waits = {"dependency": f"afterok:{':'.join(before)}"} if before else {}
+        executor.update_parameters(slurm_additional_parameters=waits)
+        wait_for = [jobs[need] for need in spec.needs if need in jobs] if cluster == "local" else []
+        for job in wait_for:
+            job.wait()  # a machine without a queue
+        jobs[spec] = executor.submit(Work(), spec, need_weights, str(paths.runs()), dict(stamps or {}))
+    return jobs
 
 
-def _printed(first: bool, every_s: float = 10.0) -> Callable[[int, int], None]:
-    """Says how far the run is, in the log."""
-    last = 0.0
+class Work:
+    """What one process of a job does. The same call goes on where an earlier one was stopped."""
 
-    def on_step(step: int, steps: int) -> None:
-        nonlocal last
-        if first and time.monotonic() - last > every_s:
-            last = time.monotonic()
-            print(f"step {step} of {steps}", flush=True)
+    def __call__(self, spec: RunSpec, need_weights: bool, store: str, stamps: dict[str, str]) -> dict[str, float]:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
 
-    return on_step
+        os.environ["VITLIB_RUNS"] = store
+        if JobEnvironment().num_tasks == 1:
+            return execute.execute(spec, need_weights, stamps=stamps).metrics
+        # All GPUs of the machine stay visible; each process takes its own by its local rank.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        with joined(resolve(spec.device)):
+            return execute.execute(spec, need_weights, stamps=stamps).metrics
 
+    def checkpoint(self, *arguments) -> DelayedSubmission:
+        """submitit asks for this when the job's time is over."""
+        from submitit.helpers import DelayedSubmission
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        return DelayedSubmission(Work(), *arguments)

@@ -1,11 +1,22 @@
-"""What a finished run says: metrics, which images were right, and where and when it ran."""
+"""Results of finished runs, and archives of them. Needs numpy and json alone: no torch, no specs of this version.
+
+archive = Archive("outputs/reference/pilot")
+archive.results("31")["12x1+LS"][0].metrics["top1"]  # of the first seed
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from vitlib.errors import UsageError
 
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
@@ -63,3 +74,83 @@ def _unpacked(packed: dict, metrics: dict[str, float], name: str) -> np.ndarray:
     if not np.isclose(100 * correct.mean(), metrics[name]):
         raise ValueError(f"{name} is not what the bits say")
     return correct
+
+
+def read_runs(path: str | Path) -> Iterator[dict]:
+    """The runs of a `runs.jsonl`: {"spec": what was trained, "result": a `Result.record`}, each checked.
+
+    Raises UsageError for a line that is not a run or whose hash is not that of its spec.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to read: a runs.jsonl is what `export` writes")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as fault:
+        raise UsageError(f"{path.name} is no text file: a runs.jsonl is what `export` writes") from fault
+    for number, line in enumerate(lines, start=1):
+        try:
+            run = json.loads(line)
+            name = hash_of(run["spec"])
+            Result.from_record(run["result"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
+        if name != run["result"]["hash"]:
+            raise UsageError(f"line {number} of {path.name} says {run['result']['hash']}, but its spec is {name}")
+        yield run
+
+
+def hash_of(record: dict) -> str:
+    """The name of a run: 16 hexadecimal digits over the record of its spec."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Archive:
+    """A study that was written down: `runs.jsonl`, and `arms.csv` (notebook, arm, seed, run) for which run is whose.
+
+    Runs are named by the hashes that they had when they were trained, so that a study stays readable when TRAINING_VERSION
+    has risen since.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Raises UsageError for files that are absent or damaged, and for an arm that lacks a run or a seed."""
+        self.folder = Path(folder)
+        runs = {run["result"]["hash"]: run for run in read_runs(self.folder / "runs.jsonl")}
+        self._records = {name: run["spec"] for name, run in runs.items()}
+        self._results = {name: Result.from_record(run["result"]) for name, run in runs.items()}
+        self._arms: dict[str, dict[str, dict[int, str]]] = {}  # notebook -> arm -> seed -> hash
+        try:
+            with (self.folder / "arms.csv").open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    of_arm = self._arms.setdefault(row["notebook"], {}).setdefault(row["arm"], {})
+                    of_arm[int(row["seed"])] = row["run"]
+        except (OSError, KeyError, ValueError) as fault:
+            raise UsageError(
+                f"{self.folder / 'arms.csv'} is no table of arms ({type(fault).__name__}: {fault})"
+            ) from fault
+        of_arms = [(n, arm, by_seed) for n, arms in self._arms.items() for arm, by_seed in arms.items()]
+        self.seeds = tuple(sorted({seed for _, _, by_seed in of_arms for seed in by_seed}))
+        for notebook, arm, by_seed in of_arms:
+            if lost := [seed for seed in self.seeds if by_seed.get(seed) not in runs]:
+                raise UsageError(f"{self.folder} has no run of arm {arm!r} of notebook {notebook} at seed {lost[0]}")
+
+    @property
+    def notebooks(self) -> tuple[str, ...]:
+        return tuple(self._arms)
+
+    def results(self, notebook: str) -> dict[str, list[Result]]:
+        """The results of each arm, in the order of `seeds`; no arms for a notebook that trains nothing."""
+        arms = self._arms.get(notebook, {})
+        return {arm: [self._results[by_seed[seed]] for seed in self.seeds] for arm, by_seed in arms.items()}
+
+    def record(self, name: str) -> dict:
+        """What was trained under this hash: the fields of its spec, parents and tokenizers by their hashes."""
+        if name not in self._records:
+            raise UsageError(f"{self.folder} has no run {name!r}")
+        return self._records[name]
+
+    def family(self, name: str) -> list[Result]:
+        """The results of the runs whose weights this one began with (those that are here), then its own."""
+        record = self.record(name)
+        needs = [record[kind] for kind in ("tokenizer", "parent") if record.get(kind) in self._records]
+        return [*(result for need in needs for result in self.family(need)), self._results[name]]

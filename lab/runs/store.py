@@ -8,15 +8,14 @@ While it is trained, a run that takes long keeps a checkpoint in <store>/.checkp
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from lab import paths
-from lab.runs.results import Result
+from lab.runs.results import Result, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.data import Shard
 from vitlib.errors import UsageError
+from vitlib.files import write_whole
 from vitlib.train import PROTOCOLS, loop
 
 
@@ -47,6 +47,11 @@ def find(spec: RunSpec) -> Result | None:
             f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault}): "
             "move that folder away and the run is trained again"
         ) from fault
+
+
+def finished(spec: RunSpec, need_weights: bool = False) -> bool:
+    """Whether the run is in the store; with its weights, where those are needed."""
+    return find(spec) is not None and (weights_path(spec).is_file() or not need_weights)
 
 
 def weights(spec: RunSpec, ema: bool = False) -> dict[str, torch.Tensor]:
@@ -76,7 +81,7 @@ def lock(name: str) -> FileLock:
 
 
 def held(name: str, shard: Shard) -> AbstractContextManager:
-    """The lock, waited for. Raises UsageError where it cannot be: the other processes of a distributed run would give up."""
+    """Acquire the run's lock, blocking. Distributed runs do not wait (their peers would time out): UsageError."""
     try:
         return lock(name).acquire(timeout=-1 if shard.world == 1 else 0)
     except Timeout:
@@ -86,41 +91,47 @@ def held(name: str, shard: Shard) -> AbstractContextManager:
 def keep(
     spec: RunSpec, result: Result, history: list[loop.Step], model: torch.nn.Module, ema: torch.nn.Module | None = None
 ) -> None:
-    """Write a run into a temporary folder and move it into place. Of a masked model the trunk is kept."""
-    draft = _draft(spec.hash)
-    try:
-        (draft / "spec.json").write_text(json.dumps(spec.record(), indent=1), encoding="utf-8")
-        with (draft / "history.csv").open("w", newline="", encoding="utf-8") as file:
+    """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept."""
+    with _new_folder(spec.hash) as draft:
+        _write_json(draft / "spec.json", spec.record())
+        with write_whole(draft / "history.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
             table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
         for name, whole in (("weights", model), ("ema", ema)):
             if whole is not None:
                 state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
-                save_file({k: v.cpu().contiguous() for k, v in state.items()}, draft / f"{name}.safetensors")
-        (draft / "result.json").write_text(json.dumps(result.record(), indent=1), encoding="utf-8")
-        _into_place(draft, paths.runs() / spec.hash)
+                with write_whole(draft / f"{name}.safetensors") as path:
+                    save_file({k: v.cpu().contiguous() for k, v in state.items()}, path)
+        _write_json(draft / "result.json", result.record())
+
+
+def _write_json(path: Path, record: dict) -> None:
+    with write_whole(path) as draft:
+        draft.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(name: str) -> Iterator[Path]:
+    """A draft that becomes the run's folder when the block ends; its name says which process writes it.
+
+    An older folder of that name (an imported run without weights) goes only when the new one is there.
+    """
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".draft-{name}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
+    folder, old = paths.runs() / name, draft.with_name(f"{draft.name}-old")
+    try:
+        yield draft
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _draft(name: str) -> Path:
-    """A new folder in the store that is not a run yet; its name says whose it is."""
-    paths.runs().mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f".draft-{name}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
-
-
-def _into_place(draft: Path, folder: Path) -> None:
-    """Rename; an older folder of that name (an imported run without weights) goes only when the new one is there."""
-    old = draft.with_name(f"{draft.name}-old")
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def sweep() -> None:
-    """Remove the drafts that processes of this machine left and that are gone."""
+    """Remove the drafts of processes of this machine that are gone."""
     for draft in paths.runs().glob(".draft-*"):
         words = draft.name.removesuffix("-old").rsplit("-", 2)
         if words[0].endswith(f"-{platform.node()}") and words[1].isdigit() and not alive(int(words[1])):
@@ -128,6 +139,9 @@ def sweep() -> None:
 
 
 def alive(pid: int) -> bool:
+    """Whether a process of this machine is there. Windows has no such question that is harmless: always True."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -151,10 +165,8 @@ def export_runs(path: Path, names: Collection[str] | None = None) -> int:
         records.append(json.dumps({"spec": spec, "result": result}, sort_keys=True))
     if path.is_dir():
         raise UsageError(f"{path} is a folder: export writes a file, for example {path / 'runs.jsonl'}")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
-    draft.replace(path)
+    with write_whole(path) as draft:
+        draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
     return len(records)
 
 
@@ -163,34 +175,15 @@ def import_runs(path: Path) -> tuple[int, int]:
 
     Raises UsageError, before anything is written, for a line that is not a run or whose hash is not that of its spec.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no file {path} to import")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as fault:
-        raise UsageError(f"{path.name} is no text file: import reads what export wrote") from fault
-    runs = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            run = json.loads(line)
-            found = hashlib.sha256(json.dumps(run["spec"], sort_keys=True).encode()).hexdigest()[:16]
-            Result.from_record(run["result"])
-        except (ValueError, KeyError, TypeError) as fault:
-            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
-        if found != run["result"]["hash"]:
-            raise UsageError(f"line {number} of {path.name} says {run['result']['hash']}, but its spec is {found}")
-        runs.append((found, run))
-    new = 0
-    for name, run in runs:
-        folder = paths.runs() / name
+    runs, new = list(read_runs(path)), 0
+    for run in runs:
+        name = run["result"]["hash"]
         with lock(name):
-            if (folder / "result.json").is_file():
-                continue
-            draft = _draft(name)
-            for part in ("spec", "result"):
-                (draft / f"{part}.json").write_text(json.dumps(run[part], indent=1), encoding="utf-8")
-            _into_place(draft, folder)
-            new += 1
+            if not (paths.runs() / name / "result.json").is_file():
+                with _new_folder(name) as draft:
+                    for part in ("spec", "result"):
+                        _write_json(draft / f"{part}.json", run[part])
+                new += 1
     return new, len(runs) - new
 
 
