@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, unknown
 
 SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `launch.submit`
 
@@ -85,9 +85,9 @@ def parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
-    bench.add_argument("name", help="branches, finetune, masked, train or data")
+    bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
-    bench.add_argument("--restarts", type=int, default=0, help="fresh processes a case (0: each case's own number)")
+    bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     add("report", report_, "write a profile's results into outputs/reference, and README's claims table", "study")
@@ -206,13 +206,16 @@ def refresh_(arguments) -> None:
 
 def bench_(arguments) -> None:
     from lab.bench import runner
+    from lab.bench.cases import BENCHES
+    from lab.claims.ledger import ledger, part_hash
     from lab.experiments.profiles import profile
 
-    if arguments.restarts < 0:
-        raise UsageError(f"restarts is {arguments.restarts}: allowed are 0 (each case's own number) and up")
-    scale = profile(arguments.profile).name
-    rows = runner.run(arguments.name, scale, arguments.device, arguments.restarts, arguments.only)
-    print(runner.report(arguments.name, scale, rows))
+    if arguments.name not in BENCHES:
+        raise unknown("benchmark", arguments.name, BENCHES)
+    bench, scale = BENCHES[arguments.name], profile(arguments.profile)
+    stamps = {part.id: part_hash(part.entry(scale.name)) for part in ledger().values()}
+    rows = runner.run(bench, scale, arguments.device, arguments.restarts, arguments.only, stamps)
+    print(runner.report(bench, scale, rows))
 
 
 def claims_(arguments) -> None:

@@ -1,5 +1,7 @@
 """Benchmarks compare the same functions, count what they say, and take turns. No time is asserted."""
 
+import json
+import os
 import random
 import subprocess
 import sys
@@ -10,10 +12,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import data, masked, train
 from lab import paths, report
 from lab.__main__ import main
-from lab.bench import branches, data, finetune, masked, runner, stopwatch, train
-from lab.claims.ledger import ledger, ledger_hashes
+from lab.bench import cases, runner
+from lab.bench.runner import Arm, Case, Reading
+from lab.claims.ledger import ledger, part_hash
+from lab.experiments.profiles import PROFILES
+from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train.finetune import STRATEGIES
@@ -29,7 +35,7 @@ def outputs(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ---- the stopwatch
+# ---- times and counts
 
 
 def test_arms_take_turns_with_a_fresh_input_each_time():
@@ -37,22 +43,22 @@ def test_arms_take_turns_with_a_fresh_input_each_time():
 
     def arm(name):
         made = iter(range(100))
-        return stopwatch.Arm(lambda: next(made), lambda given: calls.append((name, given)))
+        return Arm(lambda: next(made), lambda given: calls.append((name, given)))
 
-    timings = stopwatch.take_turns({"a": arm("a"), "b": arm("b")}, seconds=0.0)
-    turns = stopwatch.REPEATS[0]  # no time: as few as are allowed
-    assert [len(t.seconds) for t in timings.values()] == [turns, turns]
-    after = calls[2 * stopwatch.WARM_UP :]
-    assert after == [(name, stopwatch.WARM_UP + i) for i in range(turns) for name in "ab"]
+    seconds = runner.take_turns({"a": arm("a"), "b": arm("b")}, seconds=0.0)
+    turns = runner.REPEATS[0]  # no time: as few as are allowed
+    assert [len(taken) for taken in seconds.values()] == [turns, turns]
+    after = calls[2 * runner.WARM_UP :]
+    assert after == [(name, runner.WARM_UP + i) for i in range(turns) for name in "ab"]
 
 
 def test_counts_of_a_linear_layer_are_those_by_hand():
     layer, x = nn.Linear(30, 7), torch.randn(5, 30)
     with torch.no_grad():
-        assert stopwatch.count(lambda: layer(x)) == (5 * 30 * 7, 4 * (5 * 30 + 30 * 7 + 7 + 5 * 7))
-        assert stopwatch.count(lambda: x.t().view(30, 5)[:3]) == (0, 0)  # views move nothing
+        assert runner.counted(lambda: layer(x)) == (5 * 30 * 7, 4 * (5 * 30 + 30 * 7 + 7 + 5 * 7))
+        assert runner.counted(lambda: x.t().view(30, 5)[:3]) == (0, 0)  # views move nothing
     x.requires_grad_()
-    forward_and_backward = stopwatch.count(lambda: layer(x).sum().backward())
+    forward_and_backward = runner.counted(lambda: layer(x).sum().backward())
     assert forward_and_backward.macs == 3 * 5 * 30 * 7
 
 
@@ -63,13 +69,13 @@ def test_attention_counts_the_same_on_a_cpu_and_without_values():
         with torch.device(device):
             model, images = ViT(config).train(), torch.zeros(3, 1, 16, 16)
         step = lambda m=model, x=images: m(x).square().sum().backward()  # noqa: E731
-        counts.append(stopwatch.count(step, on_meta=device == "meta"))
+        counts.append(runner.counted(step, on_meta=device == "meta"))
     assert counts[0].macs == counts[1].macs
     assert counts[0].bytes == pytest.approx(counts[1].bytes, rel=0.02)
 
 
 def test_ceilings_are_what_a_product_and_a_copy_reach():
-    top = stopwatch.ceilings("cpu")
+    top = runner.ceilings("cpu")
     assert 1e9 < top.macs < 1e14 and 1e8 < top.bytes < 1e13
 
 
@@ -80,26 +86,41 @@ def test_every_arm_of_branches_gives_the_same_logits():
     model = ViT(vit_config("W64-2x3/4", layer_scale=0.3, **SMALL)).eval()
     images = torch.randn(2, 1, 16, 16)
     expected = model(images)
-    for name in branches.ARMS:
-        torch.testing.assert_close(branches._arm(model, name)(images), expected, rtol=0, atol=1e-5)
+    for name in cases.EXECUTIONS:
+        torch.testing.assert_close(cases.arm_of(model, name)(images), expected, rtol=0, atol=1e-5)
+
+
+def task(name, mode, arms, batch=1, **fields):
+    return {"model": asdict(vit_config(name, **SMALL | fields)), "batch": batch, "mode": mode, "arms": arms}
+
+
+INFERENCE = {name: (name, "") for name in cases.EXECUTIONS}
 
 
 def test_skipped_tokens_are_all_that_ours_multiplies_less_than_timm():
-    config = vit_config("W64-3x2/4", **SMALL)
-    shape = (1, 1, 16, 16)
-    ours, timm = (branches._counts(config, name, "eager", shape)[0] for name in ("seq", "timm"))
+    found = {name: counts.macs for name, counts in cases.count_arms(task("W64-3x2/4", "eager", INFERENCE)).items()}
     width, tokens, pairs = 64, 17, 2  # pairs of the last layer
     unread = pairs * (tokens - 1) * (10 * width**2 + 2 * tokens * width)
-    assert timm - ours == unread
-    assert (
-        branches._counts(config, "par", "eager", shape)[0]
-        == branches._counts(config, "fused", "eager", shape)[0]
-        == ours
-    )
+    assert found["timm"] - found["seq"] == unread
+    assert found["par"] == found["fused"] == found["seq"]
+
+
+@pytest.mark.parametrize("bench", cases.BENCHES)
+def test_every_case_for_a_gpu_is_counted_without_one(bench, monkeypatch):
+    """One of those that differ in nothing but batch or in how the same operations are launched; two layers stand for all."""
+    monkeypatch.setattr(torch, "get_device_module", None)  # whoever asks for a device fails
+    every = cases.BENCHES[bench].cases(PROFILES["study"], "cuda")
+    assert len(every) == {"branches": 58, "finetune": 6}[bench]
+    different = {json.dumps([c.task["model"], c.task["mode"] == "training", c.task["arms"]]): c for c in every}
+    assert len(different) == {"branches": 4, "finetune": 6}[bench]
+    for case in different.values():
+        counts = cases.count_arms(case.task | {"model": case.task["model"] | {"depth": 2}})
+        assert counts.keys() == case.task["arms"].keys() and case.reference in counts
+        assert all(count.macs > 0 and count.bytes > 0 for count in counts.values())
 
 
 @pytest.mark.parametrize("pos", ["patches", "relative"])
-def test_our_gains_leave_the_masked_loss_as_it_is(pos):
+def test_our_optimizations_leave_the_masked_loss_as_it_is(pos):
     config = vit_config("W32-2x1/4", pool="mean", pos=pos, **SMALL)
     names = masked._arms(config)
     assert ("+ relative" in names) == (pos == "relative")
@@ -107,12 +128,12 @@ def test_our_gains_leave_the_masked_loss_as_it_is(pos):
     pixels = torch.randn(masked.IMAGES, 1, 16, 16)
     mask = torch.from_numpy(block_masks(0, 0, np.arange(8), 4, 6))
     losses = []
-    for gains in names.values():
-        targets = masked._Tokens(pixels, 4, 16, "tokens" in gains)
+    for optimizations in names.values():
+        targets = masked._Tokens(pixels, 4, 16, "tokens" in optimizations)
         batch = type("Batch", (), {"images": pixels[:8], "index": np.arange(8), "flipped": torch.zeros(8, dtype=bool)})
         model = masked._Model(config, 16, seed=3)
-        model.gains = gains
-        with masked.AttentionAs("explicit") if "attention" not in gains else masked.nullcontext():
+        model.optimizations = optimizations
+        with masked.AttentionAs("explicit") if "attention" not in optimizations else masked.nullcontext():
             losses.append(targets.loss(model(batch.images, mask), targets(batch)[mask]).item())
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
 
@@ -127,28 +148,27 @@ def test_a_mask_made_image_by_image_has_the_exact_count_and_is_made_of_blocks():
 
 
 def test_the_steps_of_a_kind_of_run_train_what_the_run_trains():
-    kinds = data._kinds("smoke")
+    kinds = data.kinds(PROFILES["smoke"])
     assert {kind: (spec.protocol, spec.strategy) for kind, spec in kinds.items()} == {
         "supervised": ("supervised", "full"), "fine-tuning": ("finetune", "attn"),
         "masked": ("masked", "full"), "few labels": ("supervised", "full"),
     }  # fmt: skip
-    readings = data.measure({"profile": "smoke", "kind": "masked"}, "cpu", torch.float32)
+    readings = data.measure({"spec": asdict(kinds["masked"])}, "cpu", torch.float32)
     assert readings["step"].macs > 0 and readings["batch"].macs == 0
 
 
 def test_the_plain_loop_and_ours_do_the_same_number_of_steps_a_window():
-    spec = train._spec("smoke")
-    assert train._regrouped(spec, "3x4").model.pairs == spec.model.pairs == 12
-    worker = train._Worker(
-        {"model": train.asdict(spec.model), "data": spec.data, "batch": 16, "loop": "plain", "steps": 2, "loaders": 0},
-        dict(train.os.environ),
-    )
+    case = train.cases(PROFILES["smoke"], "cpu")[0]
+    spec = RunSpec.from_fields(case.task)
+    assert train.regrouped(spec, "3x4").model.pairs == spec.model.pairs == 12
+    order = {"spec": asdict(spec), "loop": "plain", "steps": 2, "loaders": 0}
+    worker = train.Worker(order, dict(os.environ))
     with worker:
         for _ in range(2):
             worker.go()
             worker.done()
     with (
-        train._Worker({"loop": "none"}, dict(train.os.environ)) as broken,
+        train.Worker({"loop": "none"}, dict(os.environ)) as broken,
         pytest.raises(RuntimeError, match="ended early"),
     ):
         broken.go()
@@ -174,46 +194,47 @@ def test_rows_come_back_from_the_file_as_they_were_written(tmp_path):
 
 def test_the_table_has_medians_and_ranges_over_restarts():
     lines = runner.summary([*rows(), *rows(ratio=(1.0, 4.0)), *rows(ratio=(1.0, 2.5))])
-    assert [line["ratio"] for line in lines] == ["1", "2.5"]
-    assert lines[1]["range (n restarts)"] == "2 to 4 (n=3)" and lines[1]["over"] == "a"
-    assert "over timm" not in lines[0]
-    assert "2.5" in runner.text(lines).splitlines()[3]
+    assert list(lines["ratio"]) == [1, 2.5] and list(lines["over"]) == ["a", "a"]
+    assert tuple(lines.loc[1, ["low", "high", "n"]]) == (2, 4, 3)
+    assert "over_timm" not in lines
 
 
 def test_a_ratio_is_taken_within_each_turn():
     slow_phase = [1.0, 10.0, 1.0]
-    reference, other = runner.Reading(slow_phase, 0, 0), runner.Reading([s / 2 for s in slow_phase], 0, 0)
-    assert runner._ratio(reference, other) == 2.0
+    reference, other = Reading(slow_phase, 0, 0), Reading([s / 2 for s in slow_phase], 0, 0)
+    assert runner.ratio(reference, other) == 2.0
 
 
 def test_a_run_keeps_the_rows_of_other_cases_and_drops_cases_that_are_gone(outputs, monkeypatch):
     path = outputs / "smoke" / "bench" / "data.csv"
-    names = [case.name for case in data.cases("smoke", "cpu")]
+    bench = runner.Bench("data", data.cases)
+    names = [case.name for case in data.cases(PROFILES["smoke"], "cpu")]
     runner.write(path, [*rows(case=names[0]), *rows(case=names[1]), *rows(case="of an older version")])
-    monkeypatch.setattr(runner, "_restart", lambda name, case, device: rows(case=case.name, ratio=(1.0, 3.0)))
-    runner.run("data", "smoke", "cpu", restarts=1, only=names[1])
+    monkeypatch.setattr(runner, "restarted", lambda case, device, stamps: rows(case=case.name, ratio=(1.0, 3.0)))
+    runner.run(bench, PROFILES["smoke"], "cpu", restarts=1, only=names[1])
     found = {(row["case"], row["ratio"]) for row in runner.read(path) if row["arm"] == "b"}
     assert found == {(names[0], 2.0), (names[1], 3.0)}
 
 
 def test_a_restart_is_a_process_that_gives_a_row_an_arm(outputs):
-    case = next(case for case in data.cases("smoke", "cpu") if "few labels" in case.name)
-    found = runner.run("data", "smoke", "cpu", restarts=1, only=case.name)
+    bench, smoke = runner.Bench("data", data.cases), PROFILES["smoke"]
+    case = next(case for case in data.cases(smoke, "cpu") if "few labels" in case.name)
+    found = runner.run(bench, smoke, "cpu", restarts=1, only=case.name)
     assert [row["arm"] for row in found] == ["batch", "step"] and found[0]["ratio"] == 1
     assert found[1]["time_s"] > 0 and found[1]["gmacs"] > 0 and found[0]["case"] == case.name
-    printed = runner.report("data", "smoke", found)
+    printed = runner.report(bench, smoke, found)
     assert case.name in printed and printed.count("not run: ") == 3
 
 
-def test_every_case_has_a_name_of_its_own_and_its_reference_among_the_arms():
-    for name in runner.BENCHES:
-        module = runner.importlib.import_module(f"lab.bench.{name}")
+def test_every_case_has_a_name_of_its_own():
+    for cases_of in (data.cases, masked.cases, train.cases, cases.branches, cases.finetune):
         for device in runner.DEVICES:
-            every = module.cases("cpu", device)
+            every = cases_of(PROFILES["cpu"], device)
             assert len({case.name for case in every}) == len(every)
-    grid = {case.name.rsplit(", ", 1)[1] for case in branches.cases("cpu", "cuda")}
-    assert grid == {*branches.MODES, "training"}
-    assert {c.not_run for c in branches.cases("cpu", "cpu") if "graph" in c.name} == {"CUDA graphs need a GPU"}
+    grid = {case.name.rsplit(", ", 1)[1] for case in cases.branches(PROFILES["cpu"], "cuda")}
+    assert grid == {*cases.MODES, "training"}
+    graphs = {c.not_run for c in cases.branches(PROFILES["cpu"], "cpu") if "graph" in c.name}
+    assert graphs == {"CUDA graphs need a GPU"}
 
 
 def timed(case, arms, restarts=5, seconds=None, **columns):
@@ -227,20 +248,22 @@ def timed(case, arms, restarts=5, seconds=None, **columns):
 
 
 def test_f3_is_judged_only_on_times_of_its_own_run_and_ledger_entry(outputs):
-    case = finetune.cases("cpu", "cpu")[0]
-    good = {"run": case.task["run"], "part": finetune.PART, "ledger": ledger_hashes()[finetune.PART]}
+    case, part = cases.finetune(PROFILES["cpu"], "cpu")[0], ledger()[cases.F3]
+    good = {"run": case.run, "part": part.id, "ledger": part_hash(part.entry("cpu"))}
 
     def stored(restarts=5, **other):
-        runner.write(runner.path_of("finetune", "cpu"), timed(case.name, finetune.STRATEGIES, restarts, **good | other))
-        return finetune.stored("cpu")
+        runner.write(
+            runner.path_of("finetune", PROFILES["cpu"]), timed(case.name, STRATEGIES, restarts, **good | other)
+        )
+        return cases.evidence(PROFILES["cpu"], part, good["ledger"])
 
-    assert len(stored()) == 5 * len(finetune.STRATEGIES)
+    assert len(stored()) == 5 * len(STRATEGIES)
     assert stored(run="another") == stored(ledger="older") == stored(part="") == stored(restarts=4) == []
 
 
 def test_f3_is_timed_on_as_many_images_as_a_run_has_at_once_and_on_two_of_the_papers_size_without_a_gpu():
     named = {
-        (profile, device): [case.name for case in finetune.cases(profile, device) if "only" not in case.task]
+        (profile, device): [case.name for case in cases.finetune(PROFILES[profile], device) if len(case.task["arms"]) > 1]
         for profile in ("study", "imagenet") for device in ("cpu", "cuda")
     }  # fmt: skip
     b12 = "B12x1/16 at 384 px, batch"
@@ -249,17 +272,19 @@ def test_f3_is_timed_on_as_many_images_as_a_run_has_at_once_and_on_two_of_the_pa
     for device, large in (("cpu", 2), ("cuda", 64)):
         own, other = named["study", device]
         assert own.endswith("at 20 px, batch 64") and other == f"{b12} {large}"
-    case = finetune.cases("imagenet", "cpu")[0]
-    assert (case.part, case.task["batch"], case.task["model"]["image_size"]) == (finetune.PART, 2, 384)
+    case = cases.finetune(PROFILES["imagenet"], "cpu")[0]
+    assert (case.part, case.task["batch"], case.task["model"]["image_size"]) == (cases.F3, 2, 384)
 
 
 def test_p7_is_judged_on_a_gpus_rows_alone(outputs):
-    case = next(case for case in branches.cases("cpu", "cuda") if case.part == "P7-S2")
+    case = next(case for case in cases.branches(PROFILES["cpu"], "cuda") if case.part == "P7-S2")
+    stamp = part_hash(ledger()[case.part].entry("cpu"))
 
     def word(kind, par):
-        columns = {"part": case.part, "ledger": ledger_hashes()[case.part], "kind": kind}
+        columns = {"part": case.part, "ledger": stamp, "kind": kind}
         runner.write(
-            runner.path_of("branches", "cpu"), timed(case.name, ("seq", "par"), seconds={"par": par}, **columns)
+            runner.path_of("branches", PROFILES["cpu"]),
+            timed(case.name, ("seq", "par"), seconds={"par": par}, **columns),
         )
         return next(v for v in report.verdicts("cpu", "36") if v.part.id == case.part).word
 
@@ -270,20 +295,21 @@ def test_p7_is_judged_on_a_gpus_rows_alone(outputs):
 
 def test_every_part_that_is_timed_has_a_case_with_its_arms_and_restarts():
     parts = {part.id: part for part in ledger().values() if part.kind == "ratio"}
-    every = [*finetune.cases("cpu", "cpu"), *branches.cases("cpu", "cuda")]
-    cases = {case.part: case for case in every if case.part}
-    assert cases.keys() == parts.keys()
-    assert all(cases[name].restarts == part.n == 5 for name, part in parts.items())
+    every = [*cases.finetune(PROFILES["cpu"], "cpu"), *cases.branches(PROFILES["cpu"], "cuda")]
+    timed = {case.part: case for case in every if case.part}
+    assert timed.keys() == parts.keys()
+    assert all(timed[name].restarts == part.n == 5 for name, part in parts.items())
+    assert all(part.contrast.keys() <= timed[name].task["arms"].keys() for name, part in parts.items())
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["bench", "brunches"], "unknown benchmark 'brunches': allowed are branches, finetune, masked, train, data"),
-        (["bench", "data", "--device", "tpu"], "unknown device 'tpu'"),
-        (["bench", "data", "--only", "nothing"], "no case of data contains 'nothing'"),
-        (["bench", "data", "--restarts", "-1"], "restarts is -1"),
-        (["bench", "data", "--profile", "huge"], "unknown profile 'huge'"),
+        (["bench", "brunches"], "unknown benchmark 'brunches': allowed are branches, finetune"),
+        (["bench", "finetune", "--device", "tpu"], "unknown device 'tpu'"),
+        (["bench", "finetune", "--only", "nothing"], "no case of finetune contains 'nothing'"),
+        (["bench", "finetune", "--restarts", "-1"], "restarts is -1"),
+        (["bench", "finetune", "--profile", "huge"], "unknown profile 'huge'"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, says, capsys, outputs):
@@ -299,17 +325,17 @@ def test_a_gpu_that_is_not_there_is_said_at_once(capsys, outputs):
 
 
 def test_a_restart_that_fails_says_which_case():
-    broken = runner.Case("broken", {"profile": "smoke", "kind": "none"}, "batch", 1, threads=1)
+    broken = Case("broken", "benchmarks.data:measure", {}, "batch", 1, threads=1)
     with pytest.raises(UsageError, match="the process for broken failed: KeyError"):
-        runner._restart("data", broken, "cpu")
+        runner.restarted(broken, "cpu")
 
 
 def test_on_a_gpu_each_strategys_peak_memory_has_a_process_of_its_own():
-    alone = [case for case in finetune.cases("smoke", "cuda") if "only" in case.task]
-    assert [case.task["only"] for case in alone] == [case.reference for case in alone] == list(finetune.STRATEGIES)
-    small = finetune.cases("smoke", "cpu")[0]
-    readings = finetune.measure(small.task | {"only": "attn", "batch": 2}, "cpu", torch.float32)
-    assert list(readings) == ["attn"] and readings["attn"].more["peak_mb"] == 0  # a CPU tells no peak
+    alone = [case for case in cases.finetune(PROFILES["smoke"], "cuda") if "alone" in case.name]
+    assert [[*case.task["arms"]] for case in alone] == [[case.reference] for case in alone] == [[s] for s in STRATEGIES]
+    small = task("W32-2x1/4", "training", {"attn": ("seq", "attn")}, 2)
+    readings = cases.time_arms(small, "cpu", torch.float32)
+    assert list(readings) == ["attn"] and "peak_mb" not in readings["attn"].more  # a CPU tells no peak
 
 
 def test_benchmarks_import_where_only_torch_and_timm_are():
@@ -324,7 +350,7 @@ def test_benchmarks_import_where_only_torch_and_timm_are():
         "IPython",
         "nbformat",
     )
-    modules = ", ".join(f"lab.bench.{name}" for name in ("runner", *runner.BENCHES))
+    modules = "lab.bench.runner, lab.bench.cases, benchmarks.train, benchmarks.masked, benchmarks.data"
     code = f"import sys\nsys.modules.update(dict.fromkeys({blocked}))\nimport {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -339,16 +365,16 @@ def test_benchmarks_import_where_only_torch_and_timm_are():
     ],
 )
 def test_a_case_of_branches_times_and_counts_every_arm_that_this_device_has(mode, dtype, arms, monkeypatch):
-    monkeypatch.setattr(stopwatch, "REPEATS", (3, 3))
-    task = {"model": asdict(vit_config("W32-2x2/4", **SMALL)), "batch": 2, "mode": mode}
-    readings = branches.measure(task, "cpu", dtype)
+    monkeypatch.setattr(runner, "REPEATS", (3, 3))
+    case = next(c for c in cases.branches(PROFILES["cpu"], "cpu") if c.name.endswith(mode))
+    readings = cases.time_arms(task("W32-2x2/4", mode, case.task["arms"], 2), "cpu", dtype)
     assert readings.keys() == arms
     assert all(len(r.seconds) == 3 and r.macs > 0 and r.bytes > 0 for r in readings.values())
 
 
-def test_a_step_of_each_strategy_is_timed_with_the_optimizer_of_its_own_recipe():
-    config = vit_config("W32-2x1/4", image_size=16, in_chans=1, num_classes=10)
-    task = {"model": asdict(config), "batch": 2, "execution": "seq", "run": ""}
-    found = finetune.measure(task, "cpu", torch.float32)
+def test_a_step_of_each_strategy_is_timed_and_its_memory_counted(monkeypatch):
+    monkeypatch.setattr(runner, "REPEATS", (3, 3))
+    arms = cases.finetune(PROFILES["smoke"], "cpu")[0].task["arms"]
+    found = cases.time_arms(task("W32-2x1/4", "training", arms, 2), "cpu", torch.float32)
     assert set(found) == set(STRATEGIES)
     assert all(reading.seconds and reading.more["mem_mb"] > 0 for reading in found.values())

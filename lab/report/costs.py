@@ -12,9 +12,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lab import paths
-from lab.bench import finetune as finetune_bench
-from lab.bench import runner
+from lab.bench import cases, runner
 from lab.claims import exact
+from lab.claims.ledger import ledger, part_hash
 from lab.cost import count, plan
 from lab.experiments.profiles import profile
 from lab.paper import paper_table
@@ -126,7 +126,8 @@ def step_costs(profile_name: str) -> pd.DataFrame:
     p = profile(profile_name)
     if not p.judged:
         return pd.DataFrame({"strategy": ["full", "attn", "ffn", "head"], "step": ["no timing at smoke"] * 4})
-    table = pd.DataFrame(finetune_bench.at_profile(p.name))
+    part = ledger()[cases.F3]
+    table = pd.DataFrame(cases.measured_evidence(p, part, part_hash(part.entry(p.name))))
     full, rows = table[table["arm"] == "full"], []
     for strategy, group in table.groupby("arm", sort=False):
         ratio = full["time_s"].to_numpy() / group["time_s"].to_numpy()
@@ -171,14 +172,25 @@ def inference_memory(batch: int = 256) -> pd.DataFrame:
 def benchmark(name: str, profile_name: str) -> pd.DataFrame:
     """A benchmark's table: this machine's where it was run here, else the committed one; which of them is a column."""
     for source, path in _bench_paths(name, profile_name):
-        if lines := runner.summary(runner.read(path)):
-            return pd.DataFrame([{"measured": source} | line for line in lines])
+        if rows := runner.read(path):
+            lines = [_bench_line(row) for row in runner.summary(rows).to_dict("records")]
+            return pd.DataFrame([{"measured": source} | line for line in lines]).fillna("")
     return pd.DataFrame([{"benchmark": name, "measured": f"{NOT_RUN}: python -m lab bench {name}"}])
+
+
+def _bench_line(row: dict) -> dict[str, str]:
+    more = {"over timm": f"{row['over_timm']:.3g}"} if "over_timm" in row else {}
+    return {
+        "case": row["case"], "arm": row["arm"], "time_s": f"{row['time_s']:.4g}", "ratio": f"{row['ratio']:.3g}",
+        "over": row["over"], "range (n restarts)": f"{row['low']:.3g} to {row['high']:.3g} (n={row['n']})", **more,
+        "gmacs": f"{row['gmacs']:.3g}", "gbytes": f"{row['gbytes']:.3g}",
+        "of matmul ceiling": f"{100 * row['of_matmul']:.0f} %", "of copy ceiling": f"{100 * row['of_copy']:.0f} %",
+    } | {name: f"{row[name]:.4g}" for name in runner.MORE if row.get(name) == row.get(name) is not None}  # fmt: skip
 
 
 def _bench_paths(name: str, profile_name: str) -> list[tuple[str, Path]]:
     return [
-        (f"here ({profile_name})", runner.path_of(name, profile_name)),
+        (f"here ({profile_name})", runner.path_of(name, profile(profile_name))),
         ("committed reference", paths.REFERENCE / "cpu" / "bench" / f"{name}.csv"),
     ]
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lab.bench import finetune as finetune_bench
-from lab.bench import runner
+from lab.bench import cases
 from lab.claims import exact, tuning
 from lab.claims.judge import Verdict, claim_stance, judge, verdict_table
-from lab.claims.ledger import Part, arm_at, ledger
+from lab.claims.ledger import Part, arm_at, ledger, part_hash
 from lab.claims.statistics import Estimate
 from lab.data.external import DataAbsent
 from lab.experiments.catalogue import NOTEBOOKS, Runs, experiment
@@ -48,7 +47,7 @@ def _trained_verdict(entry: Part, profile_name: str) -> Verdict:
     part = entry.at_profile(p.name)
     classes = _classes(part, p.name)
     if part.kind == "ratio":
-        rows = _timed(part, p.name)
+        rows = cases.evidence(p, entry, part_hash(entry.entry(p.name)))
         if not rows:
             return judge(entry, {}, p.name, p.pairs, classes)
         arms = {arm: np.array([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
@@ -82,13 +81,6 @@ def _classes(part: Part, profile_name: str) -> int:
     arms = experiment(part.notebook, p.name).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
     control = arms.get(arm_at(part.control, p.pairs)) if arms else None
     return control.model.num_classes if control else 0
-
-
-def _timed(part: Part, profile_name: str) -> list[dict]:
-    """The benchmark rows that a ratio is judged on."""
-    if part.notebook == "41":
-        return finetune_bench.stored(profile_name)
-    return runner.evidence("branches", profile_name, part)
 
 
 def _pairs(part: Part, own: int, found: Mapping[str, object]) -> int:

@@ -25,9 +25,8 @@ from nbclient.exceptions import CellExecutionError
 from papermill.exceptions import PapermillExecutionError
 
 from lab import paths, report
-from lab.bench import finetune as finetune_bench
-from lab.bench import runner
-from lab.claims.ledger import ledger_hashes
+from lab.bench import cases, runner
+from lab.claims.ledger import ledger, ledger_hashes, part_hash
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
 from lab.experiments.profiles import profile as scale
@@ -67,7 +66,8 @@ def reproduce(
         launch(specs, jobs, cpu_seconds, ledger_hashes())
     os.environ["VITLIB_TRAIN"] = "1" if train else "0"
     if "41" in notebooks and scale(profile).judged:
-        finetune_bench.at_profile(profile)  # alone on the machine, before kernels start
+        part = ledger()[cases.F3]  # timed alone on the machine, before kernels start
+        cases.measured_evidence(scale(profile), part, part_hash(part.entry(profile)))
     folder = paths.outputs() / profile / "notebooks"
 
     def one(number: str) -> str:
@@ -120,7 +120,7 @@ def _evidence(profile: str, number: str, specs: list[RunSpec]) -> list:
     specs = all_specs(profile, available(profile, list(NOTEBOOKS))[0]) if number == "00" else specs
     found = {spec.hash: store.find(spec) for spec in specs}
     results = sorted([name, result.record()] for name, result in found.items() if result)
-    return [results, [runner.read(runner.path_of(name, profile)) for name in runner.BENCHES]]
+    return [results, [runner.read(runner.path_of(name, scale(profile))) for name in cases.BENCHES]]
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:

@@ -1,4 +1,5 @@
-"""A step of masked pre-training: ours, a straightforward BEiT-style one, and that one with each of our gains alone.
+"""A step of masked pre-training: ours, a straightforward BEiT-style one, and that one with each of our optimizations
+alone.
 
 Same model, same weights, same position scheme (the profile's, and BEiT's relative bias shared by all layers), same number
 of masked patches, AdamW and clipping. What the straightforward step does as the BEiT code does it (microsoft/unilm, beit:
@@ -24,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.bench.runner import Case, Reading
-from lab.bench.stopwatch import Arm, count, take_turns
+from benchmarks import main
+from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
 from lab.cost.count import AttentionAs
 from lab.experiments.catalogue import experiment
+from lab.experiments.profiles import Profile
 from vitlib.data import DataSet, epoch_batches
 from vitlib.model import ViTConfig, vit_config
 from vitlib.model.layers import Reads
@@ -35,39 +37,40 @@ from vitlib.train.loop import set_train_mode
 from vitlib.train.masked import MaskedLoss, MaskedViT
 from vitlib.train.tokenizers import VOCABULARY, nearest, patchify
 
-GAINS = ("tokens", "masks", "unread", "attention", "optimizer", "relative")
+OPTIMIZATIONS = ("tokens", "masks", "unread", "attention", "optimizer", "relative")
 IMAGES = 512  # distinct ones; their content does not change the time
 
 
-def cases(profile: str, device: str) -> list[Case]:
+def cases(profile: Profile, device: str) -> list[Case]:
     """The profile's own step and, on a GPU, BEiT's: ViT-B at 224 pixels, 75 of 196 patches, 8,192 tokens."""
-    masked = experiment("52", profile).arms["linear pretrained"].parent
-    own = [masked.model, replace(masked.model, pos="relative")]
-    chosen = [_case(model, masked.recipe.batch_size, masked.masked, VOCABULARY, masked.threads) for model in own]
+    masked = experiment("52", profile.name).arms["linear pretrained"].parent
+    models = [masked.model, replace(masked.model, pos="relative")]
+    every = [_case(model, masked.recipe.batch_size, masked.masked, VOCABULARY, masked.threads) for model in models]
     if device == "cuda":
         large = vit_config("B12", stem="hmlp", pos="relative", layer_scale=0.1, pool="mean")
-        chosen.append(_case(large, 128, 75, 8192, 0))
-    return chosen
+        every.append(_case(large, 128, 75, 8192, 0))
+    return every
 
 
 def _case(config: ViTConfig, batch: int, masked: int, vocabulary: int, threads: int) -> Case:
     task = {"model": asdict(config), "batch": batch, "masked": masked, "vocabulary": vocabulary}
     name = f"{config.name} at {config.image_size} px, pos {config.pos}, {masked} of {config.grid**2} patches, batch {batch}"
-    return Case(name, task, "BEiT-style", 5, threads=threads)
+    return Case(name, "benchmarks.masked:measure", task, "BEiT-style", 5, threads=threads)
 
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     config = ViTConfig(**task["model"])
     arms = _arms(config)
-    timings = take_turns({name: _step(task, config, gains, device, dtype) for name, gains in arms.items()}, device)
-    return {name: Reading(timings[name].seconds, *_counts(task, config, gains)) for name, gains in arms.items()}
+    seconds = take_turns(
+        {name: _step(task, config, optimizations, device, dtype) for name, optimizations in arms.items()}, device
+    )
+    return {name: Reading(seconds[name], *_counts(task, config, optimizations)) for name, optimizations in arms.items()}
 
 
 def _arms(config: ViTConfig) -> dict[str, frozenset[str]]:
-    """Arm -> which of our gains it has."""
-    gains = [gain for gain in GAINS if gain != "relative" or config.pos == "relative"]
-    singly = {f"+ {gain}": frozenset([gain]) for gain in gains}
-    return {"BEiT-style": frozenset(), **singly, "ours": frozenset(gains)}
+    """Arm -> which of our optimizations it has."""
+    every = [name for name in OPTIMIZATIONS if name != "relative" or config.pos == "relative"]
+    return {"BEiT-style": frozenset(), **{f"+ {name}": frozenset([name]) for name in every}, "ours": frozenset(every)}
 
 
 class _Tokens:
@@ -95,14 +98,14 @@ class _Tokens:
 
 
 class _Loss(MaskedLoss):
-    """`MaskedLoss`, with masks image by image unless `masks` is among the gains."""
+    """`MaskedLoss`, with masks image by image unless `masks` is among the optimizations."""
 
-    def __init__(self, targets: _Tokens, masked: int, gains: frozenset[str], device: str):
+    def __init__(self, targets: _Tokens, masked: int, optimizations: frozenset[str], device: str):
         super().__init__(targets, 0, masked)
-        self.gains, self.device, self.random = gains, device, random.Random(0)
+        self.optimizations, self.device, self.random = optimizations, device, random.Random(0)
 
     def mask(self, grid: int, batch) -> Tensor:
-        if "masks" in self.gains:
+        if "masks" in self.optimizations:
             return super().mask(grid, batch).to(self.device)
         drawn = [image_mask(self.random, grid, self.masked) for _ in batch.index]
         return torch.from_numpy(np.stack(drawn)).flatten(1).to(self.device)
@@ -132,13 +135,13 @@ def image_mask(draw: random.Random, grid: int, masked: int) -> np.ndarray:
 
 
 class _Model(MaskedViT):
-    """`MaskedViT`, with every token in the last layer, or the bias gathered in every layer, where these gains are off."""
+    """`MaskedViT`, with every token in the last layer, or the bias gathered in every layer, without those optimizations."""
 
-    gains: frozenset[str] = frozenset(GAINS)
+    optimizations: frozenset[str] = frozenset(OPTIMIZATIONS)
 
     def forward(self, images: Tensor, mask: Tensor, draws: Tensor | None = None) -> Tensor:
-        self.vit.skip_unread = "unread" in self.gains
-        if "relative" in self.gains or self.vit.relative is None:
+        self.vit.skip_unread = "unread" in self.optimizations
+        if "relative" in self.optimizations or self.vit.relative is None:
             return super().forward(images, mask, draws)
         relative, layers = self.vit.relative, self.vit.layers
         self.vit.relative, self.vit.layers = None, nn.ModuleList(_Gathers(layer, relative) for layer in layers)
@@ -159,17 +162,17 @@ class _Gathers(nn.Module):
         return self.layer(x, draws, reads._replace(relative=self.relative()))
 
 
-def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dtype: torch.dtype) -> Arm:
+def _step(task: dict, config: ViTConfig, optimizations: frozenset[str], device: str, dtype: torch.dtype) -> Arm:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (IMAGES, config.in_chans, config.image_size, config.image_size), generator=generator)
     pixels = pixels.to(torch.uint8)
     data = DataSet("noise", "train", pixels, torch.zeros(IMAGES, dtype=torch.int64), ("none",), 0.5, 0.25, "")
-    targets = _Tokens(pixels.float().to(device), config.patch_size, task["vocabulary"], "tokens" in gains)
-    loss_function = _Loss(targets, task["masked"], gains, device)
+    targets = _Tokens(pixels.float().to(device), config.patch_size, task["vocabulary"], "tokens" in optimizations)
+    loss_function = _Loss(targets, task["masked"], optimizations, device)
     model = _Model(config, targets.outputs, 0).to(device)
-    model.gains = gains
+    model.optimizations = optimizations
     set_train_mode(model)
-    fused = True if "optimizer" in gains else None
+    fused = True if "optimizer" in optimizations else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     rows, epoch = np.arange(task["batch"]) % IMAGES, iter(range(10**9))
 
@@ -179,7 +182,7 @@ def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dty
 
     def loss(batch) -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            with nullcontext() if "attention" in gains else AttentionAs("explicit"):
+            with nullcontext() if "attention" in optimizations else AttentionAs("explicit"):
                 return loss_function(model, batch)
 
     def step(batch) -> None:
@@ -192,10 +195,14 @@ def _step(task: dict, config: ViTConfig, gains: frozenset[str], device: str, dty
     return Arm(fresh, step)
 
 
-def _counts(task: dict, config: ViTConfig, gains: frozenset[str]) -> tuple[int, int]:
+def _counts(task: dict, config: ViTConfig, optimizations: frozenset[str]) -> tuple[int, int]:
     """Of a whole step on the CPU, tokenizer and optimizer included, at a batch of at most 64 scaled up."""
     batch = min(task["batch"], 64) if config.image_size < 100 else 1
-    arm = _step(task | {"batch": batch}, config, gains, "cpu", torch.float32)
+    arm = _step(task | {"batch": batch}, config, optimizations, "cpu", torch.float32)
     given = arm.fresh()
-    counted = count(lambda: arm.step(given))
-    return tuple(task["batch"] * n // batch for n in counted)
+    counts = counted(lambda: arm.step(given))
+    return tuple(task["batch"] * n // batch for n in counts)
+
+
+if __name__ == "__main__":
+    main(Bench("masked", cases), __doc__)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
-from lab.bench.runner import Case, Reading
-from lab.bench.stopwatch import Arm, count, take_turns
+from benchmarks import main
+from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
 from lab.data.registry import load_resized
 from lab.experiments.catalogue import experiment
+from lab.experiments.profiles import Profile
 from lab.runs.spec import RunSpec
 from vitlib.data import Batch, epoch_batches, subset
 from vitlib.model import ViT, set_execution
@@ -19,19 +20,20 @@ from vitlib.train import finetune, loop, masked, tokenizers
 from vitlib.train.supervised import LOSSES
 
 
-def cases(profile: str, device: str) -> list[Case]:
+def cases(profile: Profile, device: str) -> list[Case]:
     """One case for each kind of run that the profile has."""
     if device == "cuda":
         return []
     return [
         Case(f"{kind}, {spec.model.name} at {spec.model.image_size} px, batch {spec.recipe.batch_size}",
-             {"profile": profile, "kind": kind}, "batch", 3, threads=spec.threads)
-        for kind, spec in _kinds(profile).items()
+             "benchmarks.data:measure", {"spec": asdict(spec)}, "batch", 3, threads=spec.threads)
+        for kind, spec in kinds(profile).items()
     ]  # fmt: skip
 
 
-def _kinds(profile: str) -> dict[str, RunSpec]:
-    stems, resolution = experiment("52", profile).arms, experiment("41", profile).arms
+def kinds(profile: Profile) -> dict[str, RunSpec]:
+    """A run of each kind that the profile's notebooks have."""
+    stems, resolution = (experiment(number, profile.name).arms for number in ("52", "41"))
     light = replace(stems["hmlp pretrained"].parent, targets="tokens", tokenizer=None)  # no run to train first
     return {
         "supervised": resolution["trunk"], "fine-tuning": resolution["attn"],
@@ -41,7 +43,7 @@ def _kinds(profile: str) -> dict[str, RunSpec]:
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """`batch`: order, flip, normalisation, masks and targets. `step`: the model, its gradients, the optimizer."""
-    spec = _kinds(task["profile"])[task["kind"]]
+    spec = RunSpec.from_fields(task["spec"])
     data = load_resized(spec.data, "train", spec.model.image_size)
     batches = _endless(spec, data)
     if spec.protocol == "masked":
@@ -75,8 +77,8 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
 
     arms = {"batch": Arm(lambda: None, make), "step": Arm(lambda: make(None), step)}
     return {
-        name: Reading(timing.seconds, *count(lambda arm=arms[name]: arm.step(arm.fresh())))
-        for name, timing in take_turns(arms, device).items()
+        name: Reading(seconds, *counted(lambda arm=arms[name]: arm.step(arm.fresh())))
+        for name, seconds in take_turns(arms, device).items()
     }
 
 
@@ -84,3 +86,7 @@ def _endless(spec: RunSpec, data) -> Iterator[Batch]:
     rows = subset(data, spec.images, spec.seed)
     for epoch in itertools.count():
         yield from epoch_batches(data, rows, 0, epoch, spec.recipe.batch_size, spec.recipe.flip, spec.recipe.mixup)
+
+
+if __name__ == "__main__":
+    main(Bench("data", cases), __doc__)

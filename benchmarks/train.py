@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -22,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.bench.runner import Case, Reading
-from lab.bench.stopwatch import Arm, Counts, count, take_turns
+from benchmarks import main
+from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
 from lab.data.registry import load_resized
 from lab.experiments.catalogue import experiment
+from lab.experiments.profiles import Profile
 from lab.runs.execute import cores
 from lab.runs.launch import MEMORY
 from lab.runs.spec import RunSpec
-from vitlib.model import ViT, ViTConfig, set_execution
+from vitlib.model import ViT, set_execution
 from vitlib.model.weights import to_timm
 from vitlib.train import loop
 from vitlib.train.supervised import cross_entropy
@@ -38,42 +40,38 @@ WINDOW = 24  # steps of all processes together that are timed at a time
 GROWTH_IMAGES = 960
 
 
-def cases(profile: str, device: str) -> list[Case]:
+def cases(profile: Profile, device: str) -> list[Case]:
     if device == "cuda":
         return []
-    spec = _spec(profile)
+    spec = experiment("41", profile.name).arms["trunk"]
     size = f"{spec.model.image_size} px, width {spec.model.width}, {spec.model.pairs} pairs, batch {spec.recipe.batch_size}"
-    task = {"profile": profile}
+
+    def case(what: str, name: str, spec: RunSpec, reference: str, threads: int) -> Case:
+        return Case(f"{name}, {size}", f"benchmarks.train:{what}", asdict(spec), reference, 3, threads=threads)
+
     return [
-        Case(f"branches, {size}", task | {"what": "branches"}, "12x1 seq", 3, threads=1),
-        *(Case(f"throughput of {name}, {size}", task | {"what": "throughput", "model": name}, "timm plain loop", 3)
-          for name in ("12x1", "6x2")),
-        Case(f"growth, {size}", task | {"what": "growth"}, "1 epoch", 3, threads=1),
+        case("branches", "branches", spec, "12x1 seq", 1),
+        *(case("throughput", f"throughput of {name}", regrouped(spec, name), "timm plain loop", 0) for name in ("12x1", "6x2")),
+        case("growth", "growth", spec, "1 epoch", 1),
     ]  # fmt: skip
 
 
-def _spec(profile: str) -> RunSpec:
-    return experiment("41", profile).arms["trunk"]
-
-
-def _regrouped(spec: RunSpec, name: str) -> RunSpec:
+def regrouped(spec: RunSpec, name: str) -> RunSpec:
+    """The run with its pairs in another depth and number of branches, such as "6x2"."""
     depth, branches = map(int, name.split("x"))
     return replace(spec, model=replace(spec.model, depth=depth, branches=branches))
-
-
-def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
-    spec = _spec(task["profile"])
-    return {"branches": _branches, "throughput": _throughput, "growth": _growth}[task["what"]](spec, task)
 
 
 # ---------------------------------------------------------------------------------------------------- branches
 
 
-def _branches(spec: RunSpec, task: dict) -> dict[str, Reading]:
+def branches(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
+    """A training step of each grouping, in every way that trains it."""
+    spec = RunSpec.from_fields(task)
     c, batch = spec.model, spec.recipe.batch_size
     models: dict[str, nn.Module] = {}
     for name in ("12x1", "6x2", "4x3", "3x4"):
-        config = _regrouped(spec, name).model
+        config = regrouped(spec, name).model
         models[f"{name} seq"] = set_execution(ViT(config), "seq")
         if config.branches > 1:
             models[f"{name} par"] = set_execution(ViT(config), "par")
@@ -81,8 +79,8 @@ def _branches(spec: RunSpec, task: dict) -> dict[str, Reading]:
     fresh = functools.partial(torch.randn, batch, c.in_chans, c.image_size, c.image_size)
     labels = torch.arange(batch) % c.num_classes
     arms = {name: _step(model.train(), spec, fresh, labels) for name, model in models.items()}
-    timings = take_turns(arms)
-    return {name: Reading(timings[name].seconds, *_count(arms[name])) for name in arms}
+    seconds = take_turns(arms)
+    return {name: Reading(seconds[name], *_counts(arms[name])) for name in arms}
 
 
 def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
@@ -98,39 +96,37 @@ def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
     return Arm(fresh, step)
 
 
-def _count(arm: Arm) -> Counts:
+def _counts(arm: Arm) -> Counts:
     given = arm.fresh()
-    return count(lambda: arm.step(given))
+    return counted(lambda: arm.step(given))
 
 
 # ---------------------------------------------------------------------------------------------------- throughput
 
 
-def _throughput(spec: RunSpec, task: dict) -> dict[str, Reading]:
+def throughput(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """Seconds for WINDOW steps together, whoever does them."""
-    spec, workers = _regrouped(spec, task["model"]), cores()
+    spec, workers = RunSpec.from_fields(task), cores()
     mine = WINDOW // workers
     plain = {name: value for name, value in os.environ.items() if name not in MEMORY}
     with ExitStack() as stack:
 
-        def start(count: int, environment: dict[str, str], **how: object) -> list[_Worker]:
-            work = {"model": asdict(spec.model), "data": spec.data, "batch": spec.recipe.batch_size} | how
-            return [stack.enter_context(_Worker(work, environment)) for _ in range(count)]
+        def start(count: int, environment: dict[str, str], loop: str, steps: int, loaders: int = 0) -> list[Worker]:
+            work = {"spec": task, "loop": loop, "steps": steps, "loaders": loaders}
+            return [stack.enter_context(Worker(work, environment)) for _ in range(count)]
 
-        ours = start(
-            workers, plain | MEMORY, loop="ours", steps=mine, execution=spec.execution, profile=task["profile"]
-        )
-        arms = {"ours": _window(ours)}
+        arms = {"ours": _window(start(workers, plain | MEMORY, "ours", mine))}
         for processes, name in ((0, "timm plain loop"), (workers, f"timm plain loop, {workers} loader processes")):
-            arms[name] = _window(start(1, plain, loop="plain", steps=WINDOW, loaders=processes))
-        timings = take_turns(arms, seconds=10.0)
+            arms[name] = _window(start(1, plain, "plain", WINDOW, processes))
+        taken = take_turns(arms, seconds=10.0)
     images = WINDOW * spec.recipe.batch_size
     return {
-        name: Reading(t.seconds, 0, 0, {"images_per_s": round(images / t.median, 1)}) for name, t in timings.items()
+        name: Reading(seconds, 0, 0, {"images_per_s": round(images / statistics.median(seconds), 1)})
+        for name, seconds in taken.items()
     }
 
 
-def _window(workers: list[_Worker]) -> Arm:
+def _window(workers: list[Worker]) -> Arm:
     def step(_: object) -> None:
         for worker in workers:
             worker.go()
@@ -140,12 +136,13 @@ def _window(workers: list[_Worker]) -> Arm:
     return Arm(lambda: None, step)
 
 
-class _Worker:
+class Worker:
     """A training process that does one window of steps at each `go`, and sleeps between."""
 
     def __init__(self, work: dict, environment: dict[str, str]):
+        code = "import json, sys; from benchmarks.train import work; work(json.loads(sys.argv[1]))"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lab.bench.train", json.dumps(work)], env=environment, text=True,
+            [sys.executable, "-c", code, json.dumps(work)], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -157,7 +154,7 @@ class _Worker:
         if self.process.stdout.readline() != "done\n":
             raise RuntimeError("a training process of the throughput benchmark ended early")
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,34 +169,34 @@ def _wait_for_go() -> None:
         sys.exit()
 
 
-def _work(work: dict) -> None:
+def work(order: dict) -> None:
     """In a worker: train for ever, a window at a time."""
-    config = ViTConfig(**work["model"])
-    data = load_resized(work["data"], "train", config.image_size)
-    if work["loop"] == "plain":
-        _plain_loop(config, data, work)
+    spec = RunSpec.from_fields(order["spec"])
+    data = load_resized(spec.data, "train", spec.model.image_size)
+    if order["loop"] == "plain":
+        _plain_loop(spec, data, order)
         return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    recipe = replace(_spec(work["profile"]).recipe, epochs=10_000)
+    recipe = replace(spec.recipe, epochs=10_000)
 
     def on_step(step: int, steps: int) -> None:
-        if step % work["steps"] == 0:
+        if step % order["steps"] == 0:
             print("done", flush=True)
             _wait_for_go()
 
     _wait_for_go()
-    model = set_execution(ViT(config), work["execution"])
+    model = set_execution(ViT(spec.model), spec.execution)
     loop.train(model, recipe, data, np.arange(len(data)), 0, cross_entropy, on_step)
 
 
-def _plain_loop(config: ViTConfig, data, work: dict) -> None:
+def _plain_loop(spec: RunSpec, data, order: dict) -> None:
     """What most people would write: timm's model, a map-style data set, torchvision's transforms, a DataLoader."""
     from torchvision.transforms import v2
 
     transform = v2.Compose([
         v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([data.mean] * config.in_chans, [data.std] * config.in_chans),
+        v2.Normalize([data.mean] * spec.model.in_chans, [data.std] * spec.model.in_chans),
     ])  # fmt: skip
 
     class Images(torch.utils.data.Dataset):
@@ -210,9 +207,10 @@ def _plain_loop(config: ViTConfig, data, work: dict) -> None:
             return transform(data.images[i]), data.labels[i]
 
     loader = torch.utils.data.DataLoader(
-        Images(), work["batch"], shuffle=True, num_workers=work["loaders"], persistent_workers=work["loaders"] > 0
-    )
-    model = to_timm(ViT(config)).train()
+        Images(), spec.recipe.batch_size, shuffle=True, num_workers=order["loaders"],
+        persistent_workers=order["loaders"] > 0,
+    )  # fmt: skip
+    model = to_timm(ViT(spec.model)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100_000)
     steps = 0
@@ -226,7 +224,7 @@ def _plain_loop(config: ViTConfig, data, work: dict) -> None:
             optimizer.step()
             schedule.step()
             steps += 1
-            if steps % work["steps"] == 0:
+            if steps % order["steps"] == 0:
                 print("done", flush=True)
                 _wait_for_go()
 
@@ -234,8 +232,9 @@ def _plain_loop(config: ViTConfig, data, work: dict) -> None:
 # ---------------------------------------------------------------------------------------------------- growth
 
 
-def _growth(spec: RunSpec, task: dict) -> dict[str, Reading]:
-    """Whole trainings of a few steps; memory is what the process holds right behind each."""
+def growth(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
+    """Whole trainings of a few steps; memory is what the process holds right after each."""
+    spec = RunSpec.from_fields(task)
     data = load_resized(spec.data, "train", spec.model.image_size)
     sizes = {"1 epoch": (1, 1), "twice the images": (2, 1), "2 epochs": (1, 2), "4 epochs": (1, 4)}
     held: dict[str, list[float]] = {name: [] for name in sizes}
@@ -250,8 +249,8 @@ def _growth(spec: RunSpec, task: dict) -> dict[str, Reading]:
 
         return Arm(lambda: ViT(spec.model), step)
 
-    timings = take_turns({name: arm(name) for name in sizes})
-    return {name: Reading(t.seconds, 0, 0, {"mem_mb": round(max(held[name][2:]))}) for name, t in timings.items()}
+    taken = take_turns({name: arm(name) for name in sizes})
+    return {name: Reading(seconds, 0, 0, {"mem_mb": round(max(held[name][2:]))}) for name, seconds in taken.items()}
 
 
 def _resident_mb() -> float:
@@ -266,4 +265,4 @@ def _resident_mb() -> float:
 
 
 if __name__ == "__main__":
-    _work(json.loads(sys.argv[1]))
+    main(Bench("train", cases), __doc__)

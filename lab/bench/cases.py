@@ -1,0 +1,252 @@
+"""The benchmarks that the paper's claims need: Table 4 (branches at once, P7) and a step of each strategy (F3).
+
+branches  one parallel model by {seq, par, fused, timm with the same weights} x {eager, CUDA graph, compiled} and batch,
+          and a training step
+finetune  a fine-tuning step by strategy, at the profile's own size and for ViT-B at 384 pixels; its memory is counted
+
+All arms of a case are the same model in one process, with the same mode, precision and attention kernel. A training step
+is forward, backward, AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.bench import runner
+from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
+from lab.cost import count
+from lab.experiments.catalogue import experiment
+from lab.experiments.profiles import Profile
+from lab.runs.spec import RunSpec
+from vitlib.model import ViT, ViTConfig, fuse, set_execution, vit_config
+from vitlib.model.weights import to_timm
+from vitlib.train.engine import resolve
+from vitlib.train.finetune import STRATEGIES, freeze
+from vitlib.train.loop import set_train_mode
+
+RESTARTS = 5  # of what a claim is judged on
+EXECUTIONS = ("seq", "par", "fused", "timm")
+MODES = ("eager", "graph", "compiled")  # of inference; "training" is the other
+GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+F3 = "F3-time"
+CPU_BATCH = 2  # images of the paper's own size, whose step takes seconds on a CPU; a case's name says its batch
+
+
+# ---------------------------------------------------------------------------------------------------- Table 4
+
+
+def branches(profile: Profile, device: str) -> list[Case]:
+    """Sizes by device, the same at every profile. P7 looks at inference, eager, of up to 4 images."""
+    if device == "cuda":
+        grid = [(batch, mode, 3) for batch in GPU_BATCHES for mode in MODES] + [(b, "training", 3) for b in (8, 64)]
+        return [_branches(name, device, *size) for name in ("S18x2/16", "B18x2/16") for size in grid]
+    small = [
+        (1, "eager", 2),
+        (2, "eager", 2),
+        (4, "eager", 2),
+        (32, "eager", 2),
+        (1, "training", 3),
+        (32, "training", 1),
+    ]
+    small += [(1, "compiled", 1), (1, "graph", 1)]
+    base = [(1, "eager", 2), (4, "eager", 2)]
+    return [
+        _branches(name, device, *size) for name, sizes in (("S18x2/16", small), ("B18x2/16", base)) for size in sizes
+    ]
+
+
+def _branches(name: str, device: str, batch: int, mode: str, restarts: int) -> Case:
+    config, not_run, part = vit_config(name, layer_scale=1e-4), "", ""
+    if mode == "graph" and device != "cuda":
+        not_run = "CUDA graphs need a GPU"
+    if mode == "compiled" and device != "cuda" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        not_run = "torch.compile needs a C++ compiler here"
+    if mode == "eager" and batch <= 4:
+        part, restarts = f"P7-{name[0]}{batch}", RESTARTS if device == "cuda" or name[0] == "S" else restarts
+    arms = {execution: (execution, "") for execution in EXECUTIONS}
+    if mode == "training":
+        del arms["fused"]  # for inference only
+    task = {"model": asdict(config), "batch": batch, "mode": mode, "arms": arms}
+    title = f"{config.name} at {config.image_size} px, batch {batch}, {mode}"
+    return Case(title, "lab.bench.cases:time_arms", task, "seq", restarts, not_run, part=part)
+
+
+# ---------------------------------------------------------------------------------------------------- F3
+
+
+def finetune(profile: Profile, device: str) -> list[Case]:
+    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution; on a GPU its peak memory too.
+
+    A step is of as many images as the profile's runs put through the model at once.
+    """
+    spec, on_cpu = _full(profile), device == "cpu" and profile.paper
+    at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
+    every = [_finetune(spec.model, at_once, spec.execution, spec.threads, F3, spec.hash)]
+    if not on_cpu:  # else the profile's own step is this one
+        large = vit_config("B12", image_size=384, layer_scale=1e-4)
+        every.append(_finetune(large, 64 if device == "cuda" else CPU_BATCH, "seq", 0))
+    if device == "cuda":  # a process for each, so that no other strategy's tensors count
+        both = every[-1]
+        for s in STRATEGIES:
+            task = both.task | {"arms": {s: both.task["arms"][s]}}
+            every.append(replace(both, name=f"{both.name}, {s} alone", task=task, reference=s, restarts=1))
+    return every
+
+
+def _full(profile: Profile) -> RunSpec:
+    return experiment("41", profile.name).arms["full"]
+
+
+def _finetune(config: ViTConfig, batch: int, execution: str, threads: int, part: str = "", run: str = "") -> Case:
+    arms = {strategy: (execution, strategy) for strategy in STRATEGIES}
+    task = {"model": asdict(config), "batch": batch, "mode": "training", "arms": arms}
+    title = f"{config.name} at {config.image_size} px, batch {batch}"
+    return Case(title, "lab.bench.cases:time_arms", task, "full", RESTARTS, threads=threads, part=part, run=run)
+
+
+# ---------------------------------------------------------------------------------------------------- in the process
+
+
+def time_arms(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
+    """Every arm, counted before it is timed; with a strategy the memory of its step too, in MB."""
+    config, counts, arms = ViTConfig(**task["model"]), count_arms(task), {}
+    model, fresh = ViT(config).eval().to(device), functools.partial(torch.randn, _shape(task), device=device)
+    for name, kind in task["arms"].items():
+        if task["mode"] == "training":
+            arms[name] = Arm(fresh, _training(arm_of(model, *kind), task["batch"], device, dtype))
+        else:
+            half = functools.partial(fresh, dtype=dtype)
+            arms[name] = Arm(half, _inference(arm_of(model, *kind).to(dtype), task["mode"], half))
+    seconds = take_turns(arms, device)
+    more = {name: _memory(config, kind[1], task["batch"]) for name, kind in task["arms"].items()}
+    if device == "cuda" and len(arms) == 1:
+        ((name, arm),) = arms.items()
+        torch.cuda.reset_peak_memory_stats()
+        arm.step(arm.fresh())
+        more[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return {name: Reading(seconds[name], *counts[name], more[name]) for name in arms}
+
+
+def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
+    """The same function, its branches processed in another way, or another part of it trained; `model` stays as it is."""
+    if execution == "timm":
+        return to_timm(model)
+    if execution == "fused":
+        return fuse(model)
+    arm = set_execution(copy.deepcopy(model), execution)
+    if strategy:
+        freeze(arm, strategy)
+    return arm
+
+
+def count_arms(task: dict) -> dict[str, Counts]:
+    """Of each arm's step without optimizer, on the meta device; a compiled or graphed step counts as the eager one."""
+    training, counts = task["mode"] == "training", {}
+
+    def step(model: nn.Module, images: Tensor) -> None:
+        with torch.set_grad_enabled(training):
+            logits = model(images)
+        if training:
+            logits.square().sum().backward()
+
+    for name, kind in task["arms"].items():
+        with torch.device("meta"):
+            model, images = arm_of(ViT(ViTConfig(**task["model"])), *kind), torch.empty(_shape(task))
+        counts[name] = counted(functools.partial(step, model.train(training), images), on_meta=True)
+    return counts
+
+
+def _shape(task: dict) -> tuple[int, int, int, int]:
+    size = task["model"]["image_size"]
+    return task["batch"], task["model"]["in_chans"], size, size
+
+
+def _memory(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
+    """MB of a step of this batch: saved activations; weights, gradients and optimizer state; all."""
+    if not strategy:
+        return {}
+    held = count.memory(config, strategy, batch=batch)
+    state = held.total - held.activations
+    return {"saved_mb": held.activations / 2**20, "state_mb": state / 2**20, "mem_mb": held.total / 2**20}
+
+
+def _training(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    set_train_mode(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    labels = torch.arange(batch, device=device) % 10
+
+    def step(images: Tensor) -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _inference(model: nn.Module, mode: str, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    if mode == "graph":
+        return _graph(model, fresh)
+    return torch.no_grad()(torch.compile(model) if mode == "compiled" else model.forward)
+
+
+@torch.no_grad()
+def _graph(model: nn.Module, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The whole forward pass as one CUDA graph; new images are copied into its input."""
+    given, graph, side = fresh(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up off the main stream, as PyTorch asks
+        for _ in range(3):
+            model(given)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        logits = model(given)
+
+    def replay(images: Tensor) -> Tensor:
+        given.copy_(images)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+# ---------------------------------------------------------------------------------------------------- evidence
+
+BENCHES = {bench.name: bench for bench in (Bench("branches", branches), Bench("finetune", finetune))}
+
+
+def evidence(profile: Profile, part, stamp: str) -> list[dict]:
+    """The rows that a part of a claim is judged on: of its case, every arm and restart, under `stamp`; else none.
+
+    `part` has id, scope, contrast and n, as in the ledger; `stamp` is its entry's hash. A part of scope "gpu" is judged
+    on a GPU's rows alone.
+    """
+    bench, case = _case_of(profile, part.id, "cuda")
+    rows = [row for row in runner.read(runner.path_of(bench.name, profile))
+            if (row.get("part"), row.get("ledger"), row.get("run", "")) == (part.id, stamp, case.run)
+            and (part.scope != "gpu" or row["kind"] == "cuda")]  # fmt: skip
+    whole = all(sum(row["arm"] == arm for row in rows) == part.n for arm in part.contrast)
+    return rows if whole else []
+
+
+def measured_evidence(profile: Profile, part, stamp: str) -> list[dict]:
+    """The same, measured first where it is missing."""
+    if not evidence(profile, part, stamp):
+        device = resolve(_full(profile).device)
+        bench, case = _case_of(profile, part.id, device)
+        runner.run(bench, profile, device, only=case.name, stamps={part.id: stamp})
+    return evidence(profile, part, stamp)
+
+
+def _case_of(profile: Profile, part: str, device: str) -> tuple[Bench, Case]:
+    cases = ((bench, case) for bench in BENCHES.values() for case in bench.cases(profile, device))
+    return next(found for found in cases if found[1].part == part)
