@@ -718,7 +718,7 @@ echo "Submitted batch job $number"
 
 def test_a_spec_goes_through_json_whole():
     recipe = replace(AVERAGED.recipe, augment=Augment(view_size=112), betas=(0.9, 0.98))
-    cropped = replace(AVERAGED, data="cifar-100", recipe=recipe)
+    cropped = replace(AVERAGED, data="cifar-100", recipe=recipe, streamed=True)
     chain = replace(TUNED, parent=replace(MASKED, targets="dvae", tokenizer=TOKENIZER))
     for spec in (TINY, TUNED, TOKENIZER, MASKED, cropped, chain):
         again = RunSpec.from_fields(json.loads(json.dumps(asdict(spec))))

@@ -812,7 +812,7 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "expected", lambda name, split: ({len(TRAIN if split == "train" else TEST)}, 3))
     model = vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=3)
     recipe = Recipe(epochs=1, batch_size=4, lr=1e-3, augment=Augment())
-    return RunSpec("supervised", model, "imagenet-1k", recipe), tmp_path / "data" / "imagenet-1k"
+    return RunSpec("supervised", model, "imagenet-1k", recipe, streamed=True), tmp_path / "data" / "imagenet-1k"
 
 
 def test_a_run_has_its_name_without_the_data_and_says_which_files_it_read(published, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Reci
     classifier = protocol != "tokenizer"  # whose loss calls parts of the model, which are not what is compiled
     return RunSpec(
         protocol, model, data or p.data, recipe, execution=p.execution if classifier else "seq", device=p.device,
-        precision="bf16", compile=classifier, accumulate=recipe.batch_size // AT_ONCE[model.image_size], **more,
+        precision="bf16", streamed=True, compile=classifier, accumulate=recipe.batch_size // AT_ONCE[model.image_size], **more,
     )  # fmt: skip
 
 

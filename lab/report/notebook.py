@@ -81,7 +81,7 @@ class Page:
             return
         self.table(report.codebook_use(specs), "tokenizers")
         if kept := [
-            spec for spec in specs if weights_path(spec).is_file() and not spec.from_files
+            spec for spec in specs if weights_path(spec).is_file() and not spec.streamed
         ]:  # imported runs have metrics only
             figure, caption = report.reconstruction_figure(kept[0])
             self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")

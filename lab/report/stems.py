@@ -238,7 +238,7 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
 
     Raises UsageError for a run that is not finished or has no weights here.
     """
-    if spec.from_files:
+    if spec.streamed:
         raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
     data = load_resized(spec.data, spec.split, spec.model.image_size)
     images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)

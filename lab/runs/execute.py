@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -74,11 +75,13 @@ def execute(
         data = data_of(spec, "train")
         held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
         other = second_test(spec)
-        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.from_files else {}
+        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.streamed else {}
         files = {split: images.checksum for split, images in read.items() if images is not None}
         if files:
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
+        if few := [f"one {what}" for what, n in (("image", len(rows)), ("class", len(data.classes))) if n == 1]:
+            warnings.warn(f"the run {spec.hash} ({spec.describe()}) trains on {' of '.join(few)}", stacklevel=2)
         model, loss_function = prepare(spec, data, rows)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
@@ -126,7 +129,7 @@ def data_of(spec: RunSpec, split: str) -> DataSet | Images:
     Published data has no validation images: a tuning run holds some out of its own training images, of each class the last
     fiftieth; a judged run trains on all of them.
     """
-    if not spec.from_files:
+    if not spec.streamed:
         return load_resized(spec.data, split, spec.model.image_size)
     classes = spec.model.num_classes if PROTOCOLS[spec.protocol].classifies else None
     part = "test" if split == "test" else "train"
@@ -158,7 +161,7 @@ def loaders() -> int:
 def second_test(spec: RunSpec) -> Images | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
     classifies = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
-    if not (classifies and spec.from_files and spec.data == "imagenet-1k" and locate("imagenet-v2")):
+    if not (classifies and spec.streamed and spec.data == "imagenet-1k" and locate("imagenet-v2")):
         return None
     return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
 
