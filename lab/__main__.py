@@ -131,13 +131,13 @@ def _specs(arguments) -> list:
 
 
 def plan_(arguments) -> None:
-    from lab import report
     from lab.cost import plan
+    from lab.report import tables
     from lab.runs import store
 
     specs = _specs(arguments)
     if not arguments.device:
-        print(report.plan_table(specs, arguments.jobs))
+        print(tables.plan_text(specs, arguments.jobs))
         return
     todo = store.missing(specs)
     cost = plan.gpu_cost(todo, arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
@@ -164,22 +164,22 @@ def run_(arguments) -> None:
 
 
 def tune_(arguments) -> None:
-    from lab import report
     from lab.claims import tuning
     from lab.claims.ledger import ledger_hashes
     from lab.cost.plan import cpu_seconds
     from lab.experiments.profiles import profile
+    from lab.report import tables
     from lab.runs.launch import launch
 
-    name, chosen = profile(arguments.profile).name, {}
+    p, chosen = profile(arguments.profile), {}
     if arguments.part:
-        specs = tuning.control_specs(name, arguments.part)
+        specs = tuning.control_specs(p.name, arguments.part)
     else:
         chosen = tuning.groups(arguments.group)
-        specs = tuning.specs(name, chosen.values())
-    print(report.plan_table(specs, arguments.jobs))
+        specs = tuning.specs(p.name, chosen.values())
+    print(tables.plan_text(specs, arguments.jobs))
     launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
-    print(report.tuning_table(name, chosen))
+    print(tables.tuning_text(p, chosen))
 
 
 def reproduce_(arguments) -> None:
@@ -187,21 +187,23 @@ def reproduce_(arguments) -> None:
     from lab.experiments.profiles import profile
     from lab.report import render
 
-    notebooks, absent = available(profile(arguments.profile).name, _notebooks(arguments))
+    p = profile(arguments.profile)
+    notebooks, absent = available(p.name, _notebooks(arguments))
     for fault in absent:  # the other notebooks still run
         print(f"lab: {fault}", file=sys.stderr)
     arguments.notebook = notebooks
     if notebooks:
         specs = _specs(arguments)
-        render.reproduce(arguments.profile, notebooks, specs, arguments.jobs, arguments.set, not arguments.finished)
+        render.reproduce(p, notebooks, specs, arguments.jobs, arguments.set, not arguments.finished)
     if absent:
         raise UsageError(f"{len(absent)} data set(s) of profile {arguments.profile} are not there, see above")
 
 
-def refresh_(arguments) -> None:
-    from lab.report import render
+def refresh_(arguments) -> int:
+    from tools import refresh
 
-    render.refresh(_notebooks(arguments), arguments.jobs)
+    words = [word for name in arguments.notebook or () for word in ("--notebook", name)]
+    return refresh.main([*words, "--jobs", str(arguments.jobs)])
 
 
 def bench_(arguments) -> None:
@@ -219,10 +221,11 @@ def bench_(arguments) -> None:
 
 
 def claims_(arguments) -> None:
-    from lab import report
     from lab.experiments.profiles import profile
+    from lab.report import judgements, tables
 
-    print(report.claims_table(profile(arguments.profile).name))
+    p = profile(arguments.profile)
+    print(tables.claims_text(p, judgements.verdicts(p.name)))
 
 
 def report_(arguments) -> None:

@@ -1,7 +1,8 @@
-"""The paper's own numbers, as printed: outputs/paper/*.csv, one file a table or figure, with source and confidence."""
+"""The paper's own numbers, as printed: outputs/paper/*.csv, one file per table or figure, with source and confidence."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from lab import paths
@@ -22,6 +23,9 @@ def paper_table(name: str) -> pd.DataFrame:
     return pd.read_csv(files[name], dtype=str, keep_default_na=False)
 
 
-def as_printed(value: str, confidence: str = "read") -> str:
-    """A cell for a table: chart values are marked, missing ones are a dash."""
-    return "–" if value == "" else f"{value} (chart)" if confidence == "read-chart" else value
+def paper_numbers(name: str) -> pd.DataFrame:
+    """The same table with its columns of numbers as numbers; NaN = not in the paper."""
+    table = paper_table(name).replace("", np.nan)
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    whole = (numbers.notna() == table.notna()).all()  # columns in which every text is a number
+    return pd.DataFrame({column: (numbers if whole[column] else table)[column] for column in table})

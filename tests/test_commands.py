@@ -7,10 +7,10 @@ import sys
 import papermill
 import pytest
 
-from lab import paths, report
+from lab import paths
 from lab.__main__ import main, parser
 from lab.experiments.catalogue import NOTEBOOKS, experiment
-from lab.report import render
+from lab.report import judgements, render
 from lab.runs import launch
 from vitlib import installation
 from vitlib.errors import UsageError
@@ -138,7 +138,7 @@ def test_the_claims_table_names_every_claim_and_reads_not_run_without_runs(capsy
     ):
         assert f"\n{claim} " in table
     assert "not run" in table and "reproduced" not in table
-    assert all(v.word in ("exact", "fails", "not run") for v in report.verdicts("cpu"))
+    assert all(v.word in ("exact", "fails", "not run") for v in judgements.verdicts("cpu"))
 
 
 def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):

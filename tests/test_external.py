@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lab import paths, report
+from lab import paths
 from lab.__main__ import main
 from lab.data import external, readers, registry
 from lab.data.registry import load
 from lab.experiments import catalogue, profiles, small
-from lab.report import render
+from lab.report import judgements, render
 from lab.runs import execute, store
 from vitlib.errors import UsageError
 
@@ -153,7 +153,7 @@ def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(d
     there, absent = catalogue.available("gpu", list(catalogue.NOTEBOOKS))
     assert there == ["00", "21", "36", "51"] and len(absent) == 2
     assert str(data / "cifar-10") in str(absent[0]) and "data_cards/cifar-10.md" in str(absent[0])
-    every = {verdict.part.id: verdict for verdict in report.verdicts("gpu")}
+    every = {verdict.part.id: verdict for verdict in judgements.verdicts("gpu")}
     assert every["A1"].word == "not run" and "cifar-10" in every["A1"].note and every["P1"].word == "exact"
     assert "tiny-imagenet" in str(absent[1]) and catalogue.available("cpu", ["31", "42"]) == (["31", "42"], [])
 

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import paths, report
+from lab import paths
 from lab.claims.ledger import ledger
 from lab.experiments.catalogue import experiment
+from lab.report import judgements
 from lab.runs import results, store
 from lab.runs.results import Result
 from tools import reference
@@ -65,7 +66,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     for profile in set(reference.profiles()) & {"study"}:  # other profiles' data is not here
         store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
-        again = {v.part.id: v for v in report.verdicts(profile)}
+        again = {v.part.id: v for v in judgements.verdicts(profile)}
         for id, row in committed(profile).iterrows():
             if ledger()[id].kind != "ratio":
                 assert again[id].text == row["verdict"], id

@@ -3,22 +3,37 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from lab import paths, report
 from lab.claims import statistics
 from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
 from lab.data.registry import load_resized
 from lab.experiments import catalogue, profiles, recipes, small
 from lab.experiments.catalogue import Runs
 from lab.paper import paper_table
-from lab.report.costs import _memory_line
+from lab.report import counted, figures, judgements, paper, tables
 from lab.runs import execute, results, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.train.dvae import DVAEConfig
 
 ABOUT = dict.fromkeys(results.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
+
+
+def runs_of(notebook: str, profile: str) -> Runs:
+    """What is finished of a notebook's arms."""
+    setting = catalogue.experiment(notebook, profile)
+    return Runs(setting, judgements.finished(setting))
+
+
+def nothing(notebook: str) -> Runs:
+    """A committed reference that has no runs of a notebook."""
+    return Runs(catalogue.experiment(notebook, "study"), {})
+
+
+def printed(frame) -> pd.DataFrame:
+    return tables.printed(frame).set_index(tables.printed(frame).columns[0])
 
 
 @pytest.fixture(autouse=True)
@@ -47,23 +62,25 @@ def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, se
      ("32", "imagenet", False, "W768 24x1"), ("34", "imagenet", False, "36x1"), ("33", "smoke", False, "4x1")],
 )  # fmt: skip
 def test_the_reference_arm_is_the_sequential_model_of_the_profiles_own_width(notebook, profile, layer_scale, arm):
-    assert report.sequential(catalogue.experiment(notebook, profile), layer_scale) == arm
+    setting = catalogue.experiment(notebook, profile)
+    assert tables.sequential(setting.arms, setting.profile.width, layer_scale) == arm
 
 
 def test_a_table_has_imagenet_v2_and_averaged_weights_where_the_runs_have_them(monkeypatch):
     make_up(monkeypatch, "31", {"12x1+LS": 0.84, "6x2+LS": 0.83})
-    setting = catalogue.experiment("31", "cpu")
-    plain = Runs(setting, report.finished(setting))
-    assert not set(report.accuracies(plain, "12x1+LS", {})) & set(report.accuracy.BESIDE.values())
+    plain = runs_of("31", "cpu")
+    assert not {*printed(tables.accuracies(plain, nothing("31"), "12x1+LS", {}))} & {*tables.BESIDE.values()}
     more = {arm: [replace(r, metrics=r.metrics | {"top1_v2": 71.0}) for r in rs] for arm, rs in plain.results.items()}
     more["6x2+LS"] = [replace(r, metrics=r.metrics | {"top1_ema": 80.0}) for r in more["6x2+LS"]]
-    table = report.accuracies(Runs(setting, more), "12x1+LS", {}).set_index("arm")
+    frame = tables.accuracies(Runs(plain.experiment, more), nothing("31"), "12x1+LS", {})
+    assert list(frame["top1_v2 mean"]) == [71, 71] and frame["top1_ema mean"].isna().tolist() == [True, False]
+    table = printed(frame)
     assert set(table["top1, ImageNet-V2"]) == {"71.00 ± 0.00 (n=5)"}
     assert list(table["top1, averaged weights (EMA)"]) == ["–", "80.00 ± 0.00 (n=5)"]
 
 
 def words(notebook: str, profile: str = "cpu") -> dict[str, str]:
-    return {v.part.id: v.text for v in report.verdicts(profile, notebook)}
+    return {v.part.id: v.text for v in judgements.verdicts(profile, notebook)}
 
 
 def test_equal_arms_are_equivalent_and_swapped_ones_are_too(monkeypatch):
@@ -116,12 +133,12 @@ def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(
 
 def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits", w32_full=0.8, w64_attn=0.77), profile="study")
-    found = report.correct(Runs(setting := catalogue.experiment("42", "study"), report.finished(setting)))
+    found = {arm: np.stack([r.correct for r in some]) for arm, some in runs_of("42", "study").results.items()}
     gap = [
         100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
     ]
     line = statistics.slope(np.stack(gap, axis=1), (32, 64))
-    verdict = next(v for v in report.verdicts("study", "42") if v.part.id == "F6-digits-slope")
+    verdict = next(v for v in judgements.verdicts("study", "42") if v.part.id == "F6-digits-slope")
     assert (verdict.estimate.mean, verdict.estimate.se, verdict.estimate.n) == pytest.approx((line.mean, line.se, 5))
     assert verdict.estimate.mean == pytest.approx(7, abs=1)
 
@@ -142,40 +159,33 @@ def test_full_must_beat_the_head_of_its_own_setting(monkeypatch):
     assert words("42", "study")["F5-digits"] == "not inferior by m"
 
 
-def transfer_page(profile: str):
-    setting = catalogue.experiment("42", profile)
-    return report.transfer_table(Runs(setting, report.finished(setting)))
-
-
-def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_reference(monkeypatch, tmp_path):
-    reference = tmp_path / "reference"
-    monkeypatch.setattr(paths, "REFERENCE", reference)
+def test_the_table_of_transfer_says_what_is_missing_and_labels_the_committed_reference(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits"), profile="study")
-    table = transfer_page("study")
-    assert list(table["measured"]) == ["committed reference: not run"] + ["this run (study)"] * 6
-    row = table.set_index(["images", "model"]).loc[("100", "W64-12x1")]
-    assert row["top1, full"].endswith("(n=5)") and row["attn - full, points"].startswith("+0.00 [")
-    assert list((table["top1, scratch"] == "–")[1:]) == [False, True, True] * 2  # where images are fewest
+    runs = runs_of("42", "study")
+    frame = tables.transfer(runs, nothing("42"))
+    assert list(frame["measured"]) == ["committed reference: not run"] + ["this run (study)"] * 6
+    row = frame.set_index(["images", "model"]).loc[(100, "W64-12x1")]
+    assert (row["full n"], row["points"]) == (5, 0) and row["low"] <= 0 <= row["high"]
+    assert list(frame["scratch mean"].isna()[1:]) == [False, True, True] * 2  # where images are fewest
+    shown = tables.printed(frame).iloc[1]
+    assert shown["top1, full"].endswith("(n=5)") and shown["attn - full, points"].startswith("+0.00 [")
 
-    (reference / "pilot" / "tables").mkdir(parents=True)
-    table.to_csv(reference / "pilot" / "tables" / "42_tab6_transfer.csv", index=False)
-    at_cpu = transfer_page("cpu")
+    at_cpu = tables.transfer(runs_of("42", "cpu"), runs)
     assert list(at_cpu["measured"]) == ["committed reference"] * 6 + ["this run (cpu): not run"]
-    assert list(at_cpu["top1, full"][:6]) == list(table["top1, full"][1:])
+    assert list(at_cpu["full mean"][:6]) == list(frame["full mean"][1:])
 
 
-def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(monkeypatch, tmp_path):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+def test_the_figure_of_transfer_has_a_panel_a_data_set_and_the_papers_points(monkeypatch):
     make_up(monkeypatch, "42", transfer_rates("digits") | transfer_rates("animal-shapes"), profile="study")
-    figure = report.transfer_figure(transfer_page("study"))
+    figure = figures.transfer_figure(tables.transfer(runs_of("42", "study"), nothing("42")))
     assert [a.get_title() for a in figure.axes] == ["the paper's six data sets", "digits", "animal-shapes"]
-    paper = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines[:3]}
-    assert paper["ViT-S"] == pytest.approx([0.1, 0.1, -0.2, -1.4, -5.2, -7.4])
+    chart = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines[:3]}
+    assert chart["ViT-S"] == pytest.approx([0.1, 0.1, -0.2, -1.4, -5.2, -7.4])
     said = [text.get_text() for text in figure.legends[0].texts]
     assert said == ["W32, this run (study)", "W64, this run (study)"]
     assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["100", "300", "1,000"]
     monkeypatch.setattr(store, "find", lambda spec: None)
-    assert len(report.transfer_figure(transfer_page("cpu")).axes) == 1
+    assert len(figures.transfer_figure(tables.transfer(runs_of("42", "cpu"), nothing("42"))).axes) == 1
 
 
 def test_runs_under_another_ledger_entry_read_not_run(monkeypatch):
@@ -208,7 +218,7 @@ def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
 
 
 def test_nothing_trained_is_judged_at_smoke():
-    for verdict in report.verdicts("smoke"):
+    for verdict in judgements.verdicts("smoke"):
         exact = "fails" if verdict.part.id == "P6-memory" else "exact"
         assert verdict.text == (exact if verdict.part.kind == "exact" else "not judged at smoke")
 
@@ -219,19 +229,18 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
     one = {f"W{width} 12x1": 0.80 for width in (32, 64, 96)}
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82})
     assert words("32")["P3"] == "same direction"
-    setting = catalogue.experiment("32", "cpu")
-    table = report.gaps(Runs(setting, report.finished(setting)), "width")
-    assert list(table["width"]) == ["32", "64", "96"]
-    assert list(table["points"].astype(float)) == pytest.approx([-2, 0, 2], abs=0.6)
-    assert (table["low, points"].astype(float) <= table["points"].astype(float)).all()
-    figure = report.gap_figure(table, report.paper_gaps("figure2", "width"), "width")
+    table = tables.gaps(runs_of("32", "cpu"), nothing("32"), "width")
+    assert list(table["width"]) == [32, 64, 96]
+    assert list(table["points"]) == pytest.approx([-2, 0, 2], abs=0.6)
+    assert (table["low"] <= table["points"]).all() and (table["points"] <= table["high"]).all()
+    figure = figures.gap_figure(table, paper.gaps("figure2", "width"), "width")
     assert len(figure.axes) == 1 and "ImageNet, chart ± 0.1" in str(figure.axes[0].get_legend().texts[0])
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.82, "W64 6x2": 0.80, "W96 6x2": 0.78})
     assert words("32")["P3"] == "opposite direction"
     stale = ledger_hashes() | {"P3": "0" * 16}
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82}, hashes=stale)
     assert words("32")["P3"] == "not run"
-    assert {v.text for v in report.verdicts("cpu", "21")} == {"not run"}
+    assert {v.text for v in judgements.verdicts("cpu", "21")} == {"not run"}
 
 
 def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recwarn):
@@ -244,49 +253,46 @@ def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recw
 
     monkeypatch.setattr(store, "find", find)
     for files in (("a", "a"), ("a", "b")):
-        report.verdicts("cpu", "31")
+        judgements.verdicts("cpu", "31")
         assert any("different files of" in str(w.message) for w in recwarn) == (files == ("a", "b"))
 
 
-def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch, tmp_path):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    setting = catalogue.experiment("32", "cpu")
-    none = setting.run()
-    assert none.results == {} and set(report.gaps(none, "width")["points"]) == {"not run"}
-    assert len(report.accuracies(none, "W64 12x1", {})) == 6 and report.blocked_model(none) == ""
-    folder = tmp_path / "pilot" / "tables"
-    folder.mkdir(parents=True)
-    (folder / "32_fig2_width.csv").write_text('arm,"top1, this run (study)"\nW64 6x2,81.00 ± 0.40 (n=5)\n')
-    columns = '"low, points","high, points",n,measured'
-    (folder / "32_fig2_width_gaps.csv").write_text(
-        f"width,contrast,points,{columns}\n64,a - b,+1.00,-1.00,+3.00,5,here\n"
-    )
-    shown = report.accuracies(none, "W64 12x1", {}).set_index("arm")
-    assert shown.loc["W64 6x2", "committed reference"] == "81.00 ± 0.40 (n=5)"
-    assert (shown["this run (cpu)"] == "not run").all()
-    gaps = report.gaps(none, "width")
-    assert gaps["measured"].item() == "committed reference (study)"
-    assert report.gap_figure(gaps, report.paper_gaps("figure2", "width"), "width").axes
-    assert report.difference_figure(none, "", "x").texts[0].get_text() == "no runs at cpu"
+def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch):
+    none, unknown = catalogue.experiment("32", "cpu").run(), nothing("32")
+    gaps = tables.gaps(none, unknown, "width")
+    assert none.results == {} and set(printed(gaps)["points"]) == {"not run"}
+    assert figures.gap_figure(gaps, paper.gaps("figure2", "width"), "width").axes
+    assert len(tables.accuracies(none, unknown, "W64 12x1", {})) == 6 and tables.blocked_model(none) == ""
+    make_up(monkeypatch, "32", {"W64 12x1": 0.80, "W64 6x2": 0.81}, profile="study")
+    committed = runs_of("32", "study")
+    shown = printed(tables.accuracies(none, committed, "W64 12x1", {}))
+    assert shown.loc["W64 6x2", "committed reference"] == "{:.2f} ± {:.2f} (n=5)".format(*top1(committed, "W64 6x2"))
+    assert (shown["top1, this run (cpu)"] == "not run").all()
+    gaps = tables.gaps(none, committed, "width")
+    assert set(gaps["measured"]) == {"committed reference"} and gaps.set_index("width")["points"].notna()[64]
+    assert figures.gap_figure(gaps, paper.gaps("figure2", "width"), "width").axes
+    assert figures.difference_figure(none, "", "x").texts[0].get_text() == "no runs at cpu"
+
+
+def top1(runs: Runs, arm: str) -> tuple[float, float]:
+    values = [r.metrics["top1"] for r in runs.results[arm]]
+    return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def test_the_sizes_of_table_1_print_as_the_paper_prints_them_vit_l_with_layer_scale_only():
-    table = report.table1_sizes()
-    wrong = table[table["to the printed digit"] != "yes"]
-    assert len(table) == 8 and wrong[["model", "LayerScale"]].values.tolist() == [["ViT-L/16", "no"]]
+    table = counted.table1_sizes()
+    wrong = table[table["same"] != "yes"]
+    assert len(table) == 8 and wrong[["model", "scale"]].values.tolist() == [["ViT-L/16", "no"]]
 
 
 def test_training_more_pairs_holds_more_memory_where_inference_holds_less():
-    table = report.form_memory().set_index("more pairs / more width")
-    assert list(table["ratio at 1"].astype(float) < 1) == [False, False, True, True]
-    assert (table["paper, ratio"].astype(float) < 1).all()
-    peaks = report.inference_memory().set_index("model")
+    table = counted.form_memory()
+    assert list(table["1 ratio"] < 1) == [False, False, True, True] and (table["paper ratio"] < 1).all()
+    peaks = counted.inference_memory().set_index("model")
     assert list(peaks.index) == ["B12x1", "S48x1", "S24x2", "L24x1", "B36x1", "B18x2"]
-    paper = peaks["paper, MB"].astype(float)
-    for column in ("all, explicit attention, MB", "all, fused attention, MB"):
-        ours = peaks[column].str.replace(",", "").astype(float)
-        assert list(ours.sort_values().index) == list(paper.sort_values().index)
-        assert (abs(ours / paper - 1) < 0.17).all()
+    for kernel in ("explicit", "fused"):
+        assert list(peaks[kernel].sort_values().index) == list(peaks["paper"].sort_values().index)
+        assert (abs(peaks[kernel] / peaks["paper"] - 1) < 0.17).all()
 
 
 def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
@@ -294,10 +300,9 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
     from lab.report.notebook import open_page
 
     page, pictures = open_page("41", "cpu"), []
-    setting = catalogue.experiment("41", "cpu")
-    found = Runs(setting, report.finished(setting))
+    found = runs_of("41", "cpu")
     for _ in range(2):
-        page.figure(report.difference_figure(found, "full", "x"), alt="words")
+        page.figure(figures.difference_figure(found, "full", "x"), alt="words")
         folder = tmp_path / "outputs" / "cpu" / "figures"
         pictures.append([(folder / f"41_tab5_resolution.{kind}").read_bytes() for kind in ("png", "svg")])
     assert pictures[0] == pictures[1]
@@ -307,7 +312,7 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
     recipe = replace(recipes.TOKENIZER, epochs=1)
     spec = RunSpec("tokenizer", DVAEConfig(16, 4, 1, vocabulary=32, width=8), "fashion-mnist", recipe, 1000, images=100)
     execute.execute(spec)
-    figure, caption = report.reconstruction_figure(spec)
+    figure, caption = figures.reconstruction_figure(spec)
     originals, decoded = np.array(figure.axes).reshape(2, 10)
     data = load_resized("fashion-mnist", "validation", 16)
     for label, (above, below) in enumerate(zip(originals, decoded, strict=True)):
@@ -315,42 +320,85 @@ def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_o
         assert np.allclose(above.images[0].get_array(), first, atol=1e-6)
         assert not np.allclose(below.images[0].get_array(), first, atol=0.05)
     assert "validation images" in caption and "16 tokens an image, of 32" in caption
-    used = store.find(spec).metrics["tokens_used"] * 32
-    assert report.codebook_use([spec]).loc[0, "tokens used, of 32"] == f"{used:.0f}"
+    frame = tables.codebook_use({spec: store.find(spec)})
+    assert frame.loc[0, "used"] == store.find(spec).metrics["tokens_used"] * 32
+    assert tables.printed(frame).loc[0, "tokens used, of 32"] == f"{frame.loc[0, 'used']:.0f}"
 
 
-def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch, tmp_path):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+def test_tables_say_the_paper_beside_ours_with_n_and_interval(monkeypatch):
     make_up(monkeypatch, "41", {"trunk": 0.84, "full": 0.81, "attn": 0.805, "ffn": 0.76, "head": 0.72})
-    setting = catalogue.experiment("41", "cpu")
-    table = report.accuracies(Runs(setting, report.finished(setting)), "full", report.paper_resolution())
-    row = table.set_index("arm").loc["attn"]
+    runs = runs_of("41", "cpu")
+    row = printed(tables.accuracies(runs, nothing("41"), "full", paper.resolution())).loc["attn"]
     assert row["paper (ImageNet)"] == "84.3" and row["committed reference"] == "not run"
-    assert "(n=5)" in row["top1, this run (cpu)"] and row["minus full, points"].startswith("-0.")
-    assert report.paper_branches()["36x1"] == "82.9 (chart)" and "12x1" not in report.paper_branches()
-    assert report.paper_branches()["18x2+LS"] == "83.8"
+    mean, sd = top1(runs, "attn")
+    assert row["top1, this run (cpu)"] == f"{mean:.2f} ± {sd:.2f} (n=5)" and row["minus full, points"].startswith("-0.")
+    names = ("paper", "digits", "chart")
+    assert paper.branches()["36x1"] == dict(zip(names, (82.9, 1, " (chart)"), strict=True))
+    assert (
+        paper.branches()["18x2+LS"] == dict(zip(names, (83.8, 1, ""), strict=True)) and "12x1" not in paper.branches()
+    )
 
 
 def test_the_figures_two_peaks_are_met_exactly_by_what_is_counted_and_what_both_strategies_need_besides():
-    for setting, row in zip(report.SETTINGS, report.figure4_memory().to_dict("records"), strict=True):
-        batch, counted, rest = (
-            float(row[name].replace(",", ""))
-            for name in ("full - attn = 3,020 MB at batch", "full counted there, MB", "not counted, MB")
-        )
-        assert counted + rest == pytest.approx(20_860, abs=1)
-        fixed, each = _memory_line("attn", *setting)
-        assert fixed + batch * each + rest == pytest.approx(17_840, abs=30)  # the printed batch is rounded to 0.1
-        assert (
-            (rest < 5_000) == (float(row["never less than"].split()[0]) < 20) == (setting == (384, "explicit", "amp"))
-        )
+    for setting, row in zip(counted.SETTINGS, counted.figure4_memory().to_dict("records"), strict=True):
+        batch, rest = row["batch apart"], row["rest"]
+        assert row["counted"] + rest == pytest.approx(20_860)
+        fixed, each = counted.memory_line("attn", *setting)
+        assert fixed + batch * each + rest == pytest.approx(17_840)
+        assert (rest < 5_000) == (row["least"] < 20) == (setting == (384, "explicit", "amp"))
 
 
 def test_a_steps_rows_add_up_and_what_is_spared_is_a_fifth():
-    table = report.step_multiply_adds()
-    for size, share in (("224", 21.436), ("384", 19.873)):
-        rows = table[table["image_size"] == size].set_index("kind").drop(columns="image_size").astype(float)
-        assert rows.drop(index="all").sum().to_numpy() == pytest.approx(rows.loc["all"].to_numpy(), abs=0.004)
-        assert rows.loc["all", "spared, % of the step"] == share
+    table = counted.step_multiply_adds()
+    for size, share in ((224, 21.436), (384, 19.873)):
+        rows = table[table["image_size"] == size].set_index("kind").drop(columns="image_size")
+        assert rows.drop(index="all").sum().to_numpy() == pytest.approx(rows.loc["all"].to_numpy(), abs=1e-4)
+        assert rows.loc["all", "spared"] == pytest.approx(share, abs=5e-4)
+
+
+# ---- Printing
+
+
+def test_only_a_layout_makes_text_and_a_missing_number_is_a_dash_or_the_next_form():
+    frame = pd.DataFrame([{"mean": 84.187, "sd": 0.466, "n": 5}, {"mean": 33.15, "n": 1}, {}])
+    layout = {"top1": ("{mean:.2f} ± {sd:.2f} (n={n:.0f})", "{mean:.2f} (n={n:.0f})", "not run"), "sd": "{sd:.1f}"}
+    assert tables.printed(frame, layout).values.tolist() == [
+        ["84.19 ± 0.47 (n=5)", "0.5"], ["33.15 (n=1)", "–"], ["not run", "–"],
+    ]  # fmt: skip
+    assert tables.printed(pd.DataFrame([{"a": 83.05, "digits": 2}]), {"a": "{a:.{digits}f}"}).values == [["83.05"]]
+    assert list(tables.printed(pd.DataFrame(), layout)) == ["top1", "sd"]
+    assert tables.markdown(tables.framed([{"x": 1500}], {"x": "{x:,}"})).splitlines()[-1] == "| 1,500 |"
+
+
+TEXTS = {"arm", "model", "chart", "one", "two", "measured", "data set", "stem", "training", "predicts", "norm", "act", "same",
+         "strategy", "attention", "precision", "layer", "kind", "models", "in", "mode", "step", "case", "over"}  # fmt: skip
+
+
+def test_frames_hold_numbers():
+    texts = TEXTS | {
+        "scale",
+        "printed",
+        "printed_params",
+        "printed_gflops",
+        "printed_name",
+        "layer_scale",
+        "remark",
+        "source",
+    }
+    texts |= {"confidence", "model_family", "procedure", "dataset"}
+    stems = stems_at("study", {})
+    frames = [
+        tables.accuracies(stems, stems, "linear pretrained", paper.stems()), tables.table7(stems, stems, paper.stems()),
+        tables.trainings(stems), tables.gaps(nothing("32"), nothing("32"), "width"), counted.arm_sizes(stems.experiment.arms),
+        counted.table1_sizes(), counted.stem_sizes(),
+        counted.figure4_memory(), counted.step_multiply_adds(), counted.form_memory(),
+        counted.splits(stems.experiment.arms), paper.baselines(), paper.forms(), paper.procedures(),
+        paper.layer_scale(), paper.figure1(), paper.gaps("figure2", "width"), paper.transfer(), paper.throughput(),
+    ]  # fmt: skip
+    for frame in frames:
+        names = {c for c in frame if not pd.api.types.is_numeric_dtype(frame[c]) and not c.endswith(" chart")}
+        assert names <= texts, names - texts
+        assert len(tables.printed(frame)) == len(frame)
 
 
 # ---- Table 7
@@ -368,24 +416,25 @@ def stems_at(profile: str, rates: dict[str, float]) -> Runs:
 
 
 def test_every_row_of_the_papers_table_7_is_an_arm_and_no_arm_is_without_a_row():
-    configs = [report.paper_stem(name) for name in small.STEM_ARMS]
+    configs = [paper.stem_config(name) for name in small.STEM_ARMS]
     ours = [(c.stem, c.norm, c.act, f"ViT-B{c.depth}") for c in configs]
     theirs = paper_table("table7")[["stem", "norm", "act", "model"]].itertuples(index=False, name=None)
     assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
-    assert list(report.stem_sizes()["stem"]) == list(small.STEM_ARMS)
-    paper = report.paper_stems()
-    assert len(paper) == 20 and (paper["linear+1 pretrained"], paper["local supervised"]) == ("83.26", "82.26")
+    assert list(counted.stem_sizes()["stem"]) == list(small.STEM_ARMS)
+    cells = {arm: f"{cell['paper']:.{cell['digits']}f}" for arm, cell in paper.stems().items()}
+    assert len(cells) == 20 and (cells["linear+1 pretrained"], cells["local supervised"]) == ("83.26", "82.26")
 
 
 def test_stem_sizes_say_where_they_are_not_the_papers():
-    table = report.stem_sizes("study").set_index("stem")
+    table = printed(counted.stem_sizes(profiles.PROFILES["study"]))
     apart = table["ours minus paper"][table["ours minus paper"] != "as printed"]
     assert dict(apart) == {"conv": "-0.03 %", "local": "+0.17 %"}
     assert table.loc["linear+1", "more than linear, W64-6x1/4"] == "+16.60 %"
 
 
 def test_table_7_compares_each_stem_with_the_linear_one_under_the_same_training():
-    table = report.table7(stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.6})).set_index("stem")
+    runs = stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.6})
+    table = printed(tables.table7(runs, nothing("52"), paper.stems()))
     assert list(table.index) == list(small.STEM_ARMS) and not (table.drop("linear") == "–").any(axis=None)
     assert table.loc["hmlp", "top1 pretrained, paper"] == "83.43"
     assert table.loc["hmlp", "pretrained minus linear, points"].startswith(("+4.", "+5."))
@@ -393,30 +442,45 @@ def test_table_7_compares_each_stem_with_the_linear_one_under_the_same_training(
     assert table.loc["conv", "pretrained minus linear, points"] == "+0.00 [+0.00, +0.00]"
 
 
-def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_label(monkeypatch, tmp_path):
-    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
-    small = stems_at("cpu", {})
-    assert report.table7(small).set_index("stem").loc["conv", "top1 pretrained"] == "–"
-    folder = tmp_path / "pilot" / "tables"
-    folder.mkdir(parents=True)
-    text = "arm,top1\nconv pretrained,70.1 (n=5)\nhmlp pretrained,71.1 (n=5)\n"
-    (folder / "52_tab7_masked_pretraining.csv").write_text(text)
-    table = report.table7(small).set_index("stem")
-    assert table.loc["conv", "top1 pretrained"] == "study: 70.1 (n=5)"
-    assert "study" not in table.loc["hmlp", "top1 pretrained"]
-    assert table.loc["local", "top1 pretrained"] == "–"
+def test_a_stem_that_is_not_run_here_shows_the_committed_reference_with_its_label():
+    runs, committed = stems_at("cpu", {}), stems_at("study", {"conv pretrained": 0.65})
+    del committed.results["local pretrained"]
+    assert printed(tables.table7(runs, nothing("52"), {})).loc["conv", "top1 pretrained"] == "–"
+    table = printed(tables.table7(runs, committed, {}))
+    assert table.loc["conv", "top1 pretrained"] == "committed: {:.2f} ± {:.2f} (n=5)".format(
+        *top1(committed, "conv pretrained")
+    )
+    assert "committed" not in table.loc["hmlp", "top1 pretrained"] and table.loc["local", "top1 pretrained"] == "–"
+
+
+def test_a_stem_that_the_paper_does_not_have_is_shown_with_a_dash_beside_it(monkeypatch):
+    monkeypatch.setitem(small.STEM_ARMS, "conv-plain", {"stem": "conv", "stem_act": "none"})
+    sizes = printed(counted.stem_sizes(profiles.PROFILES["study"]))
+    assert sizes.loc["conv-plain", "paper, GFLOPs"] == "–" == sizes.loc["conv-plain", "ours minus paper"]
+    assert sizes.loc["conv-plain", "params"] != "–" and "conv-plain pretrained" not in paper.stems()
+    runs = stems_at("study", {"conv-plain pretrained": 0.75})
+    frame = tables.table7(runs, nothing("52"), paper.stems())
+    row = printed(frame).loc["conv-plain"]
+    assert row["top1 pretrained, paper"] == "–" and row["pretrained minus linear, points"].startswith(("+4.", "+5."))
+    figure = figures.stem_figure(frame, "study")
+    assert [len(panel.containers) for panel in figure.axes] == [0, 10, 10]
+    assert (
+        printed(tables.accuracies(runs, runs, "linear pretrained", paper.stems())).loc["conv-plain pretrained"].iloc[0]
+        == "–"
+    )
 
 
 def test_the_tokenizers_effect_is_a_row_of_its_own():
-    table = report.trainings(stems_at("study", {"hmlp pretrained k-means": 0.65})).set_index("training")
+    table = printed(tables.trainings(stems_at("study", {"hmlp pretrained k-means": 0.65})))
     assert list(table.index) == ["supervised", "scratch", "pretrained", "pretrained k-means", "pretrained decay"]
     assert list(table["predicts"]) == ["–", "–", "dVAE tokens", "k-means tokens", "dVAE tokens"]
     assert table.loc["pretrained k-means", "hmlp minus linear, points"].startswith("-")
-    assert list(report.trainings(stems_at("cpu", {}))["predicts"]) == ["–", "k-means tokens"]
+    assert list(printed(tables.trainings(stems_at("cpu", {})))["predicts"]) == ["–", "k-means tokens"]
 
 
 def test_figure_6_has_a_point_a_stem_at_the_two_differences_to_linear():
-    figure = report.stem_figure(stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.68}))
+    runs = stems_at("study", {"hmlp pretrained": 0.75, "linear scratch": 0.68})
+    figure = figures.stem_figure(tables.table7(runs, nothing("52"), paper.stems()), "study")
     assert [cell.get_title() for cell in figure.axes] == [
         "paper, ImageNet", "study, all labels", "study, the same few labels",
     ]  # fmt: skip
@@ -426,9 +490,9 @@ def test_figure_6_has_a_point_a_stem_at_the_two_differences_to_linear():
     assert x == pytest.approx(2, abs=0.7) and y == pytest.approx(5, abs=0.7)
     across, up = (bars.get_segments()[0] for bars in figure.axes[2].containers[hmlp].lines[2])
     assert across.mean(0) == pytest.approx([x, y]) and up.mean(0) == pytest.approx([x, y])  # the intervals are its own
-    paper = next(line for line in figure.axes[0].lines if line.get_label() == "hmlp")
-    assert np.concatenate(paper.get_data()) == pytest.approx([0.34, 0.38])
-    assert len(report.stem_figure(stems_at("cpu", {})).axes) == 2
+    hmlp = next(line for line in figure.axes[0].lines if line.get_label() == "hmlp")
+    assert np.concatenate(hmlp.get_data()) == pytest.approx([0.34, 0.38])
+    assert len(figures.stem_figure(tables.table7(stems_at("cpu", {}), nothing("52"), paper.stems()), "cpu").axes) == 2
 
 
 def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_alone(monkeypatch):
@@ -437,11 +501,12 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     shown = []
     monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
     notebook.open_page("52", "cpu").tokenizers(stems_at("cpu", {}))
-    assert shown == [report.legend("cpu"), "No discrete VAE at this profile: the targets are k-means tokens."]
+    legend = {name: tables.legend(profiles.PROFILES[name], notebook.reference_text()) for name in ("cpu", "study")}
+    assert shown == [legend["cpu"], "No discrete VAE at this profile: the targets are k-means tokens."]
     assert shown[0].startswith("**Profile `cpu`**: Fashion-MNIST") and "width 64, 12 pairs" in shown[0]
     shown.clear()
     metrics = {"tokens_used": 0.5, "perplexity": 30.0, "recon_mse": 0.01, "first_loss": 1.6, "train_loss": 0.2}
     monkeypatch.setattr(store, "find", lambda spec: Result(spec.hash, metrics, None, {}, ABOUT))
     notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
-    assert len(shown) == 2 and shown[0] == report.legend("study")
+    assert len(shown) == 2 and shown[0] == legend["study"]
     assert shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]

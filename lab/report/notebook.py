@@ -1,14 +1,17 @@
 """What a notebook calls: `page = open_page("31", profile)`, then runs, tables, figures, verdicts.
 
 Tables are shown as Markdown and figures as PNG, since a fresh clone's notebooks are untrusted in JupyterLab; a copy of
-each goes to outputs/<profile>/tables (CSV) and outputs/<profile>/figures (SVG, PNG).
+each goes to outputs/<profile>/tables (numbers as CSV, as printed in Markdown) and outputs/<profile>/figures (SVG, PNG).
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -16,12 +19,16 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from lab import paths, report
+from lab import paths
 from lab.claims.ledger import ledger_hashes
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, Experiment, Runs, experiment, notebook_number
-from lab.experiments.profiles import profile
-from lab.runs.store import weights_path
+from lab.experiments.profiles import Profile, profile
+from lab.report import figures, judgements, tables
+from lab.runs import store
+from lab.runs.results import Archive
+from lab.runs.spec import RunSpec
+from vitlib.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -29,72 +36,94 @@ class Page:
     """One notebook at one profile."""
 
     number: str
-    profile: str
+    profile: Profile
+    experiment: Experiment | None  # None: this notebook trains nothing
+    committed: Runs | None  # what the committed reference has of it
 
     @property
-    def experiment(self) -> Experiment:
-        return experiment(self.number, self.profile)
+    def arms(self) -> dict[str, RunSpec]:
+        """The arms to show: this profile's, or where it has none, those of the committed reference."""
+        return self.experiment.arms or self.committed.experiment.arms
+
+    def sequential(self, layer_scale: bool = False) -> str:
+        """The arm of one branch, with LayerScale or without, of the profile's own width where there is one."""
+        return tables.sequential(self.arms, self.profile.width, layer_scale)
 
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
-        setting = self.experiment
         train = os.environ.get("VITLIB_TRAIN") != "0"
-        found = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else Runs(setting, report.finished(setting))
-        said = report.provenance(found) if found.results else f"No runs at `{self.profile}`: {report.WITHOUT_RUNS}"
-        display(Markdown(said))
-        return found
+        setting = self.experiment
+        runs = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else Runs(setting, judgements.finished(setting))
+        display(Markdown(tables.provenance(runs)))
+        return runs
 
-    def table(self, table: pd.DataFrame, name: str = "") -> None:
-        """Show a table; with a name its CSV is `<notebook>_<name>.csv`."""
-        if not len(table):
+    def table(self, frame: pd.DataFrame, name: str = "") -> None:
+        """Show a table; with a name its files are `<notebook>_<name>`."""
+        if not len(frame):
             display(Markdown("None of these runs is finished."))
             return
-        report.save_table(table, self.profile, self._file(name))
-        display(Markdown(report.markdown(table)))
+        text, path = tables.markdown(frame), self._path("tables", name)
+        tables.save(frame, path.with_suffix(".csv"))
+        with write_whole(path.with_suffix(".md")) as draft:
+            draft.write_text(f"{text}\n", encoding="utf-8")
+        display(Markdown(text))
 
-    def accuracies(self, runs: Runs, reference: str, paper: dict[str, str]) -> None:
+    def accuracies(self, runs: Runs, reference: str, paper: Mapping[str, Mapping]) -> None:
         """The paper | the committed reference | this run, and one blocked model for the whole table; nothing without arms."""
-        if not runs.results and not self.experiment.arms and self.number == "21":
-            return
-        self.table(report.accuracies(runs, reference, paper))
-        if note := report.blocked_model(runs):
+        if self.arms:
+            self.table(tables.accuracies(runs, self.committed, reference, paper))
+        if note := tables.blocked_model(runs):
             display(Markdown(note))
 
     def figure(self, figure: Figure, alt: str, name: str = "") -> None:
         """Show a figure with alternative text; SVG and PNG go beside."""
-        folder = paths.outputs() / self.profile / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
+        path, png = self._path("figures", name), io.BytesIO()
         plt.close(figure)
         # A fixed salt and no date: the same figure is the same file.
-        with mpl.rc_context({"svg.hashsalt": "vitlib"}):
-            figure.savefig(folder / f"{self._file(name)}.svg", metadata={"Date": None})
-        png = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
+            figure.savefig(draft, metadata={"Date": None})
         figure.savefig(png, format="png", dpi=100)
-        (folder / f"{self._file(name)}.png").write_bytes(png.getvalue())
+        with write_whole(path.with_suffix(".png")) as draft:
+            draft.write_bytes(png.getvalue())
         display(Image(png.getvalue(), format="png", alt=alt, metadata={"alt": alt}))
 
     def tokenizers(self, runs: Runs) -> None:
         """What the discrete VAEs of these runs give back, and how much of their codebooks is in use."""
-        specs = report.tokenizers_of(runs)
-        if not specs:
+        family = dict.fromkeys(member for spec in runs.experiment.specs() for member in spec.family())
+        trained = {m: result for m in family if m.protocol == "tokenizer" and (result := store.find(m)) is not None}
+        if not trained:
             display(Markdown("No discrete VAE at this profile: the targets are k-means tokens."))
             return
-        self.table(report.codebook_use(specs), "tokenizers")
-        if kept := [
-            spec for spec in specs if weights_path(spec).is_file() and not spec.streamed
-        ]:  # imported runs have metrics only
-            figure, caption = report.reconstruction_figure(kept[0])
+        self.table(tables.codebook_use(trained), "tokenizers")
+        kept = [spec for spec in trained if store.weights_path(spec).is_file() and not spec.streamed]
+        if kept:  # imported runs have metrics only
+            figure, caption = figures.reconstruction_figure(kept[0])
             self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
             display(Markdown(f"*{caption}*"))
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries."""
-        mine = report.verdicts(self.profile, self.number)
+        mine = judgements.verdicts(self.profile.name, self.number)
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        self.table(report.verdict_rows(mine, report.tested_elsewhere(self.profile, self.number)), "verdicts")
+        family = judgements.tested_elsewhere(self.profile.name, self.number)
+        self.table(tables.verdicts(mine, family), "verdicts")
 
-    def _file(self, name: str) -> str:
-        return f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"
+    def _path(self, folder: str, name: str) -> Path:
+        return paths.outputs() / self.profile.name / folder / f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"
+
+
+@functools.cache
+def archive() -> Archive:
+    """The committed reference that pages show: the first study, until there is a second."""
+    return Archive(paths.REFERENCE / "pilot")
+
+
+@functools.cache
+def reference_text() -> str:
+    """What the committed reference is, in a few words."""
+    known = archive()
+    days = {r.about["date"] for n in known.notebooks for results in known.results(n).values() for r in results}
+    return f"pilot, n = {len(known.seeds)}, first study, made {tables.span(days)}"
 
 
 def open_page(number: str, profile_name: str) -> Page:
@@ -102,7 +131,10 @@ def open_page(number: str, profile_name: str) -> Page:
 
     Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
     """
-    report.theme()
-    page = Page(notebook_number(number), profile(profile_name).name)
-    display(Markdown(report.legend(page.profile)))
+    tables.theme()
+    number, p = notebook_number(number), profile(profile_name)
+    trains = NOTEBOOKS[number][1] is not None
+    committed = Runs(experiment(number, "study"), archive().results(number)) if trains else None
+    page = Page(number, p, experiment(number, p.name) if trains else None, committed)
+    display(Markdown(tables.legend(p, reference_text())))
     return page

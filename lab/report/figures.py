@@ -1,0 +1,265 @@
+"""Figures of the notebooks, drawn from frames of numbers: one function each. Whiskers are 95 % intervals.
+
+Below `imagenet` a figure plots differences to the reference arm, since accuracies of different data share no axis.
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lab.claims import exact
+from lab.data.registry import card, load_resized
+from lab.experiments import small
+from lab.experiments.catalogue import Runs
+from lab.experiments.profiles import PROFILES, Profile
+from lab.report import paper
+from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
+from lab.report.tables import gap
+from lab.runs import execute
+from lab.runs.spec import RunSpec
+from vitlib.data import normalise
+from vitlib.errors import UsageError
+from vitlib.train import masked, tokenizers
+
+
+def whiskers(table: pd.DataFrame, prefix: str = "") -> np.ndarray:
+    """How far each interval reaches below and above its mean, (2, rows); 0 with one seed."""
+    points, low, high = (table[f"{prefix}{name}"].to_numpy(float) for name in ("points", "low", "high"))
+    return np.nan_to_num(np.stack([points - low, high - points]))
+
+
+def with_bounds(table: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+    """The rows that have a difference, with columns for its interval where no row has one."""
+    columns = [f"{prefix}{name}" for name in ("points", "low", "high")]
+    return table.reindex(columns=[*table.columns, *(c for c in columns if c not in table)]).dropna(subset=columns[:1])
+
+
+def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
+    """Points above the reference arm: one dot per seed, the mean with its interval over seeds and images.
+
+    Without these runs: only that sentence.
+    """
+    arms = [arm for arm in runs.results if arm != reference]
+    if reference not in runs.results or not arms:
+        figure = plt.figure(figsize=(6, 0.6))
+        figure.text(0.5, 0.5, f"no runs at {runs.experiment.profile.name}", ha="center", va="center")
+        return figure
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    by_seed = pd.DataFrame([
+        {"arm": arm, "points": a.metrics["top1"] - b.metrics["top1"]}
+        for arm in arms for a, b in zip(runs.results[arm], runs.results[reference], strict=True)
+    ])  # fmt: skip
+    sns.stripplot(by_seed, x="arm", y="points", order=arms, ax=axes, color="0.55", size=5, jitter=False)
+    table = with_bounds(pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)]))
+    table = table.dropna(subset=["low"])
+    axes.errorbar(table["x"], table["points"], whiskers(table), fmt="D", capsize=4, color=sns.color_palette()[0])
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points")
+    if len(arms) > 6:
+        axes.tick_params(axis="x", labelrotation=30)
+    return figure
+
+
+def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
+    """Two branches minus one over the width or the pairs: `tables.gaps`, and the paper's chart (`paper.gaps`)."""
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    measured = with_bounds(table)
+    count = f"n = {measured['n'].iloc[0]}" if len(measured) else "not run"
+    axes.errorbar(
+        measured[size],
+        measured["points"],
+        whiskers(measured),
+        fmt="D-",
+        capsize=4,
+        label=f"{table['measured'].iloc[0]}, {count}",
+    )
+    for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family")):
+        name = f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"
+        axes.plot(
+            group[size], group["points"], marker="o", linestyle="--", color=sns.color_palette()[i + 1], label=name
+        )
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({*table[size], *chart[size]})
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.set(xlabel=size, ylabel="two branches minus one, points")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def transfer_figure(table: pd.DataFrame) -> Figure:
+    """attn - full over the number of images: the paper's in one panel, then one per data set of `tables.transfer`.
+
+    A line per width. Solid: this run; dashed: the committed reference.
+    """
+    table = with_bounds(
+        table.reindex(columns=list(dict.fromkeys([*table.columns, "data set", "images", "model", "points"])))
+    )
+    data = list(dict.fromkeys(table["data set"]))
+    size = (3.4 + 2.7 * len(data), 3.2)
+    figure, (panels,) = plt.subplots(1, 1 + len(data), figsize=size, layout="constrained", squeeze=False)
+    for i, (model, rows) in enumerate(paper.transfer().groupby("model", sort=False)):
+        panels[0].plot(rows["images"], rows["points"], "Dos"[i], color=sns.color_palette()[7 + i], label=model)
+    for panel, name in zip(panels[1:], data, strict=True):
+        models = list(dict.fromkeys(table["model"]))
+        for (model, measured), rows in table[table["data set"] == name].groupby(["model", "measured"]):
+            i, style = models.index(model), "--" if measured.startswith("committed") else "-"
+            panel.errorbar(
+                rows["images"], rows["points"], whiskers(rows), fmt="os"[i % 2] + style, capsize=4,
+                color=sns.color_palette()[i], label=f"{model.split('-')[0]}, {measured}",
+            )  # fmt: skip
+    for panel, name in zip(panels, ["the paper's six data sets", *data], strict=True):
+        panel.axhline(0, color="0.2", linewidth=1)
+        panel.set_xscale("log")
+        panel.set(title=name, xlabel="training images")
+    for panel, name in zip(panels[1:], data, strict=True):
+        ticks = sorted({int(n) for n in table[table["data set"] == name]["images"]})
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        panel.minorticks_off()
+    panels[0].set_ylabel("top-1 of attn minus full, points")
+    panels[0].legend(fontsize="small")
+    if data:
+        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def throughput_figure(p: Profile) -> Figure:
+    """How many times as fast at once as one after the other, over the batch: the paper's V100 and what was measured."""
+    figure, axes = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
+    for i, (model, group) in enumerate(paper.throughput().groupby("model", sort=False)):
+        color = sns.color_palette()[i]
+        axes.plot(group["batch"], group["ratio"], color=color, marker="o", label=f"{model}, paper, V100")
+    measured = pd.DataFrame([
+        {"label": f"{row['case'].split('/')[0]}, {source}, {row['device']}", "ratio": row["ratio"]}
+        | {"batch": int(row["case"].split("batch ")[1].split(",")[0])}
+        for source, rows in bench_rows("branches", p) for row in rows
+        if row["arm"] == "par" and row["case"].endswith("eager")
+    ], columns=["label", "batch", "ratio"])  # fmt: skip
+    for i, (label, rows) in enumerate(measured.groupby("label", sort=False)):
+        middle = rows.groupby("batch")["ratio"].median()
+        axes.plot(middle.index, middle, color=sns.color_palette()[2 + i], marker="D", linestyle="--", label=label)
+    axes.axhline(1, color="0.2", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="batch", ylabel="par over seq, images per second")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def stem_figure(table: pd.DataFrame, name: str) -> Figure:
+    """Figure 6's form, in points above the linear stem: across with labels alone, up after masked pre-training.
+
+    `table` is `tables.table7`, `name` its profile's. One point per stem. First the paper's own Table 7, on axes of its own;
+    then all labels; then the few labels that fine-tuning has. Above the diagonal a stem gains more by pre-training.
+    """
+    table = table.set_index("stem")
+    linear, stems = table.loc["linear"], table.drop("linear")
+    across = [c for c in ("supervised", "scratch") if {f"{c} points", "pretrained points"} <= {*table.columns}]
+    size = (3 * (1 + len(across)) + 1.4, 3.4)
+    figure, (axes,) = plt.subplots(1, 1 + len(across), figsize=size, layout="constrained", squeeze=False)
+    colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
+    for i, (stem, row) in enumerate(stems.iterrows()):
+        look = {"color": colours[i], "marker": "os^vDP*Xp"[i % 9], "linestyle": "none"}
+        x, y = (row.get(f"{c} paper", np.nan) - linear.get(f"{c} paper", np.nan) for c in ("supervised", "pretrained"))
+        axes[0].plot(x, y, label=stem, **look)
+        for panel, training in zip(axes[1:], across, strict=True):
+            both = [with_bounds(row.to_frame().T, f"{c} ") for c in (training, "pretrained")]
+            if all(map(len, both)):
+                (x, y), (xerr, yerr) = zip(
+                    *(
+                        (t[f"{c} points"].astype(float), whiskers(t, f"{c} "))
+                        for t, c in zip(both, (training, "pretrained"), strict=True)
+                    ),
+                    strict=True,
+                )
+                panel.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, **look)
+    titles = {"supervised": "all labels", "scratch": "the same few labels"}
+    for panel, training in zip(axes, ("supervised", *across), strict=True):
+        panel.axhline(0, color="0.2", linewidth=0.8)
+        panel.axvline(0, color="0.2", linewidth=0.8)
+        panel.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
+        panel.set(title="paper, ImageNet" if panel is axes[0] else f"{name}, {titles[training]}")
+        panel.set(xlabel=f"{training}, minus linear, points", ylabel="pretrained, minus linear, points")
+    figure.legend(loc="outside right center", title="stem", fontsize="small")
+    return figure
+
+
+def leak_figure() -> Figure:
+    """The leak map: rows train and eval, a column per stem; masked tokens outlined."""
+    maps, stems = leak_maps(), list(LEAK_ROWS)
+    figure, axes = plt.subplots(2, len(stems), figsize=(8.4, 4.4), layout="constrained")
+    for (row, mode), (column, stem) in ((a, b) for a in enumerate(("train", "eval")) for b in enumerate(stems)):
+        leak, panel = maps[stem, mode], axes[row][column]
+        mask = exact.block_mask(len(leak)).numpy().reshape(leak.shape)
+        visible = np.where(mask, np.nan, 100 * leak)
+        notes = np.where(mask | (leak == 0), "", [[f"{value:.0f}" for value in line] for line in 100 * leak])
+        sns.heatmap(
+            visible, ax=panel, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="", cbar=False, square=True,
+            xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9", annot_kws={"size": 7},
+        )  # fmt: skip
+        panel.set_facecolor("0.55")
+        panel.set_title(stem if row == 0 else "")
+        panel.set_ylabel(mode if column == 0 else "")
+    figure.colorbar(axes[0][0].collections[0], ax=axes, label="change, % of a token's length", shrink=0.8, extend="max")
+    return figure
+
+
+GREY = 0.55  # of what is masked
+
+
+def _show(panel: Axes, picture: np.ndarray) -> None:
+    panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    panel.set(xticks=[], yticks=[])
+    panel.grid(False)
+
+
+def masking_figure(p: Profile, count: int = 4) -> Figure:
+    """Images, their block-wise masks, and the k-means prototypes of their patches; of `cpu` where none are in memory."""
+    p = PROFILES["cpu"] if p.paper else p
+    spec = small.stems(p)["linear pretrained"].parent.with_seed(p.seeds[0])
+    grid, side, channels = spec.model.grid, spec.model.patch_size, spec.model.in_chans
+    data = load_resized(spec.data, "train", spec.model.image_size)
+    tokens = tokenizers.make_targets("tokens", data, side, spec.seed)
+    masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked)
+    figure, axes = plt.subplots(3, count, figsize=(1.5 * count, 4.6), layout="constrained")
+    for i in range(count):
+        image = data.images[i].permute(1, 2, 0).numpy() / 255
+        mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))[..., None]
+        pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, channels, side, side)
+        predicted = pieces.permute(0, 3, 1, 4, 2).reshape(grid * side, grid * side, channels).numpy()
+        for row, picture in enumerate((image, np.where(mask, GREY, image), predicted)):
+            _show(axes[row][i], picture)
+    for row, name in enumerate(("image", f"{spec.masked} of {grid**2} masked", "prototypes")):
+        axes[row][0].set_ylabel(name)
+    return figure
+
+
+def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
+    """A finished tokenizer: held-out images, one of each class, above what their tokens give back; and a caption.
+
+    Raises UsageError for a run that is not finished or has no weights here.
+    """
+    if spec.streamed:
+        raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
+    data = load_resized(spec.data, spec.split, spec.model.image_size)
+    images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)
+    with torch.no_grad():
+        rows = {"image": images, "decoded": execute.trained_tokenizer(spec)(images)}
+    figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.8), layout="constrained")
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        pixels = (pictures * data.std + data.mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for panel, picture in zip(line, pixels, strict=True):
+            _show(panel, picture)
+        line[0].set_ylabel(name)
+    caption = (
+        f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
+        f"what the discrete VAE of seed {spec.seed} gives back from {spec.model.grid**2} tokens an image, of "
+        f"{spec.model.vocabulary} that there are. The table has all {len(data):,} images."
+    )
+    return figure, caption
