@@ -385,7 +385,7 @@ def test_frames_hold_numbers():
         "remark",
         "source",
     }
-    texts |= {"confidence", "model_family", "procedure", "dataset"}
+    texts |= {"device", "confidence", "model_family", "procedure", "dataset"}
     stems = stems_at("study", {})
     frames = [
         tables.accuracies(stems, stems, "linear pretrained", paper.stems()), tables.table7(stems, stems, paper.stems()),
