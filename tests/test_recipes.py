@@ -175,15 +175,28 @@ def test_three_augment_is_an_option_that_changes_the_transforms_alone():
 REFUSED = {
     "smoothing is 0.1 with loss 'bce': allowed is 0": {"loss": "bce", "smoothing": 0.1},
     "ema is 1.0: allowed are None": {"ema": 1.0},
-    "repeats from 1: .*'repeats': 0": {"repeats": 0},
-    "mixup and cutmix from 0": {"cutmix": -1.0},
+    "repeats is 0: allowed are whole numbers from 1": {"repeats": 0},
+    "cutmix is -1.0: allowed are numbers from 0": {"cutmix": -1.0},
+    "epochs is 2.5: allowed are whole numbers from 1": {"epochs": 2.5},
+    "batch_size is True: allowed are whole numbers": {"batch_size": True},
+    "lr is nan: allowed are numbers above 0": {"lr": math.nan},
+    "lr is 0.0: allowed are numbers above 0": {"lr": 0.0},
+    "weight_decay is inf: allowed are numbers from 0": {"weight_decay": math.inf},
+    "min_lr is -1e-05": {"min_lr": -1e-5},
+    r"betas is \(0.9,\): allowed are two numbers": {"betas": (0.9,)},
+    r"betas is \(0.9, 1.0\): allowed are two numbers": {"betas": (0.9, 1.0)},
+    "clip is 0.0: allowed are None": {"clip": 0.0},
+    "warmup is 1.0": {"warmup": 1.0},
+    "mixup is nan": {"mixup": math.nan},
+    "layer_decay is 0.0": {"layer_decay": 0.0},
+    "flip is 1: allowed are True": {"flip": 1},
 }
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_a_recipe_that_cannot_be_is_refused_in_one_sentence(sentence):
     with pytest.raises(UsageError, match=sentence):
-        Recipe(epochs=1, batch_size=2, lr=1e-3, **REFUSED[sentence])
+        Recipe(**{"epochs": 1, "batch_size": 2, "lr": 1e-3} | REFUSED[sentence])
 
 
 def test_recipes_of_the_embedded_images_have_nothing_of_this():

@@ -1,4 +1,4 @@
-"""Thing 2: what fine-tuning trains (section 4, Figure 4), and how it starts from a trunk.
+"""Thing 2: what fine-tuning trains (section 4, Figure 4), and how it starts from a pretrained backbone (the trunk).
 
 strategy   trains
 full       everything
@@ -9,15 +9,18 @@ head       head, position embedding
 Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
 --attn-only keeps every name that contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks
 is called `attn1`, so that it trains half of their attention. Here a module's role counts, not its name, in our models
-and in timm's.
+and in timm's; a model with attention of a class that is not known is refused, not trained in part.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 
 import torch
+from timm.layers import Attention, Mlp
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
@@ -27,38 +30,92 @@ from vitlib.train import supervised
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 
 
-def _roles() -> dict[str, tuple[type, ...]]:
-    from timm.layers import Attention, Mlp
+@dataclass(frozen=True)
+class Role:
+    """Layers that a strategy trains: their classes, and words in the name or class of what may be such a layer too."""
 
-    return {"attn": (MHSA, Attention), "ffn": (FFN, Mlp), "head": ()}
+    classes: tuple[type, ...]
+    words: tuple[str, ...]
+
+    def suspects(self, name: str, module: nn.Module) -> bool:
+        """By its name or class, `module` has this role, and is more than a list of layers that are known."""
+        text = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        holds_known = any(isinstance(m, self.classes) for m in module.modules())
+        is_list = isinstance(module, CONTAINERS) or text.endswith(("block", "layer"))
+        return any(word in text for word in self.words) and not (is_list and holds_known)
 
 
-STRATEGIES = ("full", "attn", "ffn", "head")
+ROLES = {  # strategy -> what it trains beside head and positions
+    "attn": Role((MHSA, Attention), ("attn", "attention")),
+    "ffn": Role((FFN, Mlp), ("mlp", "ffn", "feedforward")),
+}
+STRATEGIES = ("full", *ROLES, "head")
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")  # timm's names
+HEADS = ("head", "head_dist", "fc")
+WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
 def trainable(model: nn.Module, strategy: str) -> list[str]:
     """The exact names of the parameters that a strategy trains, in the model's order.
 
-    Raises UsageError for an unknown strategy.
+    Raises UsageError for an unknown strategy, a model without a head, and layers of the strategy's role in a class
+    that is not known, because they would stay frozen without a word.
     """
     if strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
     names = [name for name, _ in model.named_parameters()]
     if strategy == "full":
         return names
-    roles = _roles()[strategy]
-    if roles and not any(isinstance(module, roles) for module in model.modules()):
-        known = " and ".join(f"{role.__module__.split('.')[0]}'s {role.__name__}" for role in roles)
-        raise UsageError(f"{type(model).__name__} has no {strategy} layers that can be told apart: known are {known}")
-    kept = {"pos_embed"}
-    for prefix, module in model.named_modules():
-        if isinstance(module, (*roles, RelativeBias)) or module is model.head:
-            kept.update(f"{prefix}.{name}" for name, _ in module.named_parameters())
-    return [name for name in names if name in kept]
+    # Parameters are told apart by identity, because torch.compile and DataParallel change their names.
+    kept = {id(p) for head in heads(model, needed=strategy == "head") for p in head.parameters()}
+    kept |= {id(p) for name, p in model.named_parameters() if POSITIONS.search(name)}
+    kept |= {id(p) for m in model.modules() if isinstance(m, RelativeBias) for p in m.parameters()}
+    if role := ROLES.get(strategy):
+        layers = [m for m in model.modules() if isinstance(m, role.classes)]
+        kept |= {id(p) for layer in layers for p in layer.parameters()}
+        kind = type(unwrapped(model)).__name__
+        known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
+        if not layers:
+            raise UsageError(f"{kind} has no {strategy} layers that can be told apart: known are {known}")
+        if unseen := left_out(unwrapped(model), role, kept):
+            raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
+    return [name for name, p in model.named_parameters() if id(p) in kept]
+
+
+def left_out(model: nn.Module, role: Role, kept: set[int]) -> str | None:
+    """The first module that has this role by its name or class, but parameters that are not kept; norms do not count."""
+    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+    seen = kept | norms
+    for name, module in model.named_modules():
+        suspect = module is not model and role.suspects(name, module)
+        if suspect and any(id(p) not in seen for p in module.parameters()):
+            return f"{name} ({type(module).__name__})"
+    return None
+
+
+def heads(model: nn.Module, needed: bool) -> list[nn.Module]:
+    """The classifiers of a model: several in distilled ones. needed: they must have parameters."""
+    model = unwrapped(model)
+    given = model.get_classifier() if hasattr(model, "get_classifier") else ()  # timm
+    found = [*(given if isinstance(given, tuple) else (given,)), *(getattr(model, name, None) for name in HEADS)]
+    found = [module for module in found if isinstance(module, nn.Module)]
+    if not found or (needed and not any(True for module in found for _ in module.parameters())):
+        raise UsageError(f"{type(model).__name__} has no head that could be trained: known are {', '.join(HEADS)}")
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DataParallel."""
+    while inner := getattr(model, "_orig_mod", None) or (isinstance(model, WRAPPERS) and model.module):
+        model = inner
+    return model
 
 
 def freeze(model: nn.Module, strategy: str) -> list[str]:
-    """Set `requires_grad` as the strategy says; the names that stay trainable."""
+    """Set `requires_grad` as the strategy says; the names that stay trainable. Raises UsageError as `trainable`."""
+    if isinstance(model, DistributedDataParallel):  # it waits for the gradients of what trained when it was made
+        raise UsageError("freeze the model before DistributedDataParallel wraps it: model.module is what it wraps")
     kept = trainable(model, strategy)
     chosen = set(kept)
     for name, parameter in model.named_parameters():
@@ -67,32 +124,31 @@ def freeze(model: nn.Module, strategy: str) -> list[str]:
 
 
 def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_head: bool = False) -> ViT:
-    """A model of `config` with a trunk's weights: positions resized to its grid, a fresh head where shapes differ.
+    """A model of `config` with the weights of a pretrained backbone.
 
-    The trunk may be a classifier at another image size or with other classes, or a masked pre-trained model without
-    a head. new_head: the head is fresh though its shape is the same, because the trunk's classes were others.
+    The backbone may be a classifier at another image size or with other classes, or a masked pre-trained model without
+    a head. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
     Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     model = ViT(config, seed)
-    own = model.state_dict()
+    fresh = model.state_dict()
     weights = dict(weights)
+    # positions: (1, n * n, D) -> (1, grid * grid, D)
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)
-    if new_head or weights.get("head.weight", torch.empty(0)).shape != own["head.weight"].shape:
-        weights |= {name: own[name] for name in ("head.weight", "head.bias")}
-    differ = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
-    if differ:
+    # a fresh head where the classes are others
+    if new_head or weights.get("head.weight", torch.empty(0)).shape != fresh["head.weight"].shape:
+        weights |= {name: fresh[name] for name in ("head.weight", "head.bias")}
+    # every other tensor has the same name and shape
+    shapes, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (fresh, weights))
+    if differ := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
         raise UsageError(f"the trunk does not fit {config.name}: {', '.join(differ)}; nothing was loaded")
     model.load_state_dict(weights)
     return model
 
 
-def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
-
-
 def at_image_size(config: ViTConfig, image_size: int) -> ViTConfig:
-    """The same model for another resolution; checked."""
+    """The same model for another resolution. Raises UsageError for a size that the patch does not divide."""
     return replace(config, image_size=image_size)
 
 

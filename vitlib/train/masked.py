@@ -1,6 +1,6 @@
 """Thing 3's other half: BEiT-style masked pre-training (section 5; BEiT, Bao et al. 2021).
 
-Block-wise masks; the mask token takes a patch's place behind the stem; the loss counts masked patches only.
+Block-wise masks; the mask token takes a patch's place after the stem; the loss counts masked patches only.
 `mask` is boolean, True = masked.
 """
 
@@ -21,44 +21,56 @@ from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import Targets, make_targets
 
-ATTEMPTS = 12  # blocks proposed an image before what is missing is filled up patch by patch
 MIN_BLOCK = 16 / 196  # Released code (BEiT): blocks of at least 16 of 196 patches, aspect ratio 0.3 to 1 / 0.3
 MIN_ASPECT = 0.3
+TRIES = 10  # proposals until a block is taken; after as many failures the rest is masked patch by patch
+PROPOSALS = 40  # per image, all blocks together; of 20,000 images at 14x14 one would use more
 
 
 def block_masks(seed: int, epoch: int, index: np.ndarray, grid: int, masked: int) -> np.ndarray:
     """Block-wise masks with exactly `masked` patches each: image indices (B,) -> bool (B, grid * grid).
 
-    Each image proposes rectangles of random area and aspect; one is taken if it does not mask too many. What is
-    missing at the end is filled with single patches (BEiT's second version tops up too; its first stops early and masks
-    75 of 196 in only 68 % of draws). A function of (seed, epoch, image index).
+    Released code: beit2/masking_generator.py, the second version, which tops up to the exact count (the first stops
+    early and masks 75 of 196 in only 68 % of draws). The same distribution, drawn for the whole batch at once: every
+    image that lacks patches proposes a rectangle, and takes it if it masks something new and not too much. A function
+    of (seed, epoch, image index).
 
     Raises UsageError if `masked` is not between 1 and the number of patches - 1.
     """
     patches = grid * grid
     if not 0 < masked < patches:
         raise UsageError(f"{masked} of {patches} patches cannot be masked: allowed are 1 to {patches - 1}")
-    u = draws.uniform(seed, "mask", epoch, index, 4 * ATTEMPTS + patches)
+    # Uniform numbers per image: four for each proposal, then one for each patch.
+    u = draws.uniform(seed, "mask", epoch, index, 4 * PROPOSALS + patches)
+    proposals = u[:, : 4 * PROPOSALS].reshape(len(index), PROPOSALS, 4).transpose(1, 2, 0)  # (PROPOSALS, 4, B)
     mask = np.zeros((len(index), grid, grid), dtype=bool)
-    place = np.arange(grid)
-    smallest = max(2.0, MIN_BLOCK * patches)
-    for area, aspect, top, left in u[:, : 4 * ATTEMPTS].reshape(len(index), ATTEMPTS, 4).transpose(1, 2, 0):
-        area = smallest + area * max(masked - smallest, 0)
-        aspect = np.exp((2 * aspect - 1) * -np.log(MIN_ASPECT))
-        # Released code: height and width stay below the grid's side.
-        height = np.clip(np.rint(np.sqrt(area * aspect)), 1, max(grid - 1, 1))
-        width = np.clip(np.rint(np.sqrt(area / aspect)), 1, max(grid - 1, 1))
+    missing = np.full(len(index), masked)
+    failures = np.zeros(len(index), dtype=int)  # since the image's last block
+    place, smallest = np.arange(grid), max(2.0, MIN_BLOCK * patches)
+    for proposal in proposals:
+        todo = np.flatnonzero((missing > 0) & (failures < TRIES))
+        if not len(todo):
+            break
+        area, aspect, top, left = proposal[:, todo]
+        # Between the smallest block and what is missing, whichever is larger: a last block may overlap others.
+        area = smallest + area * (missing[todo] - smallest)
+        aspect = MIN_ASPECT ** (1 - 2 * aspect)  # log-uniform
+        height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         top, left = np.floor(top * (grid - height + 1)), np.floor(left * (grid - width + 1))
         rows = (place >= top[:, None]) & (place < (top + height)[:, None])
         columns = (place >= left[:, None]) & (place < (left + width)[:, None])
-        proposed = mask | (rows[:, :, None] & columns[:, None, :])
-        fits = proposed.sum(axis=(1, 2)) <= masked
-        mask[fits] = proposed[fits]
+        added = rows[:, :, None] & columns[:, None, :] & ~mask[todo]  # (images, grid, grid)
+        count = added.sum(axis=(1, 2))
+        # Height and width stay below the grid's side, as in BEiT; a larger block is proposed again.
+        taken = (np.maximum(height, width) < grid) & (count > 0) & (count <= missing[todo])
+        mask[todo[taken]] |= added[taken]
+        missing[todo[taken]] -= count[taken]
+        failures[todo] = np.where(taken, 0, failures[todo] + 1)
+    # The exact count: masked patches first, then the others in random order; the first `masked` of them are the mask.
     flat = mask.reshape(len(index), patches)
-    # Masked patches first, then the others in random order: the first `masked` of them are the mask.
-    rank = np.argsort(np.where(flat, -1.0, u[:, 4 * ATTEMPTS :]), axis=1, kind="stable")
+    order = np.argsort(np.where(flat, -1.0, u[:, 4 * PROPOSALS :]), axis=1, kind="stable")
     exact = np.zeros_like(flat)
-    np.put_along_axis(exact, rank[:, :masked], True, axis=1)
+    np.put_along_axis(exact, order[:, :masked], True, axis=1)
     return exact
 
 
@@ -72,9 +84,9 @@ class MaskedViT(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(config.width))
         self.predictor = nn.Linear(config.width, outputs)
         with torch.no_grad():
-            own = torch.Generator().manual_seed(key(seed, "init", "masked") >> 1)
-            nn.init.trunc_normal_(self.mask_token, std=config.init_std, generator=own)
-            nn.init.trunc_normal_(self.predictor.weight, std=config.init_std, generator=own)
+            generator = torch.Generator().manual_seed(key(seed, "init", "masked") >> 1)
+            nn.init.trunc_normal_(self.mask_token, std=config.init_std, generator=generator)
+            nn.init.trunc_normal_(self.predictor.weight, std=config.init_std, generator=generator)
             nn.init.zeros_(self.predictor.bias)
 
     def forward(self, images: Tensor, mask: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -83,13 +95,18 @@ class MaskedViT(nn.Module):
         The stem sees the whole image, as in BEiT: with a stem that keeps patches independent this is the same as
         masking pixels (up to batch norm's statistics in training); with the convolutional stem masked pixels leak.
         """
-        x = self.vit.embed(images)
-        x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         counts = mask.sum(dim=1)
-        if (counts != counts[0]).any():
+        if (counts != counts[:1]).any():
             raise ValueError(f"every image masks the same number of patches; these mask {counts.tolist()}")
-        masked = mask.nonzero()[:, 1].view(len(mask), -1) + 1  # the class token is token 0
-        return self.predictor(self.vit.encode(x, draws, masked)).flatten(0, 1)
+        # the stem: (B, C, H, W) -> (B, patches, D)
+        x = self.vit.embed(images)
+        # the mask token takes the place of masked patches
+        x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        # layers; of the last one only masked tokens are computed: (B, M, D)
+        tokens = mask.nonzero()[:, 1].view(len(mask), -1) + 1  # the class token is token 0
+        x = self.vit.encode(x, draws, tokens)
+        # one prediction per masked patch: (B * M, outputs)
+        return self.predictor(x).flatten(0, 1)
 
     def no_weight_decay(self) -> set[str]:
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
@@ -105,12 +122,14 @@ class MaskedLoss:
         return torch.from_numpy(block_masks(self.seed, batch.epoch, batch.index, grid, self.masked))
 
     def __call__(self, model: MaskedViT, batch: Batch, draws: Tensor | None = None) -> Tensor:
+        # masks by image index: bool (B, patches)
         mask = self.mask(model.config.grid, batch).to(batch.images.device)
-        with torch.autocast(
-            batch.images.device.type, enabled=False
-        ):  # a tokenizer's answer is the same at any precision
+        # targets of masked patches, (B * M,) tokens or (B * M, outputs); a tokenizer always runs in full precision
+        with torch.autocast(batch.images.device.type, enabled=False):
             targets = self.targets(batch)[mask]
-        return self.targets.loss(model(batch.images, mask, draws), targets)
+        # predictions in the same order: (B * M, outputs)
+        predicted = model(batch.images, mask, draws)
+        return self.targets.loss(predicted, targets)
 
 
 def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
