@@ -35,20 +35,15 @@ class Reads(NamedTuple):
 ALL = Reads()
 
 
-def is_plain(module: nn.Module, kind: type | tuple[type, ...] = nn.Linear) -> bool:
-    """Whether `module` does what its class does and nothing besides, so that its weights may be read instead.
+def is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether `module`, of one of these classes, does what its class does, so that its weights may be read instead.
 
     Adapters (LoRA), quantized layers and parametrizations are other classes; old weight norms and user code are hooks,
-    on the module or on all modules, or a `forward` of the instance's own; quantized weights may be tensor subclasses.
+    on the module or on all modules, or a `forward` of the instance; quantized weights may be tensor subclasses.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return (
-        (type(module) in kind if isinstance(kind, tuple) else type(module) is kind)
-        and not any(hooks)
-        and not _has_any_global_hook()
-        and "forward" not in module.__dict__
-        and not hasattr(getattr(module, "weight", None), "__tensor_flatten__")
-    )
+    as_it_was = not any(hooks) and not _has_any_global_hook() and "forward" not in module.__dict__
+    return type(module) in kinds and as_it_was and not hasattr(getattr(module, "weight", None), "__tensor_flatten__")
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +92,7 @@ class MHSA(nn.Module):
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def forward(self, x: Tensor, reads: Reads = ALL) -> Tensor:
-        if is_plain(self.qkv):
+        if is_plain(self.qkv, nn.Linear):
             q, k, v = project(x, self.qkv.weight, self.qkv_bias, reads.rows)
         else:  # an adapter, a hook, a quantized matrix: called as it is, for all tokens
             qkv = self.qkv(x) if self.q_bias is None else self.qkv(x) + self.qkv_bias

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,45 +90,31 @@ def set_execution(model: nn.Module, execution: str) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- par
-
-
-class Wide(NamedTuple):
-    """The matrices of one layer's branches side by side; the biases after the sum stay apart, (K, D)."""
-
-    qkv: Tensor  # (3 K D, D): q of every branch, then k, then v
-    qkv_bias: Tensor
-    proj: Tensor  # (D, K D)
-    proj_bias: Tensor
-    fc1: Tensor  # (K F, D)
-    fc1_bias: Tensor
-    fc2: Tensor  # (D, K F)
-    fc2_bias: Tensor
-
-
 def at_once(layer: ParallelLayer, x: Tensor, draws: Tensor | None, reads: Reads) -> Tensor:
-    """Eq. (2), all branches at once: (B, N, D) -> (B, M, D). Arguments as in `ParallelLayer.forward`."""
-    K, heads = len(layer.mhsa), layer.mhsa[0].f.heads
-    wide = side_by_side(layer)
+    """`par`: eq. (2), all branches at once. (B, N, D) -> (B, M, D), arguments as in `ParallelLayer.forward`."""
+    K, wide = len(layer.mhsa), side_by_side(layer)
     if reads.relative is not None:  # the same for the heads of every branch
         reads = reads._replace(relative=reads.relative.repeat(K, 1, 1))
-    q, k, v = project(_normalised(x), wide.qkv, wide.qkv_bias, reads.rows)  # (B, N, K D) each
-    heard = attend(q, k, v, K * heads, reads)
-    x = take(x, reads.rows) + _sum(heard, wide.proj, wide.proj_bias, _keep(layer.mhsa[0], draws, 0, x))
-    hidden = F.gelu(F.linear(_normalised(x), wide.fc1, wide.fc1_bias))  # (B, M, K F)
-    return x + _sum(hidden, wide.fc2, wide.fc2_bias, _keep(layer.ffn[0], draws, 1, x))
+    q, k, v = project(_normalised(x), *wide["qkv"], reads.rows)  # (B, N, K D) each
+    heard = attend(q, k, v, K * layer.mhsa[0].f.heads, reads)
+    x = take(x, reads.rows) + _sum(heard, *wide["proj"], _keep(layer.mhsa[0], draws, 0, x))
+    hidden = F.gelu(F.linear(_normalised(x), *wide["fc1"]))  # (B, M, K F)
+    return x + _sum(hidden, *wide["fc2"], _keep(layer.ffn[0], draws, 1, x))
 
 
-def side_by_side(layer: ParallelLayer) -> Wide:
-    """Made from the branches' tensors, which get the gradients."""
-    return Wide(
-        *_first(layer.mhsa, "qkv"), *_last(layer.mhsa, "proj"), *_first(layer.ffn, "fc1"), *_last(layer.ffn, "fc2")
-    )
+def side_by_side(layer: ParallelLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """The four wide matrices and their biases, made from the branches' tensors, which get the gradients.
+
+    qkv (3 K D, D): q of every branch, then k, then v. proj (D, K D). fc1 (K F, D). fc2 (D, K F). The biases of proj and
+    fc2 stay apart, (K, D), since stochastic depth drops them with their branches.
+    """
+    return {"qkv": _first(layer.mhsa, "qkv"), "proj": _last(layer.mhsa, "proj"),
+            "fc1": _first(layer.ffn, "fc1"), "fc2": _last(layer.ffn, "fc2")}  # fmt: skip
 
 
 def _first(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
-    """First matrices with the norms' affine parts folded in: (K F, D) and (K F,); q, k, v stay outermost for qkv."""
-    parts = 3 if name == "qkv" else 1
+    """First matrices with the norms' affine parts folded in."""
+    parts = 3 if name == "qkv" else 1  # q, k, v stay outermost
     weights, biases = [], []
     for branch in branches:
         matrix = getattr(branch.f, name)
@@ -140,7 +125,7 @@ def _first(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _last(branches: nn.ModuleList, name: str) -> tuple[Tensor, Tensor]:
-    """Last matrices with LayerScale folded in: (D, K F), and the biases apart, (K, D)."""
+    """Last matrices with LayerScale folded in."""
     weights, biases = [], []
     for branch in branches:
         matrix, gamma = getattr(branch.f, name), branch.gamma
@@ -169,34 +154,19 @@ def _keep(branch: Residual, draws: Tensor | None, part: int, x: Tensor) -> Tenso
     return ((draws[:, part] >= branch.drop_path).to(x.dtype) / (1 - branch.drop_path)).T
 
 
-# Modules whose weights `par` and `fuse` may read instead of calling them
-_PLAIN = (nn.ModuleList, Residual, nn.LayerNorm, MHSA, FFN, nn.Linear)
-
-
 def obstacle(layer: ParallelLayer) -> str | None:
-    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is no plain Linear"; None: they can."""
-    for module in layer.modules():
-        if module is not layer and not is_plain(module, _PLAIN):
-            name = next(name for name, other in layer.named_modules() if other is module)
-            return f"{name} ({type(module).__name__}) is no plain layer: it is an adapter, quantized or has hooks"
-    for name, branches in (("mhsa", layer.mhsa), ("ffn", layer.ffn)):
-        if len({_form(branch) for branch in branches}) > 1 or None in _form(branches[0]):
-            return f"the branches of {name} are not alike"
+    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can."""
+    for name, module in layer.named_modules():
+        if module is not layer and not is_plain(module, nn.ModuleList, Residual, nn.LayerNorm, MHSA, FFN, nn.Linear):
+            return f"{name} is an adapter, a quantized layer or one with hooks ({type(module).__name__})"
+    for r in (*layer.mhsa, *layer.ffn):
+        no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f.children())
+        if no_bias or r.norm.bias is None or r.norm.eps != EPS:
+            return "a bias is missing or a norm is another one"
+    if len({_form(r) for r in layer.mhsa}) > 1 or len({_form(r) for r in layer.ffn}) > 1:
+        return "the branches are not alike"
     return None
 
 
-def _form(branch: Residual) -> tuple:
-    """What all branches of a layer must have in common."""
-    f, norm = branch.f, branch.norm
-    first, last = (f.qkv, f.proj) if isinstance(f, MHSA) else (f.fc1, f.fc2)
-    bias = f.q_bias if getattr(f, "q_bias", None) is not None else first.bias
-    tensors = norm.weight, norm.bias, first.weight, bias, last.weight, last.bias
-    sizes = [None if tensor is None else tensor.shape for tensor in tensors]
-    return (
-        *sizes,
-        getattr(f, "heads", 0),
-        norm.eps == EPS or None,
-        branch.gamma is None,
-        branch.drop_path,
-        branch.training,
-    )
+def _form(r: Residual) -> tuple:
+    return (*(p.shape for p in r.parameters()), getattr(r.f, "heads", None), r.drop_path, r.training)

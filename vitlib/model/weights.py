@@ -14,25 +14,20 @@ fine-tuning at 384 starts from one with
 
 from __future__ import annotations
 
-import argparse
-import collections
 import functools
 import json
 import math
-import pathlib
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError
+from vitlib.files import first_line, read_pth, read_safetensors, write_whole
 from vitlib.model.config import WIDTHS, ViTConfig
 from vitlib.model.layers import EPS, MHSA
 from vitlib.model.parallel import obstacle, side_by_side
@@ -75,7 +70,7 @@ def load(path: str | Path) -> nn.Module:
 
     Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ.
     """
-    state, metadata = _safetensors(Path(path))
+    state, metadata = read_safetensors(path)
     kind = metadata.get("kind", "vit")
     if "vitlib" not in metadata:
         raise UsageError(f"{path} was not written by vitlib.model.weights.save: it names no configuration")
@@ -93,7 +88,8 @@ def load(path: str | Path) -> nn.Module:
 def _write(state: State, path: str | Path, **metadata: str) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.contiguous() for name, t in state.items()}, path, metadata={"format": "pt"} | metadata)
+    with write_whole(path) as draft:
+        save_file({name: t.contiguous() for name, t in state.items()}, draft, metadata={"format": "pt"} | metadata)
 
 
 def _empty(config: object, kind: str = "vit", state: State = {}) -> nn.Module:  # noqa: B006
@@ -153,35 +149,33 @@ def fuse(model: ViT) -> ViT:
     if "relative.table" in state:
         state["relative.table"] = state["relative.table"].repeat(1, K)
     for i, layer in enumerate(model.layers):
-        w, norm = side_by_side(layer)._asdict(), layer.mhsa[0].norm
-        for part, first, last in (("mhsa", "qkv", "proj"), ("ffn", "fc1", "fc2")):
-            at = f"layers.{i}.{part}.0"
+        for name, (weight, bias) in side_by_side(layer).items():
+            at = f"layers.{i}.{'mhsa' if name in ('qkv', 'proj') else 'ffn'}.0"
+            state |= {f"{at}.f.{name}.weight": weight, f"{at}.f.{name}.bias": bias.sum(0) if bias.ndim > 1 else bias}
+            norm = layer.mhsa[0].norm
             state |= {f"{at}.norm.weight": torch.ones_like(norm.weight), f"{at}.norm.bias": torch.zeros_like(norm.bias)}
-            state |= {f"{at}.f.{first}.weight": w[first], f"{at}.f.{first}.bias": w[f"{first}_bias"]}
-            state |= {f"{at}.f.{last}.weight": w[last], f"{at}.f.{last}.bias": w[f"{last}_bias"].sum(0)}
     return _fill(_empty(wide), state, {}, "this model").eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------- names
 
-# One table per layout, our name of a part of a layer -> theirs in a block. timm, one branch; DeiT without LayerScale.
-_ONE = {"mhsa.0.norm": "norm1", "mhsa.0.f": "attn", "mhsa.0.gamma": "ls1.gamma",
-        "ffn.0.norm": "norm2", "ffn.0.f": "mlp", "ffn.0.gamma": "ls2.gamma"}  # fmt: skip
-# timm, several branches
-_SEVERAL = {"mhsa.{}.norm": "attns.{}.norm", "mhsa.{}.f": "attns.{}.attn", "mhsa.{}.gamma": "attns.{}.ls.gamma",
-            "ffn.{}.norm": "ffns.{}.norm", "ffn.{}.f": "ffns.{}.mlp", "ffn.{}.gamma": "ffns.{}.ls.gamma"}  # fmt: skip
+
+def _layout(*branches: str) -> Names:
+    """From their names in each branch: norm, attention and LayerScale, then norm, FFN and LayerScale."""
+    ours = [f"{f}.{k}.{part}" for k in range(len(branches)) for f in ("mhsa", "ffn") for part in ("norm", "f", "gamma")]
+    return dict(zip(ours, " ".join(branches).split(), strict=True))
+
+
+_ONE = _layout("norm1 attn ls1.gamma norm2 mlp ls2.gamma")  # timm, one branch; DeiT without LayerScale
 # Released code: models_v2.py, Layer_scale_init_Block, Block_paralx2 and Layer_scale_init_Block_paralx2
-_DEIT = _ONE | {"mhsa.0.gamma": "gamma_1", "ffn.0.gamma": "gamma_2",
-                "mhsa.1.norm": "norm11", "mhsa.1.f": "attn1", "mhsa.1.gamma": "gamma_1_1",
-                "ffn.1.norm": "norm21", "ffn.1.f": "mlp1", "ffn.1.gamma": "gamma_2_1"}  # fmt: skip
+_DEIT = _layout("norm1 attn gamma_1 norm2 mlp gamma_2", "norm11 attn1 gamma_1_1 norm21 mlp1 gamma_2_1")
+_SEVERAL = "attns.{0}.norm attns.{0}.attn attns.{0}.ls.gamma ffns.{0}.norm ffns.{0}.mlp ffns.{0}.ls.gamma"
 _LAYER = re.compile(r"layers\.(\d+)\.((?:mhsa|ffn)\.\d+\.(?:norm|f|gamma))(.*)")
 
 
 def timm_names(branches: int) -> Names:
     """timm's names: those of a plain block for one branch, of its parallel block for several."""
-    if branches == 1:
-        return _ONE
-    return {ours.format(k): theirs.format(k) for ours, theirs in _SEVERAL.items() for k in range(branches)}
+    return _ONE if branches == 1 else _layout(*(_SEVERAL.format(k) for k in range(branches)))
 
 
 def their_name(name: str, names: Names) -> str:
@@ -298,13 +292,6 @@ def from_timm(model: nn.Module) -> ViT:
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
-# What training programs keep beside the tensors: values, no code
-_HARMLESS = [
-    argparse.Namespace, collections.defaultdict, dict, list, torch.torch_version.TorchVersion, np.dtype,
-    *{type(np.dtype(kind)) for kind in np.typecodes["All"] if kind not in "OV"},
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((pathlib.PurePath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
-]  # fmt: skip
 
 
 def read_checkpoint(
@@ -346,14 +333,14 @@ def _download(name: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as fault:  # no network, an unknown tag, no such weights
-        raise UsageError(f"timm cannot get the weights of {name} ({_first(fault)}): give a file") from fault
+        raise UsageError(f"timm cannot get the weights of {name} ({first_line(fault)}): give a file") from fault
 
 
 def _tensors(path: Path, key: str) -> State:
     """The state that lies under `key` in a file, or the file's content if it is a bare one."""
     if not path.is_file():
         raise UsageError(f"{path} is not there: give a .safetensors, .pth, .pt or .bin file")
-    content = _safetensors(path)[0] if path.suffix.lower() == ".safetensors" else _pth(path)
+    content = read_safetensors(path)[0] if path.suffix.lower() == ".safetensors" else read_pth(path)
     if not isinstance(content, Mapping):
         raise UsageError(f"{path} holds a {type(content).__name__}: allowed is a dictionary of tensors by name")
     state = content.get(key, content if key == "model" else None)
@@ -361,41 +348,6 @@ def _tensors(path: Path, key: str) -> State:
         states = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
         raise UsageError(f"{path} has no tensors under key {key!r}: allowed are {', '.join(states) or 'bare states'}")
     return state
-
-
-def _safetensors(path: Path) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as fault:
-        raise UsageError(f"{path} cannot be read as a safetensors file ({_first(fault)})") from fault
-
-
-def _pth(path: Path) -> object:
-    """What torch.save wrote, read without running code."""
-    try:
-        if zipfile.is_zipfile(path):  # torch does not look at checksums
-            with zipfile.ZipFile(path) as file:
-                # torch.save may leave them out: all are 0 then
-                if any(part.CRC for part in file.infolist()) and (bad := file.testzip()):
-                    raise zipfile.BadZipFile(bad)
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # damaged bytes end in exceptions of every kind
-        code = re.search(r"GLOBAL (\S+)", str(fault)) if isinstance(fault, UnpicklingError) else None
-        if code:
-            raise UsageError(
-                f"{path} needs pickled code ({code[1]}), which is never run: allowed are tensors"
-            ) from fault
-        raise UsageError(f"{path} is damaged or was not written by torch.save ({type(fault).__name__})") from fault
-
-
-def _first(fault: Exception) -> str:
-    """An exception in a line."""
-    return (str(fault).strip().splitlines() or [""])[0].rstrip(". ") or type(fault).__name__
 
 
 def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: float | None) -> ViT:
