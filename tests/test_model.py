@@ -5,6 +5,7 @@ Numerics are compared in float64: a wrong epsilon moves float32 logits by less t
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import subprocess
@@ -19,18 +20,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelThingsBlock, VisionTransformer
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from lab.cost import count
 from vitlib.errors import UsageError
-from vitlib.model import ParallelLayer, ViT, ViTConfig, make_stem, resize_positions, vit_config
+from vitlib.model import ParallelLayer, ViT, ViTConfig, fuse, make_stem, resize_positions, set_execution, vit_config
 from vitlib.model.layers import EPS, Reads
 from vitlib.model.stems import hmlp_kernels
 from vitlib.model.vit import RelativeBias
+from vitlib.model.weights import load, save, to_timm
 
 torch.set_num_threads(1)
 
 SMALL = {"image_size": 16, "num_classes": 10}  # with patches of 4: a 4 x 4 grid, 17 tokens
+
+
+STEM_ARMS = {
+    "linear": {"stem": "linear"},
+    "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
+    "hmlp-bn": {"stem": "hmlp", "stem_norm": "bn"},
+    "conv": {"stem": "conv"},
+    "local": {"stem": "local"},
+}
 
 
 def small(name: str = "W64-2x2/4", **overrides: object) -> ViTConfig:
@@ -411,13 +423,6 @@ def test_stem_convolutions_start_as_pytorch_starts_them():
 
 # --- stems ---
 
-STEM_ARMS = {
-    "linear": {"stem": "linear"},
-    "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
-    "hmlp-bn": {"stem": "hmlp", "stem_norm": "bn"},
-    "conv": {"stem": "conv"},
-    "local": {"stem": "local"},
-}
 TIGHT = [(arm, train) for arm in ("linear", "hmlp-ln", "local") for train in (True, False)] + [("hmlp-bn", False)]
 LEAKY = [("hmlp-bn", True), ("conv", True), ("conv", False)]
 
@@ -664,6 +669,377 @@ def test_relative_positions_are_added_to_the_logits():
         torch.testing.assert_close(r(x, reads=Reads(relative=bias)), y, rtol=0, atol=1e-12)
 
 
+# --- executions: seq, par, fused and timm's are one function ---
+
+CASES = {
+    "2 branches": {"name": "W64-3x2/4"},
+    "3 branches, LayerScale": {"name": "W64-2x3/4", "layer_scale": 0.3},
+    "4 branches, drop-path": {"name": "W64-1x4/4", "drop_path": 0.4, "layer_scale": 0.1},
+    "relative positions": {"name": "W64-2x2/4", "pos": "relative"},
+    "mean pooling": {"name": "W64-2x2/4", "pool": "mean", "pos": "all"},
+    "no key bias": {"name": "W64-2x2/4", "key_bias": False},
+}
+
+
+def model(name: str, dtype: torch.dtype = torch.float64, **fields: object) -> ViT:
+    """Every tensor random, so that no norm, gamma or bias is at a value that hides a mistake."""
+    vit = ViT(vit_config(name, image_size=16, in_chans=1, num_classes=7, **fields), seed=0)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in vit.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=random))
+    return vit.to(dtype)
+
+
+def images(count: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+@pytest.fixture(params=[(case, name) for case in CASES for name in ("par",)], ids=" ".join)
+def pair(request):
+    """One model twice: processed branch after branch, and another way."""
+    case, name = request.param
+    seq = model(**CASES[case])
+    return seq, set_execution(copy.deepcopy(seq), name)
+
+
+def test_every_execution_gives_the_logits_and_gradients_of_one_after_the_other(pair):
+    draws = torch.rand(pair[0].config.pairs, 2, 5, generator=torch.Generator().manual_seed(2))
+    logits = [vit.train()(images(), draws) for vit in pair]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-11)
+    for y in logits:
+        y.square().sum().backward()
+    for (name, p), q in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_optimizer_that_looks_at_each_tensor_takes_the_same_steps(pair):
+    """LAMB's trust ratio is per tensor: stacked branches would share one."""
+    for vit in pair:
+        optimizer = create_optimizer_v2(vit.train(), "lamb", lr=1e-2, weight_decay=0.02)
+        for step in range(3):
+            draws = torch.rand(vit.config.pairs, 2, 5, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            F.cross_entropy(vit(images(), draws), torch.arange(5)).backward()
+            optimizer.step()
+    for p, q in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_drop_path_without_given_draws_is_the_same_for_both_at_one_torch_seed():
+    seq = model("W64-2x3/4", drop_path=0.5).train()
+    par = set_execution(copy.deepcopy(seq), "par")
+    results = []
+    for vit in (seq, par):
+        torch.manual_seed(11)
+        results.append(vit(images()))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-11)
+    assert (seq(images()) - results[0]).abs().max() > 1e-3  # it does drop
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-5)]
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_fused_model_gives_the_same_logits(case, dtype, tolerance):
+    vit = model(dtype=dtype, **CASES[case]).eval()
+    with torch.no_grad():
+        expected, found = vit(images(dtype=dtype)), fuse(vit)(images(dtype=dtype))
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def test_a_fused_model_is_a_plain_vit_with_wider_layers_and_leaves_the_original_as_it_is():
+    vit = model("W64-3x2/4", dtype=torch.float32, layer_scale=0.1).train()
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    fused = fuse(vit)
+    layer = fused.layers[0]
+    assert type(fused) is ViT and len(layer.mhsa) == len(layer.ffn) == 1
+    assert fused.config.name == "W64-3x1/4 with 4 heads and FFN 512"
+    assert (layer.mhsa[0].f.heads, layer.mhsa[0].f.qkv.weight.shape) == (4, (3 * 128, 64))
+    assert layer.ffn[0].f.fc1.weight.shape == (2 * 256, 64)
+    assert layer.mhsa[0].gamma is None and (layer.ffn[0].norm.weight == 1).all() and (layer.ffn[0].norm.bias == 0).all()
+    assert vit.training and all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())
+    assert not fused.training and not any(p.requires_grad for p in fused.parameters())
+    assert count.macs(fused).matmul == count.macs(vit).matmul
+
+
+def test_a_fused_model_travels_as_a_file_and_as_a_plain_timm_model(tmp_path):
+    vit = model("W64-3x2/4", layer_scale=0.1).eval()
+    fused = fuse(vit)
+    save(fused.float(), tmp_path / "fused.safetensors")
+    again = load(tmp_path / "fused.safetensors").eval()
+    assert again.config == fused.config and all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), fused.parameters(), strict=True)
+    )
+    theirs = to_timm(again.double())
+    assert [type(block).__name__ for block in theirs.blocks] == ["Block"] * 3
+    torch.testing.assert_close(theirs(images()), again(images()), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["2 branches", "3 branches, LayerScale", "mean pooling", "no key bias"])
+def test_timms_model_with_our_weights_gives_our_logits(case):
+    vit = model(**CASES[case]).eval()
+    theirs = to_timm(vit)
+    keys = 0 if vit.config.key_bias else vit.config.pairs * vit.config.width  # timm's have a bias, of zero then
+    assert sum(p.numel() for p in theirs.parameters()) == count.params(vit) + keys
+    torch.testing.assert_close(theirs(images()), vit(images()), rtol=0, atol=1e-10)
+
+
+def test_what_timm_cannot_hold_and_what_is_no_model_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="timm has no such model: stem hmlp"):
+        to_timm(model("W64-2x2/4", stem="hmlp"))
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(UsageError, match="cannot be read as a safetensors file"):
+        load(tmp_path / "junk")
+
+
+@pytest.mark.parametrize("name", ["seq", "par"])
+@pytest.mark.parametrize("case", ["2 branches", "relative positions"])
+def test_tokens_that_nobody_reads_are_skipped_without_changing_logits_or_gradients(case, name):
+    vit = set_execution(model(**CASES[case]), name).train()
+    whole = copy.deepcopy(vit)
+    whole.skip_unread = False
+    y, z = vit(images()), whole(images())
+    torch.testing.assert_close(y, z, rtol=0, atol=1e-11)
+    for logits in (y, z):
+        logits.square().sum().backward()
+    for p, q in zip(vit.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+    rows = torch.tensor([[3, 9], [0, 1], [16, 2], [5, 5], [7, 8]])
+    some, every = vit.encode(vit.embed(images()), rows=rows), vit.encode(vit.embed(images()))
+    torch.testing.assert_close(some, every[torch.arange(5)[:, None], rows], rtol=0, atol=1e-11)
+    assert count.saved_bytes(vit, images(), torch.sum) < count.saved_bytes(whole, images(), torch.sum)
+
+
+def test_an_unknown_execution_is_refused():
+    with pytest.raises(UsageError, match="unknown execution 'parallel': allowed are seq, par; did you mean 'par'"):
+        set_execution(model("W64-2x2/4"), "parallel")
+
+
+# --- modules are called unless they are plain, and nothing is kept ---
+
+
+class Adapter(nn.Module):
+    """LoRA as peft puts it in the place of a Linear, with the two properties that peft's layers have."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer = base
+        self.a, self.b = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+        self.double()
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.b(self.a(x))
+
+
+def adapted(f: nn.Module, name: str) -> None:
+    setattr(f, name, Adapter(getattr(f, name)))
+
+
+def hooked(f: nn.Module, name: str) -> None:
+    getattr(f, name).register_forward_hook(lambda module, args, out: out + module.weight[:, 0])
+
+
+def pre_hooked(f: nn.Module, name: str) -> None:
+    getattr(f, name).register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
+
+
+def weight_normed(f: nn.Module, name: str) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(getattr(f, name))
+    with torch.no_grad():
+        getattr(f, name).weight_g.mul_(1.3)
+
+
+def parametrized(f: nn.Module, name: str) -> None:
+    nn.utils.parametrizations.spectral_norm(getattr(f, name))
+
+
+def with_another_forward(f: nn.Module, name: str) -> None:
+    linear = getattr(f, name)
+    linear.forward = lambda x: 1.2 * F.linear(x, linear.weight, linear.bias)
+
+
+CALLED = [adapted, hooked, pre_hooked, weight_normed, parametrized, with_another_forward]
+MATRICES = [("mhsa", "qkv"), ("mhsa", "proj"), ("ffn", "fc1"), ("ffn", "fc2")]
+
+
+@pytest.mark.parametrize("key_bias", [True, False])
+@pytest.mark.parametrize("change", CALLED)
+def test_what_is_put_on_a_matrix_is_called_in_every_execution_and_never_fused_away(change, key_bias):
+    plain = model("W64-1x2/4", key_bias=key_bias).eval()
+    before = plain(images()).detach()
+    for part, name in MATRICES:
+        seq = copy.deepcopy(plain)
+        change(getattr(seq.layers[0], part)[1].f, name)
+        seq.eval()
+        logits = seq(images())
+        assert (logits - before).abs().max() > 1e-4, name
+        par = set_execution(seq, "par")
+        torch.testing.assert_close(par(images()), logits, rtol=0, atol=1e-11)
+        par(images()).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in getattr(par.layers[0], part)[1].f.parameters()), name
+        with pytest.raises(
+            UsageError, match=rf"cannot be fused: in layer 0, {part}\.1\.f\.{name} is an adapter"
+        ) as refusal:
+            fuse(par)
+        assert "\n" not in str(refusal.value)
+
+
+def test_hooks_on_all_modules_and_on_a_whole_branch_are_called_too():
+    par = set_execution(model("W64-1x2/4").eval(), "par")
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module).__name__))
+    with handle:
+        par(images())
+    assert [called.count(name) for name in ("MHSA", "FFN", "Linear")] == [2, 2, 2 * 4 + 1]
+    before = par(images())
+    par.layers[0].ffn[1].register_forward_hook(lambda module, args, out: 2 * out)
+    assert (par(images()) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("execution", ["seq", "par"])
+@pytest.mark.parametrize("fields", [{}, {"stem": "local"}, {"pos": "relative", "pool": "mean"}], ids=str)
+def test_a_dynamically_quantized_model_runs(fields, execution):
+    whole = set_execution(model("W64-1x2/4", torch.float32, **fields).eval(), execution)
+    small_ints = torch.ao.quantization.quantize_dynamic(whole, {nn.Linear})
+    with torch.no_grad():
+        a, b = whole(images(dtype=torch.float32)), small_ints(images(dtype=torch.float32))
+    assert 0 < (a - b).abs().max() < 0.1 * a.abs().max()
+
+
+def changed_in_place(vit):
+    with torch.no_grad():
+        vit.layers[1].ffn[0].f.fc1.weight.mul_(1.5)
+
+
+def changed_through_data(vit):
+    """As peft merges an adapter: PyTorch's version counter does not see it."""
+    vit.layers[1].mhsa[0].f.qkv.weight.data += 0.5
+
+
+def loaded(vit):
+    vit.load_state_dict({name: 1.1 * tensor for name, tensor in vit.state_dict().items()})
+
+
+def assigned(vit):
+    vit.load_state_dict({name: 1.1 * tensor for name, tensor in vit.state_dict().items()}, assign=True)
+
+
+def replaced_parameter(vit):
+    vit.layers[0].mhsa[1].f.proj.weight = nn.Parameter(torch.ones(64, 64).double())
+
+
+def replaced_norm(vit):
+    vit.layers[0].mhsa[1].norm = nn.LayerNorm(64, eps=1e-6).double()
+
+
+def another_norm(vit):
+    vit.layers[0].mhsa[1].norm = nn.LayerNorm(64, eps=1e-2).double()
+
+
+def appended_branches(vit):
+    vit.layers[0].mhsa.append(copy.deepcopy(vit.layers[1].mhsa[0]))
+    vit.layers[0].ffn.append(copy.deepcopy(vit.layers[1].ffn[0]))
+
+
+def appended_another_branch(vit):
+    vit.layers[0].mhsa.append(filled(ParallelLayer(small("W64-1x1/4", heads=4))).mhsa[0])
+
+
+def replaced_without_bias(vit):
+    for branch in vit.layers[0].ffn:
+        branch.f.fc2 = nn.Linear(256, 64, bias=False).double()
+
+
+CHANGES = [changed_in_place, changed_through_data, loaded, assigned, replaced_parameter, replaced_norm, another_norm,
+           appended_branches, appended_another_branch, replaced_without_bias]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_par_sees_every_change_of_a_weight_at_the_next_call(change):
+    par = set_execution(model("W64-2x2/4").eval(), "par")
+    with torch.no_grad():
+        before = par(images())
+        change(par)
+        after = par(images())
+        torch.testing.assert_close(after, set_execution(par, "seq")(images()), rtol=0, atol=1e-11)
+    assert (after - before).abs().max() > 1e-6
+
+
+def test_par_reads_the_tensors_that_it_is_called_with():
+    par, other = (set_execution(model("W64-2x2/4").eval(), "par") for _ in range(2))
+    changed_in_place(other)
+    state = dict(other.named_parameters())
+    assert torch.equal(torch.func.functional_call(par, state, (images(),)), other(images()))
+
+
+def test_par_agrees_with_seq_under_autocast():
+    seq = model("W64-2x2/4", torch.float32).eval()
+    par = set_execution(copy.deepcopy(seq), "par")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        a, b = (vit(images(dtype=torch.float32)).float() for vit in (seq, par))
+    torch.testing.assert_close(a, b, rtol=0, atol=2**-5 * a.abs().max().item())
+
+
+def test_a_model_whose_branches_are_not_those_of_its_configuration_is_not_fused():
+    vit = model("W64-2x2/4")
+    appended_branches(vit)
+    with pytest.raises(UsageError, match="cannot be fused: in layer 0, there are 3 and 3 branches, not 2"):
+        fuse(vit)
+
+
+# --- any batch size, none included ---
+
+READ = [{"pool": "cls"}, {"pool": "mean", "pos": "all"}, {"pool": "cls", "pos": "relative"}]
+
+
+@pytest.mark.parametrize("read", READ, ids=str)
+@pytest.mark.parametrize("execution", ["seq", "par", "fused"])
+@pytest.mark.parametrize("arm", STEM_ARMS)
+def test_a_traced_model_takes_any_batch_size(arm, execution, read):
+    vit = model("W64-1x2/4", torch.float32, **STEM_ARMS[arm], **read).eval()
+    vit = fuse(vit) if execution == "fused" else set_execution(vit, execution)
+    with torch.no_grad():
+        traced = torch.jit.trace(vit, images(3, torch.float32), check_trace=False)
+        for batch in (1, 5):
+            x = images(batch, torch.float32)
+            torch.testing.assert_close(traced(x), vit(x), rtol=0, atol=1e-5)
+        assert vit(images(0, torch.float32)).shape == (0, 7)
+
+
+EXPORTED = [("hmlp-bn", "seq", 0), ("conv", "fused", 1), ("local", "par", 2)]
+
+
+@pytest.mark.parametrize(("arm", "execution", "read"), EXPORTED)
+def test_an_exported_model_takes_any_batch_size(arm, execution, read):
+    vit = model("W64-1x2/4", torch.float32, **STEM_ARMS[arm], **READ[read]).eval()
+    vit = fuse(vit) if execution == "fused" else set_execution(vit, execution)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    exported = torch.export.export(vit, (images(3, torch.float32),), dynamic_shapes=sizes).module()
+    for batch in (1, 5):
+        torch.testing.assert_close(exported(images(batch, torch.float32)), vit(images(batch, torch.float32)))
+
+
+def test_a_model_goes_to_onnx_with_a_free_batch_size(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not here: pip install 'vitlib[export]'")
+    import onnxruntime
+
+    vit = set_execution(model("W64-1x2/4", torch.float32, stem="hmlp", pos="relative").eval(), "par")
+    path, sizes = tmp_path / "model.onnx", ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(vit, (images(3, torch.float32),), path, dynamo=True, dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for batch in (1, 5):
+        x = images(batch, torch.float32)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), vit(x).detach(), rtol=0, atol=1e-4)
+
+
 # --- the room itself ---
 
 
@@ -674,15 +1050,17 @@ def test_every_layer_norm_has_the_released_codes_epsilon():
     assert {m.eps for m in ViT(small(stem="hmlp")).modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
 
 
-def test_the_model_room_imports_without_timm_and_measure_with_timm_alone():
-    heavy = ("pandas", "pyarrow", "PIL", "datasets", "matplotlib", "seaborn", "scipy", "statsmodels", "papermill")
+def test_the_model_room_imports_without_timm_and_counting_without_what_lab_brings():
+    alone = ("timm", "torchvision", "pyarrow", "PIL", "safetensors")
+    heavy = ("pandas", "datasets", "matplotlib", "seaborn", "scipy", "statsmodels", "papermill")
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({("timm", "torchvision", *heavy)}))
+sys.modules.update(dict.fromkeys({(*alone, *heavy)}))
 import torch
 from vitlib.model import ViT, vit_config
 print(ViT(vit_config("W64-2x2/4", image_size=16, num_classes=10))(torch.zeros(2, 3, 16, 16)).shape)
-del sys.modules["timm"], sys.modules["torchvision"]
+for name in {alone}:
+    del sys.modules[name]
 import lab.cost.count
 """
     root = Path(__file__).parent.parent

@@ -79,8 +79,9 @@ def load(path: str | Path) -> nn.Module:
             f"{path} holds a model of kind {kind!r}: known are {', '.join(KINDS)}; import vitlib.train first"
         )
     try:
-        config = KINDS[kind].config(**json.loads(metadata["vitlib"]))
-    except (TypeError, json.JSONDecodeError) as fault:
+        values = json.loads(metadata["vitlib"])
+        config = KINDS[kind].config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, AttributeError, json.JSONDecodeError) as fault:
         raise UsageError(f"{path} names a configuration that cannot be read ({fault})") from fault
     return _fill(_empty(config, kind, state), state, {}, str(path))
 
@@ -138,8 +139,11 @@ def fuse(model: ViT) -> ViT:
     """
     K, config = model.config.branches, model.config
     for i, layer in enumerate(model.layers):
-        if reason := obstacle(layer) or (None if len(layer.mhsa) == len(layer.ffn) == K else f"not {K} branches"):
+        if reason := obstacle(layer):
             raise UsageError(f"this model cannot be fused: in layer {i}, {reason}")
+        if {len(layer.mhsa), len(layer.ffn)} != {K}:
+            counts = f"{len(layer.mhsa)} and {len(layer.ffn)}"
+            raise UsageError(f"this model cannot be fused: in layer {i}, there are {counts} branches, not {K}")
     wide = replace(
         config, branches=1, heads=K * config.heads, inner=K * (config.inner or config.width),
         ffn_width=K * (config.ffn_width or 4 * config.width), layer_scale=None, drop_path=0.0,
