@@ -101,15 +101,14 @@ def parser() -> argparse.ArgumentParser:
 
 def check(_) -> None:
     """Raises UsageError with one sentence for a broken pair of torch and torchvision, or for damaged data."""
-    from vitlib.installation import check_pair
+    from vitlib import __main__ as vitlib
 
-    versions = check_pair()
+    vitlib.check()
     from lab.data.registry import SPLITS, load, names
 
     for name in names():
         counts = [f"{split} {len(load(name, split)):,}" for split in SPLITS]
         print(f"data set {name}: {', '.join(counts)} images, as its card says")
-    print(f"installation: {versions}")
 
 
 def _notebooks(arguments) -> list[str]:

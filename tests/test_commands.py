@@ -12,7 +12,7 @@ from lab.__main__ import main, parser
 from lab.experiments.catalogue import NOTEBOOKS, experiment
 from lab.report import judgements, render
 from lab.runs import launch
-from vitlib import installation
+from vitlib import __main__ as vitlib_main
 from vitlib.errors import UsageError
 
 PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -153,7 +153,7 @@ def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):
     with pytest.raises(
         UsageError, match=r"not builds of one family \(operator torchvision::nms does not exist\).*make setup"
     ):
-        installation.check_pair()
+        vitlib_main.check()
 
 
 def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(capsys, untouched):

@@ -618,7 +618,7 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypa
         return 1
 
     monkeypatch.setattr(launch, "_until_it_ends", one)
-    monkeypatch.setattr(execute, "watch_parents", lambda asker: None)
+    monkeypatch.setattr(execute, "end_with_parents", lambda asker: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="'cuda' needs a GPU"):
         launch.distributed(replace(TINY, device="cuda"), 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -148,16 +149,6 @@ def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
     )
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def loaders() -> int:
-    """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
-    return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
-
-
 def second_test(spec: RunSpec) -> Images | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
     classifies = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
@@ -185,13 +176,27 @@ def trained_tokenizer(spec: RunSpec) -> DVAE:
     return model.eval()
 
 
+# ---------------------------------------------------------------------------------------------------- this machine
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loaders() -> int:
+    """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
+    return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+
+
 def surroundings(device: str) -> dict:
     """Where and with what a run was done."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0  # KiB; bytes on macOS
     gpu = {"gpu_mem_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
     return gpu | {
-        "mem_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "device": device_name(device), "torch": torch.__version__, "python": platform.python_version(),
-        "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "mem_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "device": device_name(device),
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
@@ -200,12 +205,10 @@ def device_name(device: str) -> str:
     """The name of what a run used: the GPU's for "cuda", else the processor's and the number of its cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 @functools.cache
@@ -214,14 +217,12 @@ def commit() -> str:
 
     def git(*words: str) -> str:
         try:
-            done = subprocess.run(["git", *words], cwd=paths.ROOT, capture_output=True, text=True, timeout=10)
+            return subprocess.run(["git", *words], cwd=paths.ROOT, capture_output=True, text=True, timeout=10).stdout
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (
-        "+" if git("status", "--porcelain", "vitlib", "lab", "outputs/paper") else ""
-    )
+    changed = git("status", "--porcelain", "vitlib", "lab", "outputs/paper")
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
 # ---------------------------------------------------------------------------------------------------- under torchrun
@@ -229,13 +230,15 @@ def commit() -> str:
 
 def main(order: Path) -> None:
     """One of the processes that torchrun started: train the run of `order` together with the others."""
-    watch_parents(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
+    end_with_parents(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
     wanted = json.loads(order.read_text(encoding="utf-8"))
     try:
         spec = RunSpec.from_fields(wanted["spec"])
         with joined(resolve(spec.device)) as shard:
-            on_step = progress_lines(shard.rank == 0)
-            execute(spec, wanted["need_weights"], on_step, wanted["every_s"], wanted["stamps"])
+            tell = now_and_then(
+                lambda step, steps: shard.rank or print(f"step {step} of {steps}", flush=True), every_s=10
+            )
+            execute(spec, wanted["need_weights"], tell, wanted["every_s"], wanted["stamps"])
     except (UsageError, loop.NonFiniteLoss) as fault:
         last_word(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
         sys.exit(str(fault))
@@ -246,7 +249,20 @@ def last_word(order: Path) -> Path:
     return order.with_suffix(".said")
 
 
-def watch_parents(asker: int) -> None:
+def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[int, int], None]:
+    """For `on_step`: `act(step, steps)` at most once in `every_s` seconds, at the first step too."""
+    last = -math.inf
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > every_s:
+            last = time.monotonic()
+            act(step, steps)
+
+    return on_step
+
+
+def end_with_parents(asker: int) -> None:
     """End this process when torchrun or the process that asked for the run is gone, even while it waits for others."""
     torchrun = os.getppid()
 
@@ -256,19 +272,6 @@ def watch_parents(asker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def progress_lines(first: bool, every_s: float = 10.0) -> Callable[[int, int], None]:
-    """Prints how far the run is, for the log."""
-    last = 0.0
-
-    def on_step(step: int, steps: int) -> None:
-        nonlocal last
-        if first and time.monotonic() - last > every_s:
-            last = time.monotonic()
-            print(f"step {step} of {steps}", flush=True)
-
-    return on_step
 
 
 if __name__ == "__main__":

@@ -13,15 +13,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +28,6 @@ from tqdm import tqdm
 
 from lab import paths
 from lab.runs import execute, store
-from lab.runs.execute import cores
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
@@ -57,15 +53,15 @@ class RunsFailed(RuntimeError):
 def launch(
     specs: Iterable[RunSpec],
     jobs: int = 0,
-    seconds: Callable[[RunSpec], float] | None = None,
+    seconds: Callable[[RunSpec], float] = lambda spec: 1.0,
     stamps: Mapping[str, str] | None = None,
 ) -> dict[RunSpec, Result]:
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
     jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: how long a run is
-    expected to take, for the progress bar (`lab.cost`); None counts runs. stamps: kept with each result, as in `execute`.
-    Runs start in the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then
-    RunsFailed names it. Raises UsageError if `jobs` is negative.
+    expected to take, for the progress bar (`lab.cost`); without it runs are counted. stamps: as in `execute`. Runs start in
+    the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then RunsFailed names it.
+    Raises UsageError if `jobs` is negative.
     """
     specs = list(specs)
     if jobs < 0:
@@ -74,8 +70,8 @@ def launch(
         store.sweep()
         paths.runs().mkdir(parents=True, exist_ok=True)
         devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
-        cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
-        _train(todo, min(jobs or len(devices) or cores(), len(todo)), devices, cost, dict(stamps or {}))
+        cost = {spec.hash: seconds(spec) for spec in todo}
+        _train(todo, min(jobs or len(devices) or execute.cores(), len(todo)), devices, cost, dict(stamps or {}))
     return {spec: store.find(spec) for spec in specs}
 
 
@@ -94,23 +90,17 @@ def _train(
     todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str], cost: Mapping[str, float], stamps: dict[str, str]
 ) -> None:
     """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        from multiprocessing import forkserver
-
-        context.set_forkserver_preload(["lab.runs.execute"])  # torch and timm are imported once, not once per worker
-        with _environment(MEMORY):
-            forkserver.ensure_running()
+    context = _context()
     steps, devices = context.SimpleQueue(), context.SimpleQueue()
     for gpu in assign(jobs, gpus):  # each process takes one when it begins
         devices.put(gpu)
-    waiting, failed, going = list(todo), {}, {}
+    waiting, going, failed = list(todo), {}, {}
+    shares = dict.fromkeys(cost, 0.0)  # how much of each run is done
     bar = tqdm(
         total=sum(cost.values()), disable=os.environ.get("VITLIB_PROGRESS") == "0", smoothing=0.1, file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 30,
         bar_format="{desc} {percentage:3.0f}% |{bar:24}| {elapsed} gone, {remaining} left",
     )  # fmt: skip
-    finished, shares = 0, dict.fromkeys(cost, 0.0)  # how much of each run is done
     pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(steps, devices, os.environ.copy()))
     try:
         while waiting or going:
@@ -121,6 +111,7 @@ def _train(
                 elif len(going) < jobs and not {*spec.needs} & {*waiting, *going.values()}:
                     going[pool.submit(_work, spec, todo[spec], stamps)] = spec
                     waiting.remove(spec)
+            finished = len(todo) - len(waiting) - len(going)
             bar.set_description_str(f"{finished} of {len(todo)} runs, {len(going)} going", refresh=False)
             done, _ = wait(going, timeout=0.5, return_when=FIRST_COMPLETED)
             while not steps.empty():
@@ -128,7 +119,6 @@ def _train(
                 shares[name] = max(shares[name], share)
             for future in done:
                 spec = going.pop(future)
-                finished += 1
                 shares[spec.hash] = 1.0
                 if (fault := _fault(future)) is not None:
                     failed[spec] = fault
@@ -146,16 +136,20 @@ def _train(
         raise RunsFailed(f"{len(failed)} of {len(todo)} runs failed, the others are kept: {lost}")
 
 
-@contextmanager
-def _environment(more: dict[str, str]) -> Iterator[None]:
-    """The variables `more` for the processes that start here; those that are set already stay as they are."""
-    added = {name: value for name, value in more.items() if name not in os.environ}
+def _context() -> multiprocessing.context.BaseContext:
+    """Processes with `MEMORY` that are forked from one which has imported torch and timm, where the system can do that."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lab.runs.execute"])
+    added = {name: value for name, value in MEMORY.items() if name not in os.environ}
     os.environ |= added
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
+    forkserver.ensure_running()
+    for name in added:
+        del os.environ[name]
+    return context
 
 
 def _fault(future: Future) -> str | None:
@@ -163,9 +157,8 @@ def _fault(future: Future) -> str | None:
     try:
         future.result()
     except BrokenProcessPool:
-        raise RunsFailed(
-            "a training process was killed from outside (out of memory?); finished runs are kept"
-        ) from None
+        what = "a training process was killed from outside (out of memory?); finished runs are kept"
+        raise RunsFailed(what) from None
     except UsageError:  # damaged data, say: every other run would meet it too
         raise
     except Exception as fault:
@@ -186,24 +179,18 @@ def _begin(steps, devices, environment: dict[str, str]) -> None:
 
 
 def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
-    last = time.monotonic()
+    def report(step: int, steps: int) -> None:
+        _steps.put((spec.hash, step / steps))
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
 
-    def on_step(step: int, steps: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5:
-            last = time.monotonic()
-            _steps.put((spec.hash, step / steps))
-            if not multiprocessing.parent_process().is_alive():
-                os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
-
-    execute.execute(spec, need_weights, on_step, stamps=stamps)
+    execute.execute(spec, need_weights, execute.now_and_then(report, every_s=0.5), stamps=stamps)
 
 
 # ---------------------------------------------------------------------------------------------------- one run, shared
 
 LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what led to it
 TORCHRUN_SAYS = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")  # a line of its own log
-PATIENCE_S = 10.0  # for processes that are asked to end
 
 
 def distributed(
@@ -221,25 +208,26 @@ def distributed(
     """
     if processes < 1:
         raise UsageError(f"processes is {processes}: allowed are 1 and up")
-    if not store.finished(spec, need_weights):
-        for need in spec.needs:
-            if not store.weights_path(need).is_file():
-                raise UsageError(
-                    f"the run {spec.hash} ({spec.describe()}) starts from the {need.protocol} run {need.hash} "
-                    f"({need.describe()}), whose weights are not in {paths.runs()}: train that one first"
-                )
-        log = paths.runs() / ".logs" / f"{spec.hash}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
-            order = write_order(spec, Path(folder, "run.json"), need_weights, every_s, stamps)
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            code = _until_it_ends([*command, "-m", "lab.runs.execute", str(order)], log, spec.threads)
-            if (said := execute.last_word(order)).is_file():
-                usage, text = json.loads(said.read_text(encoding="utf-8"))
-                raise UsageError(text) if usage else RunsFailed(text)
-        if code:
-            what = f"{processes} processes that train the run {spec.hash} ({spec.describe()}) ended with code {code}"
-            raise RunsFailed(f"the {what}; the last lines of {log}:\n{last_lines(log)}")
+    if store.finished(spec, need_weights):
+        return store.find(spec)
+    for need in spec.needs:
+        if not store.weights_path(need).is_file():
+            raise UsageError(
+                f"the run {spec.hash} ({spec.describe()}) starts from the {need.protocol} run {need.hash} "
+                f"({need.describe()}), whose weights are not in {paths.runs()}: train that one first"
+            )
+    log = paths.runs() / ".logs" / f"{spec.hash}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
+        order = write_order(spec, Path(folder, "run.json"), need_weights, every_s, stamps)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        code = _until_it_ends([*torchrun, "-m", "lab.runs.execute", str(order)], log, spec.threads)
+        if (said := execute.last_word(order)).is_file():
+            usage, text = json.loads(said.read_text(encoding="utf-8"))
+            raise UsageError(text) if usage else RunsFailed(text)
+    if code:
+        what = f"{processes} processes that train the run {spec.hash} ({spec.describe()}) ended with code {code}"
+        raise RunsFailed(f"the {what}; the last lines of {log}:\n{last_lines(log)}")
     return store.find(spec)
 
 
@@ -265,22 +253,15 @@ def last_lines(log: Path) -> str:
 
 
 def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
-    """The exit code of a command whose lines go to `log`. Nothing of it is left, whatever ends this function."""
+    """The exit code of a command whose lines go to `log`. If this call is ended, what was started ends itself."""
     path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "VITLIB_PARENT": str(os.getpid())}
+    named = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "VITLIB_PARENT": str(os.getpid())}
     with log.open("wb") as file:
-        process = subprocess.Popen(
+        done = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=MEMORY | os.environ | own,
+            env=MEMORY | os.environ | named,
         )  # fmt: skip
-        try:
-            return process.wait()
-        finally:
-            with suppress(subprocess.TimeoutExpired):
-                process.terminate()  # torchrun ends its processes
-                process.wait(PATIENCE_S)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it did not end sees that it is gone: `watch_parents`
+    return done.returncode
 
 
 # ---------------------------------------------------------------------------------------------------- a job per run
@@ -314,9 +295,8 @@ def submit(
     if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or not 0 < hours < math.inf:
         raise UsageError("a job needs nodes, cpus and memory_gb from 1, gpus from 0 and hours above 0")
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError(
-            "there is no command sbatch: jobs are submitted on a machine of a SLURM cluster; elsewhere use launch"
-        )
+        what = "there is no command sbatch: jobs are submitted on a machine of a SLURM cluster; elsewhere use launch"
+        raise UsageError(what)
     if importlib.util.find_spec("submitit") is None:
         raise UsageError("submitit is not installed: jobs are submitted through it (pip install submitit)")
     from submitit import AutoExecutor
@@ -328,11 +308,10 @@ def submit(
     )  # fmt: skip
     jobs: dict[RunSpec, Job] = {}
     for spec, need_weights in store.missing(specs).items():
-        before = [jobs[need].job_id for need in spec.needs if need in jobs]
-        waits = {"dependency": f"afterok:{':'.join(before)}"} if before else {}
+        before = [jobs[need] for need in spec.needs if need in jobs]
+        waits = {"dependency": "afterok:" + ":".join(job.job_id for job in before)} if before else {}
         executor.update_parameters(slurm_additional_parameters=waits)
-        wait_for = [jobs[need] for need in spec.needs if need in jobs] if cluster == "local" else []
-        for job in wait_for:
+        for job in before if cluster == "local" else []:
             job.wait()  # a machine without a queue
         jobs[spec] = executor.submit(Work(), spec, need_weights, str(paths.runs()), dict(stamps or {}))
     return jobs
