@@ -53,13 +53,13 @@ class RunsFailed(RuntimeError):
 def launch(
     specs: Iterable[RunSpec],
     jobs: int = 0,
-    seconds: Callable[[RunSpec], float] = lambda spec: 1.0,
+    seconds: Callable[[RunSpec], float] | None = None,
     stamps: Mapping[str, str] | None = None,
 ) -> dict[RunSpec, Result]:
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
     jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: how long a run is
-    expected to take, for the progress bar (`lab.cost`); without it runs are counted. stamps: as in `execute`. Runs start in
+    expected to take, for the progress bar (`lab.cost`); None counts runs. stamps: as in `execute`. Runs start in
     the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then RunsFailed names it.
     Raises UsageError if `jobs` is negative.
     """
@@ -70,7 +70,7 @@ def launch(
         store.sweep()
         paths.runs().mkdir(parents=True, exist_ok=True)
         devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
-        cost = {spec.hash: seconds(spec) for spec in todo}
+        cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
         _train(todo, min(jobs or len(devices) or execute.cores(), len(todo)), devices, cost, dict(stamps or {}))
     return {spec: store.find(spec) for spec in specs}
 
