@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import main
 from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
-from lab.data.registry import load_resized
+from lab.data.cards import load_resized
 from lab.experiments.catalogue import experiment
 from lab.experiments.profiles import Profile
 from lab.runs.spec import RunSpec
-from vitlib.data import Batch, epoch_batches, subset
+from vitlib.data import Batch, DataSet, subset
 from vitlib.model import ViT, set_execution
 from vitlib.train import finetune, loop, masked, tokenizers
 from vitlib.train.supervised import LOSSES
@@ -82,10 +82,10 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     }
 
 
-def _endless(spec: RunSpec, data) -> Iterator[Batch]:
+def _endless(spec: RunSpec, data: DataSet) -> Iterator[Batch]:
     rows = subset(data, spec.images, spec.seed)
     for epoch in itertools.count():
-        yield from epoch_batches(data, rows, 0, epoch, spec.recipe.batch_size, spec.recipe.flip, spec.recipe.mixup)
+        yield from data.epoch_batches(rows, 0, epoch, spec.recipe)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
 from lab.cost.count import AttentionAs
 from lab.experiments.catalogue import experiment
 from lab.experiments.profiles import Profile
-from vitlib.data import DataSet, epoch_batches
+from vitlib.data import InMemory
 from vitlib.model import ViTConfig, vit_config
 from vitlib.model.layers import Reads
 from vitlib.train.loop import set_train_mode
 from vitlib.train.masked import MaskedLoss, MaskedViT
+from vitlib.train.recipe import Recipe
 from vitlib.train.tokenizers import VOCABULARY, nearest, patchify
 
 OPTIMIZATIONS = ("tokens", "masks", "unread", "attention", "optimizer", "relative")
@@ -166,7 +167,9 @@ def _step(task: dict, config: ViTConfig, optimizations: frozenset[str], device: 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (IMAGES, config.in_chans, config.image_size, config.image_size), generator=generator)
     pixels = pixels.to(torch.uint8)
-    data = DataSet("noise", "train", pixels, torch.zeros(IMAGES, dtype=torch.int64), ("none",), 0.5, 0.25, "")
+    mean, std = (torch.full((config.in_chans, 1, 1), value) for value in (0.5, 0.25))
+    data = InMemory("noise", "train", pixels, torch.zeros(IMAGES, dtype=torch.int64), ("none",), mean, std, "")
+    recipe = Recipe(epochs=1, batch_size=task["batch"], lr=1e-3)
     targets = _Tokens(pixels.float().to(device), config.patch_size, task["vocabulary"], "tokens" in optimizations)
     loss_function = _Loss(targets, task["masked"], optimizations, device)
     model = _Model(config, targets.outputs, 0).to(device)
@@ -177,7 +180,7 @@ def _step(task: dict, config: ViTConfig, optimizations: frozenset[str], device: 
     rows, epoch = np.arange(task["batch"]) % IMAGES, iter(range(10**9))
 
     def fresh():
-        batch = next(epoch_batches(data, rows, 0, next(epoch), task["batch"], True, 0.0))
+        batch = next(data.epoch_batches(rows, 0, next(epoch), recipe))
         return replace(batch, images=batch.images.to(device))
 
     def loss(batch) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import main
 from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
-from lab.data.registry import load_resized
+from lab.data.cards import load_resized
 from lab.experiments.catalogue import experiment
 from lab.experiments.profiles import Profile
 from lab.runs.execute import cores
@@ -196,7 +196,7 @@ def _plain_loop(spec: RunSpec, data, order: dict) -> None:
 
     transform = v2.Compose([
         v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([data.mean] * spec.model.in_chans, [data.std] * spec.model.in_chans),
+        v2.Normalize(data.mean.flatten().tolist(), data.std.flatten().tolist()),
     ])  # fmt: skip
 
     class Images(torch.utils.data.Dataset):

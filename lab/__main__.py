@@ -104,7 +104,7 @@ def check(_) -> None:
     from vitlib import __main__ as vitlib
 
     vitlib.check()
-    from lab.data.registry import SPLITS, load, names
+    from lab.data.cards import SPLITS, load, names
 
     for name in names():
         counts = [f"{split} {len(load(name, split)):,}" for split in SPLITS]

@@ -1,301 +1,70 @@
-"""Embedded data, their card, and the draws that batches are made of."""
+"""Reading a user's own images, the views of an image, and the batches of both kinds of data set."""
 
-import gzip
-import importlib.util
-import os
-import pickle
-import shutil
-from pathlib import Path
+import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from pictures import class_folders, parquet, picture
+from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
-from lab import paths
-from lab.data import registry
-from lab.data.registry import load, load_resized
+from lab.data.cards import load_resized
 from vitlib import draws
-from vitlib.data import epoch_batches, resize, subset
+from vitlib.data import Augment, Shard, augment, open_folder, read_folder, resize, stream, subset
+from vitlib.data.stream import epoch_order, mix_pair
 from vitlib.errors import UsageError
+from vitlib.model import vit_config
+from vitlib.train import loop, tokenizers
+from vitlib.train.dvae import DVAE, DVAEConfig
+from vitlib.train.masked import MaskedLoss, MaskedViT
+from vitlib.train.recipe import Recipe
 
-NAME = "fashion-mnist"
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-SIZES = {  # images of train, validation, test; image side; classes
-    "animal-shapes": (5_000, 1_000, 2_000, 28, 10),
-    "digits": (1_000, 128, 640, 8, 10),
-    "fashion-mnist": (18_000, 2_000, 5_000, 28, 10),
-    "fashion-mnist-4": (7_200, 800, 1_969, 28, 4),
-    "fashion-mnist-6": (10_800, 1_200, 3_031, 28, 6),
-}
-VIEWS = {"fashion-mnist-4": (0, 2, 4, 6), "fashion-mnist-6": (1, 3, 5, 7, 8, 9)}
-# Where the wheels are that tools/embed.py reads: folder $VITLIB_DATA, as for data that is not embedded.
-WHEELS = paths.ROOT / os.environ.get("VITLIB_DATA", "data")
-SOURCES = {
-    "fashion-mnist": DEBIAN,
-    "digits": next(WHEELS.glob("scikit_learn-*.whl"), WHEELS / "scikit_learn"),
-    "animal-shapes": WHEELS / "animal_mnist-0.4-py3-none-any.whl",
-}
+WILD = Augment(policy="rand-m7-mstd0.5-inc1", erasing=0.5, view_size=8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def recipe(batch_size: int, **options) -> Recipe:
+    return Recipe(epochs=1, batch_size=batch_size, lr=1e-3, **options)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The same ten pictures in class folders and in parquet files."""
+    folder = tmp_path_factory.mktemp("data")
+    class_folders(folder / "birds", test="test")
+    parquet(folder / "parquet")
+    return folder
 
 
 @pytest.fixture
-def embed():
-    """tools/embed.py as a module."""
-    spec = importlib.util.spec_from_file_location("embed", paths.ROOT / "tools" / "embed.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+def opened(root):
+    def open_(name="birds", split="train", **options):
+        found = read_folder(root / name, split)  # all of them: `open_folder` would hold some out
+        data = open_folder(root / name, "test", 16, streamed=True, **options)
+        return replace(data, split=split, rows=found.rows, labels=torch.from_numpy(found.labels))
+
+    return open_
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_the_splits_have_the_sizes_and_the_balance_that_their_card_says(name):
-    *sizes, side, classes = SIZES[name]
-    card = registry.card(name)
-    assert [split["num_examples"] for split in card["dataset_info"]["splits"]] == sizes
-    facts = card["vitlib"]
-    assert (facts["channels"], facts["image_size"], facts["num_classes"]) == (1, side, classes)
-    for split, size in zip(registry.SPLITS, sizes, strict=True):
-        data = load(name, split)
-        assert data.images.shape == (size, 1, side, side) and data.images.dtype == torch.uint8
-        assert len(data.classes) == classes and data.labels.dtype == torch.int64
-        assert set(data.labels.tolist()) == set(range(classes))
-    assert torch.bincount(load(name, "train").labels).tolist() == [sizes[0] // classes] * classes
-    if name != "digits":  # its validation split is one sheet of handwriting
-        assert torch.bincount(load(name, "validation").labels).tolist() == [sizes[1] // classes] * classes
+@pytest.fixture(scope="module")
+def fashion():
+    return load_resized("fashion-mnist", "validation", 16)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_the_card_has_the_pixel_statistics_of_the_training_images(name):
-    data, pixels = load(name, "train"), load(name, "train").images.double() / 255
-    assert pixels.mean().item() == pytest.approx(data.mean, abs=5e-6)
-    assert pixels.std().item() == pytest.approx(data.std, abs=5e-6)
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_no_image_occurs_twice_in_a_split_or_in_two(name):
-    images = [image.tobytes() for split in registry.SPLITS for image in load(name, split).images.numpy()]
-    assert len(set(images)) == len(images)
-
-
-@pytest.mark.parametrize("name", VIEWS)
-def test_a_view_is_exactly_its_parents_images_of_its_classes(name):
-    parent_classes = load(NAME, "test").classes
-    assert load(name, "test").classes == tuple(parent_classes[c] for c in VIEWS[name])
-    for split in registry.SPLITS:
-        parent, view = load(NAME, split), load(name, split)
-        rows = [row for row, label in enumerate(parent.labels.tolist()) if label in VIEWS[name]]
-        assert torch.equal(view.images, parent.images[rows])
-        assert [VIEWS[name][label] for label in view.labels.tolist()] == parent.labels[rows].tolist()
-
-
-def test_every_data_set_has_a_checksum_of_its_own_and_the_views_share_nothing():
-    assert len({registry.data_checksum(name) for name in SIZES}) == len(SIZES)
-    assert sorted(VIEWS["fashion-mnist-4"] + VIEWS["fashion-mnist-6"]) == list(range(10))
-
-
-def test_the_digits_are_cut_between_sheets_of_handwriting():
-    """Every sheet begins with 0 to 9 three times: the splits begin with a sheet."""
-    for split, digits in (("validation", 30), ("test", 30)):
-        assert load("digits", split).labels[:digits].tolist() == list(range(10)) * 3
-    assert (load("digits", "train").images.unique().diff() >= 15).all()  # 17 levels of ink
-
-
-@pytest.mark.parametrize("name", ["digits", "animal-shapes", "fashion-mnist-4"])
-def test_a_small_data_set_can_be_resized_and_cut_for_a_run(name):
-    data = load_resized(name, "train", 16)
-    assert data.images.shape[-2:] == (16, 16) and data.images.dtype == torch.uint8
-    # Neither too bright nor too dark: a resize keeps the mean but for rounding.
-    assert abs(data.images.double().mean() - load(name, "train").images.double().mean()) < 0.5
-    classes = len(data.classes)
-    rows = subset(data, 20 * classes, 0)
-    assert torch.bincount(data.labels[torch.from_numpy(rows)]).tolist() == [20] * classes
+# ------------------------------------------------------------------------------------------------- images in memory
 
 
 def test_an_enlarged_image_blends_neighbours_in_quarters():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[0, 0, :, 4:] = 100
     assert resize(image, 16)[0, 0, 5].tolist() == [0] * 7 + [25, 75] + [100] * 7
-
-
-def test_every_card_is_in_hugging_face_form_and_has_the_headings():
-    from datasets import DatasetInfo
-    from huggingface_hub import DatasetCard
-
-    for path in paths.DATA_CARDS.glob("*.md"):
-        card = DatasetCard.load(path)
-        assert card.data.license and card.data.pretty_name and card.data.task_categories
-        info = card.data.to_dict()["dataset_info"]
-        splits = set(DatasetInfo._from_yaml_dict(info).splits)
-        assert splits == set(registry.SPLITS) if path.stem in registry.names() else splits <= set(registry.SPLITS)
-        for heading in ("## Source", "## Licence", "## Splits", "## Form", "## Limits"):
-            assert heading in card.text
-        assert path.stem in registry.names() or ("## Where to get it" in card.text and "## Use here" in card.text)
-
-
-def test_a_data_set_that_no_run_can_name_is_answered_with_its_card():
-    """`names` (what `python -m lab check` loads) has the embedded ones only; the others raise one sentence."""
-    assert registry.names() == sorted(SIZES)
-    others = {path.stem for path in paths.DATA_CARDS.glob("*.md")} - set(SIZES)
-    assert others == set(
-        "imagenet-1k imagenet-v2 inaturalist-2018 inaturalist-2019 cifar-10 cifar-100 stanford-cars flowers-102 "
-        "tiny-imagenet".split()
-    )
-    for name in others - {"cifar-10", "tiny-imagenet"}:
-        for ask in (registry.facts, registry.data_checksum, lambda name: load(name, "train")):
-            with pytest.raises(UsageError) as said:
-                ask(name)
-            assert str(said.value) == (
-                f"data set '{name}' is read from its files as they are needed: no run holds it in memory"
-            )
-
-
-def test_the_papers_data_sets_have_the_sizes_of_table_9_and_can_be_planned_without_being_here(monkeypatch, tmp_path):
-    monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
-    known = registry.published("imagenet-1k")
-    assert (known.channels, known.num_classes, known.sizes) == (3, 1000, {"train": 1_281_167, "test": 50_000})
-    assert registry.published("flowers-102").sizes == {"train": 2040, "test": 6149}
-    identities = {name: registry.data_checksum(name, from_files=True) for name in ("imagenet-1k", "inaturalist-2018")}
-    assert len({registry.data_checksum(NAME), *identities.values()}) == 3
-    (tmp_path / "imagenet-1k" / "train" / "n01").mkdir(parents=True)
-    assert (
-        registry.data_checksum("imagenet-1k", from_files=True) == identities["imagenet-1k"]
-    )  # what is here is not asked
-    with pytest.raises(UsageError, match="unknown data set of the paper 'digits'"):
-        registry.published("digits")
-
-
-def test_a_card_that_is_no_data_card_cannot_be_named():
-    for name in ("../README", "Fashion-MNIST", ""):
-        with pytest.raises(UsageError, match="unknown data set"):
-            registry.card(name)
-
-
-def test_the_files_with_their_licence_are_under_fifteen_megabytes():
-    files = list(paths.EMBEDDED.glob("*"))
-    assert sum(f.stat().st_size for f in files) < 15e6
-    for name, owner in (("fashion-mnist", "Zalando"), ("digits", "scikit-learn"), ("animal-shapes", "SinaSR-6")):
-        notice = (paths.EMBEDDED / f"LICENSE.{name}").read_text(encoding="utf-8")
-        assert owner in notice and f"{name}-*.parquet" in notice
-
-
-def test_the_datasets_library_reads_the_embedded_files(monkeypatch, tmp_path):
-    from datasets import load_dataset
-
-    file = str(paths.EMBEDDED / "fashion-mnist-validation.parquet")
-    rows = load_dataset("parquet", data_files={"validation": file}, cache_dir=str(tmp_path))["validation"]
-    data = load(NAME, "validation")
-    assert rows.features["label"].names == list(data.classes)
-    assert np.array_equal(np.asarray(rows[7]["image"]), data.images[7, 0].numpy())
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_the_script_makes_the_same_pixels_and_labels_again(name, embed, tmp_path, monkeypatch):
-    if not SOURCES[name].exists():
-        pytest.skip(f"the source of {name} is not at hand: tools/embed.py says where to get it")
-    monkeypatch.setattr(embed, "EMBEDDED", tmp_path)
-    embed.MAKERS[name](SOURCES[name])
-    for split, sha256 in registry.card(name)["vitlib"]["sha256"].items():
-        assert registry.checksum(*registry.read_parquet(tmp_path / f"{name}-{split}.parquet")) == sha256
-
-
-class Calls:
-    """Unpickled carelessly, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_pickles_are_read_as_arrays_or_refused_and_nothing_in_them_is_called(embed, tmp_path):
-    for array in (np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.array([3, -1, 2**40])):
-        again = embed.read_array(pickle.dumps(array, protocol=4))
-        assert np.array_equal(again, array) and again.dtype == array.dtype
-    trap = tmp_path / "called"
-    held = np.array([Calls(trap)], dtype=object)
-    for thing in (Calls(trap), held, {"a": np.arange(3)}, b"bytes", np.arange(3.0), np.dtype("u1"), np.ndarray, len):
-        with pytest.raises(ValueError, match="refused"):
-            embed.read_array(pickle.dumps(thing, protocol=4))
-    assert not trap.exists()
-    pickle.loads(pickle.dumps(Calls(trap)))
-    assert trap.exists()  # the trap works
-
-
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
-def test_the_embedded_images_are_those_of_the_original_files():
-    raw = gzip.decompress((DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes())
-    original = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    assert np.array_equal(original[5_000:], load(NAME, "test").images.numpy())
-    raw = gzip.decompress((DEBIAN / "train-labels-idx1-ubyte.gz").read_bytes())
-    labels = np.frombuffer(raw, np.uint8, offset=8)
-    kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:1800] for c in range(10)]))
-    assert np.array_equal(labels[kept], load(NAME, "train").labels.numpy())
-    raw = gzip.decompress((DEBIAN / "train-images-idx3-ubyte.gz").read_bytes())
-    assert np.array_equal(
-        np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)[kept], load(NAME, "train").images
-    )
-
-
-@pytest.fixture
-def copied(monkeypatch, tmp_path):
-    """The embedded files and the card in a folder that a test may damage."""
-    for name, folder in (("EMBEDDED", paths.EMBEDDED), ("DATA_CARDS", paths.DATA_CARDS)):
-        shutil.copytree(folder, tmp_path / name)
-        monkeypatch.setattr(registry, name, tmp_path / name)
-    load.cache_clear()
-    yield tmp_path
-    load.cache_clear()
-
-
-def test_a_damaged_file_is_refused_in_one_sentence(copied):
-    file = copied / "EMBEDDED" / "fashion-mnist-test.parquet"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"fashion-mnist-test\.parquet is damaged"):
-        load(NAME, "test")
-    file.unlink()
-    with pytest.raises(UsageError, match=r"there is no file fashion-mnist-test\.parquet"):
-        load(NAME, "test")
-
-
-def test_a_view_of_a_damaged_file_is_refused_and_so_is_a_view_of_other_classes(copied):
-    card = copied / "DATA_CARDS" / "fashion-mnist-4.md"
-    card.write_text(card.read_text().replace("[0, 2, 4, 6]", "[0, 2, 4, 8]"))
-    with pytest.raises(UsageError, match=r"^fashion-mnist does not hold the test images of fashion-mnist-4"):
-        load("fashion-mnist-4", "test")
-    (copied / "EMBEDDED" / "fashion-mnist-test.parquet").write_bytes(b"PAR1")
-    load.cache_clear()
-    with pytest.raises(UsageError, match=r"fashion-mnist-test\.parquet is damaged"):
-        load("fashion-mnist-6", "test")
-
-
-@pytest.mark.parametrize("name", ["digits", "animal-shapes"])
-def test_a_damaged_file_of_the_smaller_sets_is_refused_too(copied, name):
-    file = copied / "EMBEDDED" / f"{name}-train.parquet"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UsageError, match=rf"{name}-train\.parquet is damaged"):
-        load(name, "train")
-
-
-def test_one_changed_pixel_is_refused(copied):
-    card = copied / "DATA_CARDS" / "fashion-mnist.md"
-    images, labels = load(NAME, "test").images.numpy().copy(), load(NAME, "test").labels.numpy()
-    assert registry.checksum(images, labels) == registry.card(NAME)["vitlib"]["sha256"]["test"]
-    images[17, 0, 3, 4] ^= 1
-    other = registry.checksum(images, labels)
-    card.write_text(card.read_text().replace(registry.card(NAME)["vitlib"]["sha256"]["test"], other))
-    load.cache_clear()
-    with pytest.raises(UsageError, match="does not hold the test images"):
-        load(NAME, "test")
-
-
-def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(UsageError, match="did you mean 'fashion-mnist'"):
-        load("fashion_mnist", "train")
-    with pytest.raises(UsageError, match="did you mean 'validation'"):
-        load(NAME, "valid")
 
 
 def test_resize_keeps_constant_images_and_is_antialiased():
@@ -306,22 +75,6 @@ def test_resize_keeps_constant_images_and_is_antialiased():
     middle = resize(stripes, 14)[..., 3:-3, 3:-3].float()
     assert middle.min() > 100 and middle.max() < 155
     assert resize(grey, 28) is grey
-
-
-@pytest.mark.parametrize(("size", "sha256"), [(16, "327e830f456d1a62"), (20, "b257ba2deb08827c")])
-def test_the_resized_pixels_are_the_same_on_every_machine(size, sha256):
-    data = load_resized(NAME, "train", size)
-    assert registry.checksum(data.images.numpy(), data.labels.numpy())[:16] == sha256
-
-
-def test_subsets_are_balanced_nested_and_the_same_for_every_arm():
-    data = load(NAME, "train")
-    small, large = subset(data, 200, 3), subset(data, 500, 3)
-    assert set(small) < set(large)
-    assert torch.bincount(data.labels[torch.from_numpy(large)]).tolist() == [50] * 10
-    assert np.array_equal(large, subset(data, 500, 3)) and not np.array_equal(large, subset(data, 500, 4))
-    with pytest.raises(UsageError, match="multiples of 10 from 10 to 18000"):
-        subset(data, 123, 0)
 
 
 def test_draws_are_uniform_independent_and_known():
@@ -336,39 +89,392 @@ def test_draws_are_uniform_independent_and_known():
 KNOWN = [[0.05499559116685515, 0.9555510132447048]]
 
 
-def test_an_image_is_drawn_alike_whatever_batch_it_is_in():
-    data = load_resized(NAME, "validation", 16)
+def test_subsets_are_balanced_nested_and_the_same_for_every_arm(fashion):
+    small, large = subset(fashion, 200, 3), subset(fashion, 500, 3)
+    assert set(small) < set(large)
+    assert torch.bincount(fashion.labels[torch.from_numpy(large)]).tolist() == [50] * 10
+    assert np.array_equal(large, subset(fashion, 500, 3)) and not np.array_equal(large, subset(fashion, 500, 4))
+    with pytest.raises(UsageError, match="multiples of 10 from 10 to 2000"):
+        subset(fashion, 123, 0)
+
+
+def test_an_image_is_drawn_alike_whatever_batch_it_is_in(fashion):
     rows = np.arange(100)
 
     def by_image(batch_size: int, rows: np.ndarray) -> dict:
-        batches = epoch_batches(data, rows, 5, 1, batch_size, flip=True, mixup=0.4)
+        batches = fashion.epoch_batches(rows, 5, 1, recipe(batch_size, mixup=0.4))
         return {i: (x, t) for b in batches for i, x, t in zip(b.index, b.images, b.targets, strict=True)}
 
     whole, split = by_image(100, rows), by_image(7, rows)
     assert all(torch.equal(whole[i][0], split[i][0]) and torch.equal(whole[i][1], split[i][1]) for i in rows)
 
 
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
-    data = load_resized(NAME, "validation", 16)
-    rows = subset(data, 200, 0)
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own(fashion):
+    rows = subset(fashion, 200, 0)
 
     def seen(epoch: int, seed: int = 0) -> np.ndarray:
-        return np.concatenate([b.index for b in epoch_batches(data, rows, seed, epoch, 32, flip=True, mixup=0.0)])
+        return np.concatenate([b.index for b in fashion.epoch_batches(rows, seed, epoch, recipe(32))])
 
     assert sorted(seen(0)) == sorted(rows) and len(seen(0)) == 200
     assert not np.array_equal(seen(0), seen(1)) and not np.array_equal(seen(0), seen(0, seed=1))
 
 
-def test_half_of_the_images_are_mirrored_and_targets_stay_shares():
-    data = load_resized(NAME, "validation", 16)
-    flipped = np.concatenate([b.flipped for b in epoch_batches(data, np.arange(2000), 0, 0, 100, flip=True, mixup=0)])
+def test_half_of_the_images_are_mirrored_and_targets_stay_shares(fashion):
+    flipped = np.concatenate([b.flipped for b in fashion.epoch_batches(np.arange(2000), 0, 0, recipe(100))])
     assert 0.45 < flipped.mean() < 0.55
-    plain = next(epoch_batches(data, np.arange(50), 0, 0, 50, flip=False, mixup=0))
+    plain = next(fashion.epoch_batches(np.arange(50), 0, 0, recipe(50, flip=False)))
     assert not plain.flipped.any()
-    mixed = next(epoch_batches(data, np.arange(50), 0, 0, 50, flip=True, mixup=0.4))
+    mixed = next(fashion.epoch_batches(np.arange(50), 0, 0, recipe(50, mixup=0.4)))
     assert torch.allclose(mixed.targets.sum(1), torch.ones(50)) and (mixed.targets > 0).sum(1).max() == 2
 
 
-def test_cards_are_plain_yaml_with_vitlib_facts():
-    text = (paths.DATA_CARDS / f"{NAME}.md").read_text(encoding="utf-8")
-    assert yaml.safe_load(text.split("---\n")[1])["vitlib"]["embedded"] is True
+# ------------------------------------------------------------------------------------------------- views of an image
+
+
+WRONG = {
+    "policy": "rand-7", "interpolation": "cubic", "crop_scale": (0.5, 0.1), "test_crop": 0, "erasing": 2, "color_jitter": -1,
+    "view_size": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_an_augmentation_that_does_not_exist_is_refused(field):
+    with pytest.raises(UsageError, match=str(field) if field != "policy" else "policy 'rand-7'"):
+        Augment(**{field: WRONG[field]})
+
+
+def viewed(chosen, image=None, flipped=False, key=5, size=16):
+    zero, one = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return augment.TrainView(chosen, size, zero, one)(image or picture(3, (60, 50)), flipped, key)
+
+
+def generators() -> list:
+    """The state of every global generator on the CPU."""
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]  # noqa: NPY002
+
+
+def test_a_view_is_a_function_of_its_key_and_leaves_the_generators_alone():
+    first, small = viewed(WILD)
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)  # noqa: NPY002
+    before = generators()
+    again, small_again = viewed(WILD)
+    assert generators() == before
+    assert torch.equal(first, again) and torch.equal(small, small_again)
+    assert all(not torch.equal(first, viewed(WILD, key=key)[0]) for key in range(3))
+
+
+def test_a_flipped_view_is_the_mirror_image_of_the_same_crop():
+    plain, flipped = viewed(Augment(view_size=8)), viewed(Augment(view_size=8), flipped=True)
+    assert torch.equal(plain[0].flip(-1), flipped[0]) and torch.equal(plain[1].flip(-1), flipped[1])
+
+
+def test_the_tokenizers_view_is_the_same_crop_in_lanczos():
+    """With the whole image as the crop there is nothing random left."""
+    whole = picture(3, (48, 48))
+    chosen = Augment(crop_scale=(1.0, 1.0), view_size=8, color_jitter=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "ASPECT", (1.0, 1.0))
+        image, view = viewed(chosen, whole)
+    lanczos = np.asarray(whole.resize((8, 8), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    bicubic = np.asarray(whole.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert view.dtype == torch.uint8 and (view.numpy() == lanczos).all()
+    assert (image * 255).round().to(torch.uint8).numpy().tolist() == bicubic.tolist()
+
+
+def test_both_views_get_the_same_colours():
+    grey = Image.new("RGB", (40, 40), (90, 120, 150))
+    for key in range(5):
+        image, view = viewed(Augment(color_jitter=0.4, view_size=8), grey, key=key)
+        assert (image * 255).round()[:, 0, 0].tolist() == view[:, 0, 0].tolist() != [90, 120, 150]
+
+
+def test_crops_cover_the_share_of_the_image_that_is_asked_for():
+    ramp = Image.fromarray(np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None] * 2, (100, 100, 3)).copy())
+    spans = [viewed(Augment(crop_scale=(0.09, 0.09)), ramp, key=key)[0][0] * 255 / 2 for key in range(20)]
+    spans = [float(span.max() - span.min()) for span in spans]
+    assert 22 < min(spans) and max(spans) < 35  # a side of 30 with an aspect of 3/4 to 4/3, less a pixel at each end
+    assert len({round(span) for span in spans}) > 3
+
+
+def test_three_augment_is_one_of_grey_solarized_and_blurred():
+    image = picture(3, (16, 16))
+    chosen = Augment(policy="3-augment", crop_scale=(1.0, 1.0))
+    grey, solar = (np.asarray(op(image)) for op in (lambda i: ImageOps.grayscale(i).convert("RGB"), ImageOps.solarize))
+    kinds = {"grey": 0, "solarized": 0, "blurred": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "ASPECT", (1.0, 1.0))
+        for key in range(60):
+            pixels = (viewed(chosen, image, key=key)[0] * 255).round().numpy().transpose(1, 2, 0)
+            strongest = np.asarray(image.filter(ImageFilter.GaussianBlur(2))).std()
+            if np.abs(pixels - grey).max() <= 1:
+                kinds["grey"] += 1
+            elif (pixels == solar).all():
+                kinds["solarized"] += 1
+            else:
+                kinds["blurred"] += strongest - 1 <= pixels.std() <= np.asarray(image).std() + 1
+    assert sum(kinds.values()) == 60 and min(kinds.values()) >= 10
+
+
+def test_erasing_and_rand_augment_change_about_as_many_views_as_asked():
+    grey = Image.new("RGB", (40, 40), (90, 120, 150))
+    erased = sum(viewed(Augment(erasing=0.25), grey, key=k)[0][0].unique().numel() > 1 for k in range(200))
+    assert 30 <= erased <= 70
+    changed = sum(
+        viewed(Augment(policy="rand-m7-mstd0.5-inc1"), grey, key=k)[0].unique().numel() != 3 for k in range(50)
+    )
+    assert changed > 10
+
+
+@pytest.mark.parametrize(("size", "crop", "resized"), [(224, 0.95, 236), (224, 0.875, 256), (384, 1.0, 384)])
+def test_the_test_view_is_the_middle_of_the_resized_image(size, crop, resized):
+    image = picture(3, (500, 400))
+    view, none = augment.TestView(Augment(test_crop=crop), size, (0.0,) * 3, (1.0,) * 3)(image, False, 0)
+    small = image.resize((int(resized * 500 / 400), resized), Image.Resampling.BICUBIC)
+    left, top = round((small.width - size) / 2), round((small.height - size) / 2)
+    middle = np.asarray(small.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+    assert none is None and (view * 255).round().to(torch.uint8).numpy().tolist() == middle.tolist()
+
+
+def test_images_are_normalised_with_imagenets_statistics(opened):
+    data = opened()
+    assert data.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert data.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
+    plain = opened(mean=(0.0,) * 3, std=(1.0,) * 3)
+    ours, theirs = (next(d.evaluation_batches(7)).images for d in (data, plain))
+    assert torch.allclose(ours * data.std + data.mean, theirs, atol=1e-6) and 0 <= theirs.min() < theirs.max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------- batches of what is streamed
+
+
+def whole(batches, field="images"):
+    return torch.cat([getattr(b, field) for b in batches])
+
+
+EVERYTHING = {"augment": WILD, "mixup": 0.8, "cutmix": 1.0, "repeats": 3}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_no_bit(opened, workers):
+    data = opened()
+    here = list(data.epoch_batches(np.arange(7), 3, 1, recipe(4, **EVERYTHING)))
+    elsewhere = replace(data, workers=workers)
+    there = list(elsewhere.epoch_batches(np.arange(7), 3, 1, recipe(4, **EVERYTHING)))
+    for field in ("images", "targets", "view", "flipped"):
+        assert torch.equal(whole(here, field), whole(there, field))
+    assert [b.index.tolist() for b in here] == [b.index.tolist() for b in there]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("batch_size", [5, 6, 7])
+def test_the_parts_of_all_ranks_make_the_global_batch_bit_for_bit(opened, world, batch_size):
+    data = opened()
+    alone = list(data.epoch_batches(np.arange(7), 3, 1, recipe(batch_size, **EVERYTHING)))
+    ranks = [
+        list(data.epoch_batches(np.arange(7), 3, 1, recipe(batch_size, **EVERYTHING), shard=Shard(rank, world)))
+        for rank in range(world)
+    ]
+    for number, batch in enumerate(alone):
+        parts = [rank[number] for rank in ranks]
+        assert sum(part.weight for part in parts) == pytest.approx(world)
+        parts = [part for part in parts if part.weight]  # a rank without an image of its own repeats the first
+        for field in ("images", "targets", "view", "flipped"):
+            assert torch.equal(whole(parts, field), getattr(batch, field))
+        assert np.concatenate([part.index for part in parts]).tolist() == batch.index.tolist()
+        mean = sum(part.weight * part.images.double().mean() for part in parts) / world
+        assert mean.item() == pytest.approx(batch.images.double().mean().item(), abs=1e-12)
+
+
+def test_the_ranks_share_an_evaluation_without_repeating_an_image(opened):
+    data = opened()
+    parts = [list(data.evaluation_batches(2, Shard(rank, 9))) for rank in range(9)]
+    index = [b.index for part in parts for b in part]
+    assert np.concatenate(index).tolist() == list(range(7))
+
+
+def test_skipped_batches_are_not_decoded_and_the_rest_is_the_same(opened, monkeypatch):
+    data = opened()
+    full = list(data.epoch_batches(np.arange(7), 0, 2, recipe(3, **EVERYTHING)))
+    decoded, decode = [], stream.decode
+    monkeypatch.setattr(stream, "decode", lambda rows, i: (decoded.append(i), decode(rows, i))[1])
+    rest = list(data.epoch_batches(np.arange(7), 0, 2, recipe(3, **EVERYTHING), skip=2))
+    assert len(rest) == 1 and torch.equal(rest[0].images, full[2].images) and len(decoded) == 1
+
+
+def test_a_sample_depends_on_seed_epoch_image_and_repeat_and_on_nothing_else(opened):
+    data = opened()
+
+    def samples(rows, seed, epoch, batch_size, **options):
+        batches = list(
+            data.epoch_batches(np.asarray(rows), seed, epoch, recipe(batch_size, augment=Augment(), **options))
+        )
+        return {int(i): image for b in batches for i, image in zip(b.index, b.images, strict=True)}
+
+    first = samples(range(7), 0, 0, 7)
+    for other in (samples(range(7), 0, 0, 2), samples([1, 4, 6], 0, 0, 3)):
+        assert all(torch.equal(first[i], other[i]) for i in other)
+    for other in (samples(range(7), 1, 0, 7), samples(range(7), 0, 1, 7)):
+        assert not any(torch.equal(first[i], other[i]) for i in other)
+    repeated = samples(range(7), 0, 0, 7, repeats=3)
+    assert len(repeated) == 7 and all(torch.equal(first[i], repeated[i]) for i in repeated if i < 7)
+    view = {i % 7: [repeated[j] for j in repeated if j % 7 == i % 7] for i in repeated}
+    assert all(not torch.equal(v[0], v[1]) for v in view.values() if len(v) > 1)
+
+
+def test_loading_leaves_the_global_generators_alone(opened):
+    data, before = opened(), generators()
+    list(data.epoch_batches(np.arange(7), 0, 0, recipe(4, **EVERYTHING)))
+    assert generators() == before
+
+
+def test_what_is_flipped_is_reported_and_is_half(opened):
+    data = opened()
+    (batch,) = data.epoch_batches(np.arange(7), 0, 0, recipe(7, flip=False))
+    plain = dict(zip(batch.index.tolist(), batch.images, strict=True))
+    count = 0
+    for epoch in range(12):
+        (batch,) = data.epoch_batches(np.arange(7), 0, epoch, recipe(7))
+        for i, image, flipped in zip(batch.index, batch.images, batch.flipped, strict=True):
+            assert torch.equal(image, plain[int(i)].flip(-1) if flipped else plain[int(i)])
+            count += bool(flipped)
+    assert 28 <= count <= 56
+
+
+@pytest.mark.parametrize("images_", [1, 2, 7, 100, 255, 256, 1000])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repeated_augmentation_keeps_as_many_samples_as_there_are_images(images_, repeats):
+    rows = np.arange(images_) * 2  # a part of a split of twice the size
+    order = epoch_order(2 * images_, rows, seed=0, epoch=0, repeats=repeats)
+    image, repeat = order % (2 * images_), order // (2 * images_)
+    assert len(order) == len(set(order)) == images_ and set(image) <= set(rows)
+    counts = np.unique(image, return_counts=True)[1]
+    assert len(counts) == -(-images_ // repeats) and sorted(counts)[1:] == [repeats] * (len(counts) - 1)
+    assert set(repeat) <= set(range(repeats))
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    rows = np.arange(300)
+    orders = [epoch_order(300, rows, seed, epoch, 3).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4 and orders[0] == epoch_order(300, rows, 0, 0, 3).tolist()
+
+
+def test_the_views_of_an_image_share_a_batch_and_are_not_mixed_with_each_other(opened):
+    data = opened()
+    order = epoch_order(7, np.arange(7), 0, 0, 3)
+    batches = stream.Batches(data, np.arange(21).reshape(3, 7).T.reshape(-1), 21, data.view(None))
+    numbers = batches.numbers(0)
+    assert sorted(numbers) == list(range(21)) and all(a % 7 != b % 7 for a, b in numbers[:20].reshape(-1, 2))
+    assert len(order) == 7
+
+
+def test_pairs_are_mixed_with_each_other_and_an_odd_image_stays_as_it_is(opened):
+    data = opened()
+    options = {"augment": None, "flip": False}
+    (plain,) = data.epoch_batches(np.arange(7), 0, 2, recipe(7, **options))
+    assert plain.targets.tolist() == [0, 0, 2, 1, 0, 2, 1]  # pairs of one class and of two
+    one_hot = torch.nn.functional.one_hot(plain.targets, 3).float()
+    for mixing in ({"mixup": 1.0}, {"cutmix": 1.0}):
+        (mixed,) = data.epoch_batches(np.arange(7), 0, 2, recipe(7, **options, **mixing))
+        assert mixed.targets.shape == (7, 3) and torch.allclose(mixed.targets.sum(1), torch.ones(7))
+        assert torch.equal(mixed.images[6], plain.images[6]) and torch.equal(mixed.targets[6], one_hot[6])
+        for k in (0, 2, 4):
+            (a, b), (x, y) = plain.images[k : k + 2], mixed.images[k : k + 2]
+            assert torch.allclose(x + y, a + b, atol=1e-5)  # what one gives the other has
+            share = share_of(x, a, b, "mixup" in mixing)
+            expected = share * one_hot[k] + (1 - share) * one_hot[k + 1]
+            assert torch.allclose(mixed.targets[k], expected, atol=1e-4)
+            assert torch.allclose(mixed.targets[k + 1], one_hot[k] + one_hot[k + 1] - expected, atol=1e-4)
+
+
+def share_of(mixed, own, other, blended: bool) -> float:
+    """The weight of `own`, read from the pixels; under cutmix each pixel is one of the two."""
+    if blended:
+        return float(((mixed - other) * (own - other)).sum() / (own - other).square().sum())
+    is_own = (mixed == own).all(0)
+    assert (is_own | (mixed == other).all(0)).all()
+    return float(is_own.float().mean())
+
+
+def test_with_both_switched_on_half_of_the_pairs_are_cut_and_weights_are_betas():
+    pair = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
+    cut, shares = 0, []
+    for key in range(300):
+        with augment.own_draws(key):
+            mixed, share = mix_pair(pair, 0.8, 1.0)
+        is_cut = set(mixed[0].unique().tolist()) <= {0.0, 1.0}
+        cut += is_cut
+        assert share == pytest.approx(1 - mixed[0].mean().item(), abs=1e-5)
+        shares += [] if is_cut else [share]
+    assert 120 <= cut <= 180
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.08) and np.var(shares) == pytest.approx(0.25 / 2.6, abs=0.02)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_wait_in_pinned_memory_where_they_go_to_a_gpu(opened, monkeypatch, gpu):
+    """Without a GPU there is no such memory: what is asked for is counted."""
+    asked, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: gpu)
+    loader = stream.DataLoader
+    monkeypatch.setattr(
+        stream, "DataLoader", lambda *a, pin_memory, **k: (asked.append(pin_memory), loader(*a, **k))[1]
+    )
+    (batch,) = opened().epoch_batches(np.arange(7), 0, 0, recipe(7, augment=WILD))
+    assert asked == [gpu]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor)[1])
+    again = torch.utils.data._utils.pin_memory.pin_memory(batch)  # what the loader does with a batch
+    assert set(pinned) == {batch.images.shape, batch.targets.shape, batch.view.shape} and again.index is batch.index
+
+
+def test_both_kinds_of_data_have_the_same_methods_and_say_what_only_one_can_do(root, opened):
+    data = opened()
+    batches = list(data.epoch_batches(np.arange(7), 0, 0, recipe(4, augment=Augment(view_size=8))))
+    assert [b.view.shape for b in batches] == [(4, 3, 8, 8), (3, 3, 8, 8)]
+    assert len(list(data.evaluation_batches(4))) == 2
+    assert subset(data, 3, seed=0).tolist() == sorted(subset(data, 3, seed=0)) and len(subset(data, 6, 0)) == 6
+    held = open_folder(root / "birds", "test", 16)
+    assert (held.streamed, data.streamed) == (False, True) and held.pixels().shape == (3, 3, 16, 16)
+    assert {"channels", "image_size", "classes", "mean", "std", "checksum", "labels"} <= set(dir(held)) & set(dir(data))
+    with pytest.raises(UsageError, match="birds is streamed, not held in memory"):
+        data.pixels()
+    for change in ({"augment": Augment()}, {"cutmix": 1.0}, {"repeats": 3}):
+        with pytest.raises(UsageError, match="birds is held in memory"):
+            held.epoch_batches(np.arange(3), 0, 0, recipe(3, **change))
+
+
+@pytest.mark.parametrize("name", ["birds", "parquet"])
+def test_images_can_be_held_out_of_a_split(opened, name):
+    data = opened(name)
+    (batch,) = data.take([5, 0]).evaluation_batches(4)
+    (all_of_them,) = data.evaluation_batches(7)
+    assert batch.targets.tolist() == [2, 0] and torch.equal(batch.images, all_of_them.images[[5, 0]])
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_fresh_tokens_are_those_of_the_view_or_of_the_images_themselves(opened):
+    data = opened()
+    tokenizer = DVAE(DVAEConfig(image_size=8, patch_size=4, in_chans=3, vocabulary=16, width=8)).eval()
+    targets = tokenizers.make_targets("dvae", data, 8, 0, tokenizer)
+    (batch,) = data.epoch_batches(np.arange(7), 0, 0, recipe(7, augment=Augment(view_size=8)))
+    tokens = targets(batch)
+    assert tokens.shape == (7, 4) and torch.equal(tokens, tokenizer.look_up(batch.view, data)) and targets.outputs == 16
+    seen = []
+    targets.tokenizer = SimpleNamespace(look_up=lambda pixels, data: seen.append(pixels))
+    targets(replace(batch, view=None))
+    exact = (batch.images * data.std + data.mean) * 255
+    assert (
+        seen[0].dtype == torch.uint8 and (seen[0] - exact).abs().max() < 0.01
+    )  # no pixel is cut down to the one below
+
+
+@pytest.mark.parametrize("kind", ["dvae", "pixels"])
+def test_masked_pre_training_from_files(opened, kind):
+    data = opened()
+    tokenizer = DVAE(DVAEConfig(image_size=16, patch_size=4, in_chans=3, vocabulary=16, width=8)).eval()
+    targets = tokenizers.make_targets(kind, data, 4, 0, tokenizer)
+    model = MaskedViT(vit_config("W32-1x1/4", image_size=16, in_chans=3, num_classes=0), targets.outputs)
+    history = loop.train(model, recipe(4), data, np.arange(7), 0, MaskedLoss(targets, 0, 6))
+    assert len(history) == 2
+    with pytest.raises(UsageError, match="'tokens' need images in memory"):
+        tokenizers.make_targets("tokens", data, 4, 0)

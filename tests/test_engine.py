@@ -23,10 +23,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
-from lab.data.registry import load_resized
+from lab.data.cards import load_resized
 from lab.runs import execute, launch, store
 from lab.runs.spec import RunSpec
-from vitlib.data import Batch, Shard, epoch_batches, evaluation_batches, memory, subset
+from vitlib.data import Batch, InMemory, Shard, subset
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -106,21 +106,22 @@ def test_the_parts_of_all_processes_make_the_batch_and_their_weighted_means_its_
 
 def test_skipped_batches_are_left_out_and_not_computed(images, monkeypatch):
     rows, made = subset(images, 60, 1), []
-    flipped = memory._flipped
-    monkeypatch.setattr(memory, "_flipped", lambda data, index, *rest: made.append(1) or flipped(data, index, *rest))
+    flipped = InMemory._flipped
+    monkeypatch.setattr(InMemory, "_flipped", lambda data, index, *rest: made.append(1) or flipped(data, index, *rest))
     for skip in (0, 1, 3, 4):
         made.clear()
-        rest = list(epoch_batches(images, rows, 1, 2, 16, True, 0.0, skip=skip))
+        rest = list(images.epoch_batches(rows, 1, 2, RECIPE, skip=skip))
         assert len(made) == len(rest) == 4 - skip
-    whole = list(epoch_batches(images, rows, 1, 2, 16, True, 0.0))
-    (last,) = epoch_batches(images, rows, 1, 2, 16, True, 0.0, skip=3)
+    whole = list(images.epoch_batches(rows, 1, 2, RECIPE))
+    (last,) = images.epoch_batches(rows, 1, 2, RECIPE, skip=3)
     assert torch.equal(last.images, whole[3].images) and np.array_equal(last.index, whole[3].index)
 
 
 def test_processes_see_the_parts_of_the_same_batches_also_mixed(images):
     rows = subset(images, 60, 1)
-    whole = list(epoch_batches(images, rows, 1, 0, 16, True, 0.3))
-    parts = [list(epoch_batches(images, rows, 1, 0, 16, True, 0.3, shard=Shard(rank, 3))) for rank in range(3)]
+    mixed = replace(RECIPE, mixup=0.3)
+    whole = list(images.epoch_batches(rows, 1, 0, mixed))
+    parts = [list(images.epoch_batches(rows, 1, 0, mixed, Shard(rank, 3))) for rank in range(3)]
     for step, batch in enumerate(whole):
         for field in ("images", "targets", "flipped"):
             assert torch.equal(torch.cat([getattr(own[step], field) for own in parts]), getattr(batch, field))
@@ -129,16 +130,16 @@ def test_processes_see_the_parts_of_the_same_batches_also_mixed(images):
 def test_evaluation_covers_the_split_once_in_its_order_whatever_the_processes(images):
     data = images.take(np.arange(23))
     for world in (1, 3, 40):
-        batches = [b for rank in range(world) for b in evaluation_batches(data, 5, Shard(rank, world))]
+        batches = [b for rank in range(world) for b in data.evaluation_batches(5, Shard(rank, world))]
         assert np.concatenate([b.index for b in batches]).tolist() == list(range(23))
         assert torch.equal(torch.cat([b.targets for b in batches]), data.labels)
-        assert torch.equal(torch.cat([b.images for b in batches]), memory.normalise(data.images, data))
+        assert torch.equal(torch.cat([b.images for b in batches]), data.normalise(data.images))
 
 
 def test_images_in_memory_are_not_cropped_or_cut_silently(images):
     for change in ({"augment": Augment()}, {"cutmix": 1.0}, {"repeats": 3}):
         with pytest.raises(UsageError, match="fashion-mnist is held in memory"):
-            epoch_batches(images, np.arange(9), 0, 0, 3, True, 0.0, **change)
+            images.epoch_batches(np.arange(9), 0, 0, replace(RECIPE, **change))
 
 
 # ---- switches
@@ -146,7 +147,7 @@ def test_images_in_memory_are_not_cropped_or_cut_silently(images):
 
 @pytest.mark.parametrize("parts", [2, 3, 16, 50])
 def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(images, parts):
-    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.2))
+    batch = next(images.epoch_batches(np.arange(16), 0, 0, replace(RECIPE, mixup=0.2)))
     assert_close(gradients(model(), batch, Engine(accumulate=parts)), gradients(model(), batch))
 
 
@@ -155,13 +156,13 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(images, parts):
     [("checkpointing", "full"), ("checkpointing", "attn")],
 )
 def test_a_switch_leaves_the_gradients_as_they_are(images, name, strategy):
-    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    batch = next(images.epoch_batches(np.arange(16), 0, 0, RECIPE))
     vit = model(strategy, stem="hmlp", stem_norm="ln", stem_act="gelu")
     assert_close(gradients(vit, batch, Engine(**{name: True})), gradients(vit, batch))
 
 
 def test_activations_are_computed_again_also_when_stem_and_positions_are_frozen(images):
-    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    batch = next(images.epoch_batches(np.arange(16), 0, 0, RECIPE))
     vit = model("attn")
     vit.pos_embed.requires_grad = False
     passes = []
@@ -180,7 +181,7 @@ def test_a_compiled_model_has_its_names_and_gradients_and_is_really_compiled(ima
         return graph.forward
 
     monkeypatch.setattr(engines, "BACKEND", backend)
-    batch = next(epoch_batches(images, np.arange(16), 0, 0, 16, True, 0.0))
+    batch = next(images.epoch_batches(np.arange(16), 0, 0, RECIPE))
     assert_close(gradients(model("attn"), batch, Engine(compile=True)), gradients(model("attn"), batch))
     assert seen
     vit, names = Engine(compile=True).place(model(), 16), list(model().state_dict())

@@ -8,7 +8,7 @@ import pytest
 from lab import paths
 from lab.claims.exact import size
 from lab.claims.statistics import prints_as
-from lab.data.registry import read_card
+from lab.data.cards import read_card
 from lab.paper import paper_table
 from vitlib.errors import UsageError
 from vitlib.model import vit_config

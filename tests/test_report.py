@@ -8,7 +8,7 @@ import pytest
 
 from lab.claims import statistics
 from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
-from lab.data.registry import load_resized
+from lab.data.cards import load_resized
 from lab.experiments import catalogue, profiles, recipes, small
 from lab.experiments.catalogue import Runs
 from lab.paper import paper_table

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lab.claims import exact
 from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger
 from lab.cost import count, plan
 from lab.cost.count import macs
-from lab.data.registry import card, load, load_resized
+from lab.data.cards import card, load, load_resized
 from lab.experiments import catalogue, profiles, recipes, small
 from lab.runs import execute, launch, results, store
 from lab.runs import spec as specs
@@ -140,7 +141,7 @@ def test_the_hash_holds_the_data_and_the_training_version(monkeypatch):
     monkeypatch.setattr(specs, "TRAINING_VERSION", specs.TRAINING_VERSION + 1)
     assert replace(TINY).hash != before
     monkeypatch.undo()
-    monkeypatch.setattr(specs, "data_checksum", lambda name, streamed=False: "0" * 16)
+    monkeypatch.setattr(specs, "source", lambda *name: SimpleNamespace(checksum="0" * 16))
     assert replace(TINY).hash != before
 
 

@@ -11,10 +11,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from lab.data.registry import load_resized
+from lab.data.cards import load_resized
 from lab.runs.spec import TRAINING_VERSION
 from vitlib import draws
-from vitlib.data import Batch, epoch_batches, subset
+from vitlib.data import Batch, subset
 from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -56,7 +56,7 @@ def train(config, images, recipe=RECIPE, seed=1000, rows=200, model=None, loss=c
 
 
 def batch_of(images, count=20, seed=0, epoch=0) -> Batch:
-    return next(epoch_batches(images, np.arange(count), seed, epoch, count, flip=True, mixup=0.0))
+    return next(images.epoch_batches(np.arange(count), seed, epoch, replace(RECIPE, batch_size=count)))
 
 
 # ---- the loop
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(images):
         return value * (float("nan") if batch.index.sum() == poisoned else 1.0)
 
     rows = subset(images, 200, 1000)
-    poisoned = list(epoch_batches(images, rows, 1000, 0, 10, True, 0.0))[6].index.sum()
+    poisoned = list(images.epoch_batches(rows, 1000, 0, RECIPE))[6].index.sum()
     with pytest.raises(loop.NonFiniteLoss, match=r"the loss is nan at step 7 of 20 \(epoch 1, seed 1000\)"):
         loop.train(model, RECIPE, images, rows, 1000, loss)
 

@@ -1,4 +1,4 @@
-"""Make vitlib/data/embedded/*.parquet from the original files.
+"""Make lab/data/embedded/*.parquet from the original files.
 
     apt-get install dataset-fashion-mnist
     python tools/embed.py fashion-mnist /usr/share/datasets/fashion-mnist
@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lab.data.registry import checksum, class_names, read_card
+from lab.data.cards import checksum, class_names, read_card
 from lab.paths import DATA_CARDS, EMBEDDED
 
 

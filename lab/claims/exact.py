@@ -12,9 +12,8 @@ from lab.claims.judge import exact_holds
 from lab.claims.ledger import ledger
 from lab.claims.statistics import prints_as
 from lab.cost import count
-from lab.data.registry import load
+from lab.data.cards import load
 from lab.paper import paper_table
-from vitlib.data import normalise
 from vitlib.model import ViT, ViTConfig, vit_config
 
 
@@ -147,7 +146,8 @@ def leak_map(stem: dict[str, object], training: bool, data: str = "fashion-mnist
     A fresh stem (seed 0) on real images at their own resolution; the masked patches get the pixels of another image.
     The mean over images of the change's length; 0 means equal to the last bit.
     """
-    images = normalise(load(data, "validation").images[: 2 * LEAK_IMAGES], load(data, "validation"))
+    held = load(data, "validation")
+    images = held.normalise(held.images[: 2 * LEAK_IMAGES])
     size, channels = images.shape[-1], images.shape[1]
     config = vit_config(f"W64-1/{patch_size}", image_size=size, in_chans=channels, num_classes=10, **stem)
     layer = ViT(config, seed=0).stem.train(training)

@@ -27,7 +27,7 @@ import torch
 from lab import paths
 from lab.cost import count
 from lab.cost.work import Job, flop, forward_macs, held, job, on_meta, step_macs
-from lab.data.registry import read_card
+from lab.data.cards import read_card
 from lab.runs import store
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown

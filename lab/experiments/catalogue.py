@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lab.claims.ledger import Part, ledger
 from lab.cost import plan
-from lab.data.external import DataAbsent
+from lab.data.published import DataAbsent
 from lab.experiments.profiles import Profile, profile
 from lab.experiments.small import (
     baselines,

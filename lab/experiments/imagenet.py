@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lab.claims.ledger import transfer_arms
-from lab.data.registry import published
+from lab.data.cards import source
 from lab.experiments import recipes
 from lab.experiments.profiles import LAYER_SCALE, Profile
 from lab.experiments.small import STEM_ARMS, stem_pairs
@@ -120,7 +120,7 @@ def transfer(p: Profile) -> dict[str, RunSpec]:
     for name in transfer_arms(p.name):
         width, data, _, strategy = name.split()
         trunk, (recipe, drop_path) = _trunk(p, LETTERS[int(width[1:])]), recipes.transfer_imagenet(data)
-        model = replace(trunk.model, num_classes=published(data).num_classes, drop_path=drop_path)
+        model = replace(trunk.model, num_classes=source(data, streamed=True).facts.num_classes, drop_path=drop_path)
         arms[name] = _spec(p, "finetune", model, recipe, data, parent=trunk, strategy=strategy)
     return arms
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lab.claims.ledger import transfer_arms
 from lab.cost import count
-from lab.data.registry import facts
+from lab.data.cards import source
 from lab.experiments import recipes
 from lab.experiments.profiles import LAYER_SCALE, MASKED_SHARE, Profile
 from lab.runs.spec import RunSpec
@@ -18,7 +18,7 @@ from vitlib.train.recipe import Recipe
 
 
 def _model(p: Profile, depth: int, branches: int = 1, width: int | None = None, **fields: object) -> ViTConfig:
-    known = facts(p.data)
+    known = source(p.data).facts
     return vit_config(
         f"W{width or p.width}-{depth}x{branches}/{p.patch_size}", image_size=p.image_size, in_chans=known.channels,
         num_classes=known.num_classes, **fields,
@@ -39,7 +39,7 @@ def _supervised(p: Profile, model: ViTConfig, recipe: Recipe | None = None) -> R
 
 def tokenizer(p: Profile) -> RunSpec:
     """The paper's kind of tokenizer at this scale, for `RunSpec(..., targets="dvae", tokenizer=...)`."""
-    model = DVAEConfig(p.image_size, p.patch_size, facts(p.data).channels)
+    model = DVAEConfig(p.image_size, p.patch_size, source(p.data).facts.channels)
     # At smoke a few small steps, or another processor's rounding would become other tokens.
     recipe = recipes.TOKENIZER if p.judged else replace(recipes.TOKENIZER, epochs=1, lr=3e-4)
     return _spec(p, "tokenizer", model, recipe, images=p.images)
@@ -122,7 +122,7 @@ def transfer(p: Profile) -> dict[str, RunSpec]:
 def _transferred(p: Profile, width: str, data: str, images: str, strategy: str) -> RunSpec:
     """The arm "W64 digits 100 attn"; `scratch` has the labels and steps of `full`, and no trunk."""
     # The trunk's classes share the profile's number of images equally.
-    classes = facts(p.trunk_data).num_classes
+    classes = source(p.trunk_data).facts.num_classes
     own = replace(p, data=p.trunk_data, width=int(width[1:]), images=p.images and p.images // classes * classes)
     trunk = _supervised(own, _model(own, p.pairs, layer_scale=LAYER_SCALE))
     there = replace(own, data=data)

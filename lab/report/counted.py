@@ -17,7 +17,7 @@ from lab.claims import exact
 from lab.claims.ledger import ledger, part_hash
 from lab.claims.statistics import prints_as
 from lab.cost import count
-from lab.data.registry import facts
+from lab.data.cards import source
 from lab.experiments.profiles import Profile
 from lab.experiments.small import STEM_ARMS, stem_model
 from lab.paper import paper_numbers, paper_table
@@ -329,7 +329,7 @@ def splits(arms: Mapping[str, RunSpec]) -> pd.DataFrame:
         for row in paper_numbers("table9").itertuples()
     ]  # fmt: skip
     for name in dict.fromkeys(member.data for spec in arms.values() for member in spec.family()):
-        known = facts(name)
+        known = source(name).facts
         rows.append({"data set": name, "in": "this notebook", **known.sizes, "classes": known.num_classes})
     counts = {name: f"{{{name}:,.0f}}" for name in ("train", "validation", "test", "classes")}
     return framed(rows, {"data set": "{data set}", "in": "{in}"} | counts)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab.claims import exact
-from lab.data.registry import card, load_resized
+from lab.data.cards import card, load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import Runs
 from lab.experiments.profiles import PROFILES, Profile
@@ -23,7 +23,6 @@ from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
 from lab.report.tables import gap
 from lab.runs import execute
 from lab.runs.spec import RunSpec
-from vitlib.data import normalise
 from vitlib.errors import UsageError
 from vitlib.train import masked, tokenizers
 
@@ -248,7 +247,7 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
     if spec.streamed:
         raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
     data = load_resized(spec.data, spec.split, spec.model.image_size)
-    images = normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]], data)
+    images = data.normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]])
     with torch.no_grad():
         rows = {"image": images, "decoded": execute.trained_tokenizer(spec)(images)}
     figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.8), layout="constrained")

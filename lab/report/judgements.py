@@ -11,7 +11,7 @@ from lab.bench import cases
 from lab.claims import exact
 from lab.claims.judge import Verdict, judge
 from lab.claims.ledger import Part, arm_at, ledger, part_hash
-from lab.data.external import DataAbsent
+from lab.data.published import DataAbsent
 from lab.experiments.catalogue import NOTEBOOKS, Experiment, experiment
 from lab.experiments.profiles import profile
 from lab.runs import store

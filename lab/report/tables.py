@@ -20,7 +20,7 @@ from lab.claims.judge import Verdict, claim_stance, verdict_table
 from lab.claims.ledger import ledger
 from lab.claims.statistics import difference, interval
 from lab.cost import plan
-from lab.data.registry import card
+from lab.data.cards import card
 from lab.experiments.catalogue import NOTEBOOKS, Experiment, Runs
 from lab.experiments.profiles import Profile
 from lab.experiments.small import PRIMARY_STEMS

@@ -27,14 +27,12 @@ import torch
 from timm.utils import ModelEmaV3
 
 from lab import paths
-from lab.data.external import held_out
-from lab.data.readers import locate
-from lab.data.registry import load_resized
+from lab.data.cards import source
+from lab.data.published import locate
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from lab.runs.store import alive, checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
-from vitlib.data import DataSet, subset
-from vitlib.data.stream import Images
+from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
 from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
@@ -74,9 +72,9 @@ def execute(
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
         checkpoints = Checkpoints(checkpoint_path(spec), every_s, dict(stamps or {}), writes=first)
         data = data_of(spec, "train")
-        held_out = data_of(spec, spec.split)  # read now, so that a fault costs no time
+        tested = data_of(spec, spec.split)  # read now, so that a fault costs no time
         other = second_test(spec)
-        read = {"train": data, spec.split: held_out, "v2": other} if first and spec.streamed else {}
+        read = {"train": data, spec.split: tested, "v2": other} if first and spec.streamed else {}
         files = {split: images.checksum for split, images in read.items() if images is not None}
         if files:
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
@@ -95,13 +93,13 @@ def execute(
             raise loop.NonFiniteLoss(f"run {spec.hash} ({spec.describe()}): {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
         protocol, correct_v2 = PROTOCOLS[spec.protocol], None
-        found, correct = protocol.evaluate(model, held_out, engine)
+        found, correct = protocol.evaluate(model, tested, engine)
         metrics |= found
         if other is not None:
             found, correct_v2 = protocol.evaluate(model, other, engine)
             metrics["top1_v2"] = found["top1"]
         if ema is not None and protocol.classifies:
-            found, _ = protocol.evaluate(ema.module, held_out, engine)
+            found, _ = protocol.evaluate(ema.module, tested, engine)
             metrics |= {f"{name}_ema": value for name, value in found.items()}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(
@@ -124,40 +122,35 @@ def engine_of(spec: RunSpec) -> Engine:
     return Engine(resolve(spec.device), **own, shard=this_shard())
 
 
-def data_of(spec: RunSpec, split: str) -> DataSet | Images:
+def data_of(spec: RunSpec, split: str) -> DataSet:
     """A split at the size that the model reads: held in memory, or read as it is needed.
 
     Published data has no validation images: a tuning run holds some out of its own training images, of each class the last
     fiftieth; a judged run trains on all of them.
     """
     if not spec.streamed:
-        return load_resized(spec.data, split, spec.model.image_size)
-    classes = spec.model.num_classes if PROTOCOLS[spec.protocol].classifies else None
-    part = "test" if split == "test" else "train"
-    data = _open(spec, spec.data, part, classes)
+        return _open(spec, spec.data, split)
+    data = _open(spec, spec.data, "test" if split == "test" else "train")
     if spec.split == "test" or split == "test":
         return data
     held = held_out(data.labels.numpy(), share=50)
     return data.take(np.flatnonzero(held if split == "validation" else ~held))
 
 
-def _open(spec: RunSpec, name: str, split: str, classes: int | None) -> Images:
-    from vitlib.data import stream as images
-
-    return images.open_images(
-        name, split, spec.model.image_size, augment=spec.recipe.augment, num_classes=classes, workers=loaders()
-    )
+def _open(spec: RunSpec, name: str, split: str) -> DataSet:
+    classes = spec.model.num_classes if PROTOCOLS[spec.protocol].classifies else None
+    return source(name, spec.streamed).open(split, spec.model.image_size, spec.recipe.augment, loaders(), classes)
 
 
-def second_test(spec: RunSpec) -> Images | None:
+def second_test(spec: RunSpec) -> DataSet | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
     classifies = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
     if not (classifies and spec.streamed and spec.data == "imagenet-1k" and locate("imagenet-v2")):
         return None
-    return _open(spec, "imagenet-v2", "test", spec.model.num_classes)
+    return _open(spec, "imagenet-v2", "test")
 
 
-def prepare(spec: RunSpec, data: DataSet | Images, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
+def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
     parent, tokenizer = spec.parent, spec.tokenizer
     setting = Setting(

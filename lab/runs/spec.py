@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
-from lab.data.registry import Facts, data_checksum, facts, published
+from lab.data.cards import Facts, source
 from lab.runs.results import hash_of
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
@@ -91,7 +91,7 @@ class RunSpec:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record |= {"model": asdict(self.model), "recipe": asdict(self.recipe)}
         record |= {name: spec and spec.hash for name, spec in (("parent", self.parent), ("tokenizer", self.tokenizer))}
-        checksum = data_checksum(self.data, self.streamed)
+        checksum = source(self.data, self.streamed).checksum
         return record | {"data_checksum": checksum, "training_version": TRAINING_VERSION}
 
     @classmethod
@@ -134,7 +134,7 @@ class RunSpec:
 
     @property
     def facts(self) -> Facts:
-        return published(self.data) if self.streamed else facts(self.data)
+        return source(self.data, self.streamed).facts
 
     @property
     def training_images(self) -> int:

@@ -1,53 +1,80 @@
-"""Real images: held in one tensor (`registry.py`) or read from their files as they are needed (`images.py`).
-
-Both kinds give the same two streams of batches; which one serves is decided here, by the kind of the data set.
-"""
+"""Images with labels: held as one tensor (`memory.py`) or opened as they are needed (`stream.py`), with the same methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
-from vitlib.data import memory
 from vitlib.data.augment import Augment
-from vitlib.data.memory import WHOLE, Batch, DataSet, Shard, normalise, resize, subset
+from vitlib.data.memory import WHOLE, Batch, DataSet, InMemory, Shard, held_out, resize, subset
+from vitlib.data.read import Found, decode, read_folder, read_split, unreadable
+from vitlib.data.stream import Streamed
 from vitlib.errors import UsageError
 
-if TYPE_CHECKING:
-    from vitlib.data.stream import Images
-
 __all__ = [
-    "Batch", "DataSet", "Shard", "epoch_batches", "evaluation_batches", "normalise", "resize", "subset",
+    "WHOLE", "Augment", "Batch", "DataSet", "Found", "InMemory", "Shard", "Streamed", "held_out", "open_folder", "read_folder",
+    "resize", "subset",
 ]  # fmt: skip
 
+HELD = 2**30  # bytes of pixels up to which a folder is held in memory
 
-def epoch_batches(
-    data: DataSet | Images, rows: np.ndarray, seed: int, epoch: int, batch_size: int, flip: bool, mixup: float,
-    augment: Augment | None = None, cutmix: float = 0.0, repeats: int = 1, shard: Shard = WHOLE, skip: int = 0,
-) -> Iterator[Batch]:  # fmt: skip
-    """One epoch's global batches in its order, of each the part of `shard`, without the first `skip`.
 
-    augment, cutmix, repeats: see `train.recipes.Recipe`; they are for images that are read as they are needed. Raises
-    UsageError where images in memory should get them.
+def open_folder(
+    folder: Path | str, split: str, image_size: int, *, streamed: bool | None = None, augment: Augment | None = None,
+    workers: int = 0, num_classes: int | None = None, skip_unreadable: bool = False,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> DataSet:  # fmt: skip
+    """train, validation or test images of a folder of one's own: any number of them, of any sizes, in colour.
+
+    `read.read_folder` says which forms a folder may have, `read.read_split` what is held out where a split is missing.
+    streamed: None = where all images at `image_size` take more than a gigabyte. In memory, an image is its middle square,
+    resized once; streamed, it is what `augment` makes of it in each epoch, decoded by `workers` processes. `mean` and `std`
+    are ImageNet's, not measured, as pretrained models want them. `num_classes` is what the caller's model has.
+    `skip_unreadable` decodes every image once beforehand and leaves out those that cannot be read, with a warning.
+
+    Raises UsageError for what cannot be read: see `read.read_folder`.
     """
-    if isinstance(data, DataSet):
-        if augment is not None or cutmix or repeats != 1:
-            raise UsageError(
-                f"{data.name} is held in memory as one tensor: cutmix and repeats need a recipe with `augment`, which reads "
-                "images from their files"
-            )
-        return memory.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, shard, skip)
-    from vitlib.data import stream
+    name, found = Path(folder).resolve().name, read_split(folder, split)
+    if num_classes not in (None, len(found.classes)):
+        raise UsageError(f"{name} {split} has {len(found.classes)} classes, {num_classes} are expected")
+    skipped: tuple[str, ...] = ()
+    if skip_unreadable and (faulty := unreadable(found.rows, workers)):
+        skipped = tuple(found.rows.name(i) for i in faulty)
+        what = f"{len(faulty)} of {len(found.labels)} images of {name} {split} cannot be read"
+        if len(faulty) == len(found.labels):
+            raise UsageError(f"{what}, the first is {skipped[0]}")
+        warnings.warn(f"{what} and are left out, the first is {skipped[0]}", stacklevel=2)
+        found = found.take(np.setdiff1d(np.arange(len(found.labels)), faulty))
+    labels = torch.from_numpy(found.labels)
+    statistics = [torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std)]
+    if streamed or (streamed is None and len(labels) * 3 * image_size**2 > HELD):
+        return Streamed(
+            name,
+            split,
+            labels,
+            found.classes,
+            *statistics,
+            image_size,
+            found.rows,
+            augment or Augment(),
+            workers,
+            skipped,
+        )
+    images = torch.empty(len(labels), 3, image_size, image_size, dtype=torch.uint8)
+    for i in range(len(labels)):
+        images[i] = middle(pil_to_tensor(decode(found.rows, i)), image_size)
+    return InMemory(name, split, images, labels, found.classes, *statistics, found.checksum())
 
-    return stream.epoch_batches(data, rows, seed, epoch, batch_size, flip, mixup, augment, cutmix, repeats, shard, skip)
 
-
-def evaluation_batches(data: DataSet | Images, batch_size: int, shard: Shard = WHOLE) -> Iterator[Batch]:
-    """The split in its order, of which a process gets the part of `shard`; targets are labels."""
-    if isinstance(data, DataSet):
-        return memory.evaluation_batches(data, batch_size, shard)
-    from vitlib.data import stream
-
-    return stream.evaluation_batches(data, batch_size, shard)
+def middle(image: Tensor, size: int) -> Tensor:
+    """uint8 (C, H, W) -> uint8 (C, size, size): the middle square, resized."""
+    side = min(image.shape[1:])
+    top, left = ((extent - side) // 2 for extent in image.shape[1:])
+    return resize(image[None, :, top : top + side, left : left + side], size)[0]

@@ -1,4 +1,4 @@
-"""What is done to an image that is read from its file before a model sees it: the record. `views.py` does it."""
+"""What is done to an image that is streamed before a model sees it: the record, and the two views that do it."""
 
 from __future__ import annotations
 
@@ -60,13 +60,14 @@ class Augment:
 
 
 ASPECT = (3 / 4, 4 / 3)  # of a random crop, width to height
+THIN = 8  # an image's longer side is at most this many times its shorter one
 TIMM_POLICIES = {"none": None, "3-augment": "3a"}
 Statistics = tuple[float, float, float]
 
 
 @contextlib.contextmanager
 def own_draws(*names: object) -> Iterator[None]:
-    """Inside, the global generators on the CPU are a function of `names`; behind it they are as they were."""
+    """Inside, the global generators on the CPU are a function of `names`; afterwards they are as they were."""
     key = draws.key(*names)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  timm draws from these
     random.seed(key)
@@ -121,5 +122,9 @@ class TestView:
         self.interpolation = str_to_interp_mode(augment.interpolation)
 
     def __call__(self, image: Image.Image, flipped: bool, key: int) -> tuple[Tensor, None]:
+        # Of a thin image no more than the crop needs: 1 x 20,000 pixels would be enlarged to a gigabyte.
+        width, height = (min(side, THIN * min(image.size)) for side in image.size)
+        if (width, height) != image.size:
+            image = F.center_crop(image, [height, width])
         image = F.center_crop(F.resize(image, self.resized, self.interpolation), self.image_size)
         return F.normalize(F.to_tensor(F.hflip(image) if flipped else image), self.mean, self.std), None

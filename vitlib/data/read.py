@@ -1,125 +1,122 @@
-"""Images that are opened one at a time: files, rows of a table that is mapped into memory, or the arrays of CIFAR.
+"""The images of a folder: which there are, what their labels are, and how one is opened.
 
-Memory does not grow with the pixels: a set keeps its paths in one block, or nothing but a mapped file.
+    class folders   <folder>/<split>/<class>/.../*.jpg and the like; links are followed, hidden files left out
+    parquet         <folder>/[<any>/]<split>*.parquet, or in a folder named by the split: columns image and label
+
+Labels are read without decoding an image. Memory does not grow with the pixels: a split keeps its paths in one block, or
+encoded images in a mapped file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
 
+from vitlib.data.memory import held_out
 from vitlib.errors import UsageError
+from vitlib.files import write_whole
 
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}  # names on disk
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "fine_label", "cls")
+NO_CLASS = ("@eaDir", "__MACOSX")  # what disks and archives add, beside names that begin with a dot
+ORIENTATION = 0x0112  # the EXIF tag of a photograph that was stored sideways
+IN_MEMORY = 2**30  # bytes of parquet files that are held as they are; larger ones are mapped from a copy
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one image, 89 million: a few bytes can claim to be gigabytes
 NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
+# ------------------------------------------------------------------------------------------------- images of a split
+
+
 class Rows(Protocol):
-    """Images that are opened one at a time."""
+    """N images that are opened one at a time; `listing` gives name and size in bytes of each without decoding one."""
 
     def __len__(self) -> int: ...
-
-    def name(self, i: int) -> str:
-        """What a message calls image i."""
-
-    def open(self, i: int) -> Image.Image:
-        """Pillow's image, perhaps not decoded yet."""
-
-    def listing(self) -> Iterator[tuple[str, int]]:
-        """Name and size in bytes of every image, for the checksum. Decodes nothing."""
-
-    def take(self, index: np.ndarray) -> Rows:
-        """These images only, in this order."""
+    def name(self, i: int) -> str: ...
+    def open(self, i: int) -> Image.Image: ...
+    def listing(self) -> Iterator[tuple[str, int]]: ...
+    def take(self, index: np.ndarray) -> Rows: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """One file an image."""
+    """One file per image."""
 
     folder: Path
-    paths: pa.Array  # relative to the folder; one block of memory, where a list of str would be copied in every worker
+    paths: (
+        pa.Array
+    )  # relative, as bytes: names need not be UTF-8. One block, where every worker would copy a list of str
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.paths[i].as_py()))
+
     def name(self, i: int) -> str:
-        return str(self.folder / self.paths[i].as_py())
+        return printable(self.path(i))
 
     def open(self, i: int) -> Image.Image:
-        return Image.open(self.name(i))
+        return Image.open(self.path(i))
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        for path in map(str, self.paths):
+        for i, path in enumerate(self.paths.to_pylist()):
             try:
-                yield path, os.stat(os.path.join(self.folder, path)).st_size
+                yield os.fsdecode(path), os.stat(self.path(i)).st_size
             except OSError as fault:
-                raise UsageError(f"there is no file {self.folder / path}, but the list of images names it") from fault
+                raise UsageError(f"there is no file {self.name(i)}, but the list of images names it") from fault
 
     def take(self, index: np.ndarray) -> Files:
         return replace(self, paths=self.paths.take(pa.array(index)))
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """Rows of a `datasets.Dataset`; its one column holds {"bytes", "path"}, not decoded."""
+class Cells:
+    """Encoded images in a column of tables: bytes, or {"bytes", "path"} as Hugging Face writes them."""
 
-    rows: object
-    column: str
+    column: Callable[[], pa.ChunkedArray]  # a cached function, called in each process: columns are too large to be sent
+    index: np.ndarray  # (N,), rows of the column
     source: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.index)
 
     def name(self, i: int) -> str:
-        return f"{self.rows[i][self.column]['path'] or 'image'} in row {i} of {self.source}"
+        return f"row {self.index[i]} of {self.source}"
 
     def open(self, i: int) -> Image.Image:
-        cell = self.rows[i][self.column]
-        return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        cell = self.column()[int(self.index[i])].as_py()
+        encoded = cell["bytes"] if isinstance(cell, dict) else cell
+        if encoded is None:
+            raise UsageError(f"{self.name(i)} names a file and holds no image: allowed are images in the table itself")
+        return Image.open(io.BytesIO(encoded))
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        cells = self.rows.with_format("arrow").select_columns([self.column])
-        i = 0
-        for part in cells.iter(batch_size=1000):
-            for size in pc.binary_length(pc.struct_field(part[self.column], "bytes")).to_pylist():
-                yield f"{i:08d}", size or 0
-                i += 1
+        chunks = (c.field("bytes") if pa.types.is_struct(c.type) else c for c in self.column().chunks)
+        sizes = np.concatenate([pc.binary_length(c).fill_null(0).to_numpy(zero_copy_only=False) for c in chunks])
+        return ((f"{i:08d}", size) for i, size in enumerate(sizes[self.index].tolist()))
 
-    def take(self, index: np.ndarray) -> Table:
-        return replace(self, rows=self.rows.select(index))
-
-
-@dataclass(frozen=True, eq=False)
-class Arrays:
-    """Images that are distributed as arrays: uint8 (N, H, W, 3)."""
-
-    pixels: np.ndarray
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def name(self, i: int) -> str:
-        return f"image {i} of {self.source}"
-
-    def open(self, i: int) -> Image.Image:
-        return Image.fromarray(self.pixels[i])
-
-    def listing(self) -> Iterator[tuple[str, int]]:
-        return ((f"{i:08d}", self.pixels[i].size) for i in range(len(self)))
-
-    def take(self, index: np.ndarray) -> Arrays:
-        return replace(self, pixels=self.pixels[index])
+    def take(self, index: np.ndarray) -> Cells:
+        return replace(self, index=self.index[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +138,38 @@ class Found:
         """
         listed = zip(self.rows.listing(), self.labels.tolist(), strict=True)
         lines = sorted(f"{name}\t{size}\t{label}\n" for (name, size), label in listed)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def decode(rows: Rows, i: int) -> Image.Image:
-    """Image i in RGB. Raises UsageError that names it if it cannot be read."""
+def files(folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> Found:
+    """Images by their paths in `folder`. Raises UsageError for a path that leads out of it: a list may come from anywhere."""
+    if outside := next((p for p in paths if PurePath(p).is_absolute() or ".." in PurePath(p).parts), None):
+        raise UsageError(f"a list of images names {printable(outside)}: allowed are files in {folder}")
+    rows = Files(folder, pa.array([os.fsencode(path) for path in paths], pa.binary()))
+    return Found(rows, np.asarray(labels, np.int64), tuple(map(printable, classes)))
+
+
+def printable(name: object) -> str:
+    """A name as text in one Unicode form; bytes that are not UTF-8 are written as \\xe9."""
+    return unicodedata.normalize("NFC", os.fsencode(str(name)).decode("utf-8", "backslashreplace"))
+
+
+def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
+    """Image i in RGB or grey ("L"), upright as its EXIF tag says. Raises UsageError that names it if it cannot be read.
+
+    Grey and palette images and CMYK are converted, 16 bits cut down to 8; transparency is dropped.
+    """
     try:
         with rows.open(i) as image:
-            return image.convert("RGB")
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise UsageError(f"{rows.name(i)} has {pixels:,} pixels: allowed are at most {MAX_PIXELS:,}")
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            return image.convert(mode)
+    except UsageError:
+        raise
     except NOT_AN_IMAGE as fault:
         raise UsageError(
             f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace it, or open the data with skip_unreadable=True"
@@ -156,20 +177,240 @@ def decode(rows: Rows, i: int) -> Image.Image:
 
 
 def unreadable(rows: Rows, threads: int = 1) -> list[int]:
-    """Every image that cannot be read, by decoding each of them once: the JPEGs at an eighth of their side, which reads
-    the whole file in a third of the time.
-    """
+    """Every image that cannot be read, by decoding each of them once: about a third of an epoch's time."""
 
-    def faulty(i: int) -> bool:
-        try:
-            with rows.open(i) as image:
-                image.draft("RGB", (1, 1))
-                image.load()
-            return False
-        except NOT_AN_IMAGE:
-            return True
+    def faulty(part: np.ndarray) -> list[int]:
+        return [i for i in part.tolist() if not _decodes(rows, i)]
 
-    parts = np.array_split(np.arange(len(rows)), max(len(rows) // 500, 1))
     with ThreadPoolExecutor(max(threads, 1)) as pool:
-        found = pool.map(lambda part: [int(i) for i in part if faulty(int(i))], parts)
-        return [i for part in found for i in part]
+        parts = pool.map(faulty, np.array_split(np.arange(len(rows)), len(rows) // 500 + 1))
+        return [i for part in parts for i in part]
+
+
+def _decodes(rows: Rows, i: int) -> bool:
+    try:
+        return decode(rows, i) is not None
+    except UsageError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- folders
+
+
+def read_folder(folder: Path | str, split: str | Sequence[str]) -> Found:
+    """A split of a folder, in class folders or parquet files. split: a key of SPLITS, or names of which the first counts.
+
+    Raises UsageError for a folder or a split that is not there, an empty class folder, labels that are not numbers from
+    0, other classes than those of the training images, and two copies of the split.
+    """
+    folder, names = Path(folder), SPLITS.get(split, (split,)) if isinstance(split, str) else tuple(split)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    place, train = find_split(folder, names), find_split(folder, SPLITS["train"])
+    if place is None:
+        raise UsageError(
+            f"{folder} has no split {' or '.join(map(repr, names))}, as class folders ({names[0]}/<class>/*.jpg and the "
+            f"like) or parquet files named by it: it holds {contents(folder)}"
+        )
+    known = () if train in (None, place) else classes_of(train)
+    found = read_parquet(place, known) if isinstance(place, list) else read_class_folders(place)
+    if known and (differ := sorted(set(found.classes) ^ set(known))):
+        raise UsageError(
+            f"{folder}: the class folders or names of {names[0]} and train differ in {len(differ)} names, the first is "
+            f"{differ[0]}: both must have the same, for a class is known by its rank"
+        )
+    return found
+
+
+def read_split(folder: Path | str, split: str) -> Found:
+    """train, validation or test of a folder that need not have all three.
+
+    Without test images, the validation images are the test split. Without validation images, or where they are the test
+    split, of each class the last tenth of the training images is held out.
+    """
+    folder = Path(folder)
+    three = all(find_split(folder, SPLITS[name]) is not None for name in ("validation", "test"))
+    if split == "test" or three or split not in SPLITS:
+        there = split != "test" or find_split(folder, SPLITS["test"]) or not find_split(folder, SPLITS["validation"])
+        return read_folder(folder, split if there else "validation")
+    found = read_folder(folder, "train")
+    held = held_out(found.labels)
+    return found.take(np.flatnonzero(held if split == "validation" else ~held))
+
+
+def find_split(folder: Path, names: Sequence[str]) -> Path | list[Path] | None:
+    """Where the first of these splits is: the folder that holds its class folders, or its parquet files."""
+    for name in names:
+        if (folder / name).is_dir() and _folders_in(folder / name):
+            return folder / name
+        if shards := shards_of(folder, name, ".parquet"):
+            return shards
+    # Class folders alone are training images.
+    split_folders = any((folder / name).exists() for words in SPLITS.values() for name in words)
+    flat = "train" in names and not split_folders and any(_images_in(folder / name) for name in _folders_in(folder))
+    return folder if flat else None
+
+
+def classes_of(place: Path | list[Path]) -> tuple[str, ...]:
+    """The classes of a split, in the order of their labels."""
+    return read_parquet(place).classes if isinstance(place, list) else tuple(map(printable, _folders_in(place)))
+
+
+def read_class_folders(place: Path, numbered: bool = False) -> Found:
+    """`place`/<class>/.../image. A class's label is its rank among the folders, or where they are `numbered` its name."""
+    names = _folders_in(place)
+    if numbered and (other := [name for name in names if not name.isdecimal()]):
+        raise UsageError(f"the class folders of {place} are numbers, it holds {other[0]!r}")
+    ranks = list(map(int, names)) if numbered else list(range(len(names)))
+    images = [_images_in(place / name) for name in names]
+    if empty := [name for name, paths in zip(names, images, strict=True) if not paths]:
+        raise UsageError(
+            f"{len(empty)} of {len(names)} class folders in {place} hold no image, the first is {printable(empty[0])}: "
+            f"allowed are {', '.join(IMAGE_FILES)}"
+        )
+    paths = [os.path.join(name, path) for name, paths in zip(names, images, strict=True) for path in paths]
+    labels = np.repeat(ranks, [len(paths) for paths in images])
+    return files(place, paths, labels, range(ranks[-1] + 1) if numbered else names)
+
+
+def _folders_in(place: Path) -> list[str]:
+    """Class folders, in the order of their numbers where all are numbers. Names count in one Unicode form."""
+    names = [entry.name for entry in os.scandir(place) if entry.is_dir() and _visible(entry.name)]
+    return sorted(names, key=int if all(name.isdecimal() for name in names) else printable)
+
+
+def _images_in(place: Path) -> list[str]:
+    """Every image below a folder, by its path from there, in the order of folders, then names. Links are followed."""
+    walked, seen = [], set()
+    for base, folders, names in os.walk(place, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = filter(_visible, folders)
+        walked.append((base, sorted(n for n in names if _visible(n) and n.lower().endswith(IMAGE_FILES))))
+    start = len(str(place)) + 1
+    return [os.path.join(base, name)[start:] for base, names in sorted(walked) for name in names]
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name not in NO_CLASS
+
+
+def contents(folder: Path) -> str:
+    """What a message says of a folder: its first names."""
+    names = sorted(printable(entry.name) for entry in os.scandir(folder))
+    return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "nothing"
+
+
+# ------------------------------------------------------------------------------------------------- parquet
+
+
+def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
+    """Files here or one folder down whose path has the split's name as a word: train.parquet, data/train-0.parquet, val/7.tar.
+
+    Raises UsageError where they are not one set: two configurations or copies beside each other, or a part of the shards.
+    """
+    files = [p for form in (f"*{suffix}", f"*/*{suffix}") for p in sorted(folder.glob(form)) if _visible(p.name)]
+    shards = [p for p in files if split in re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())]
+    sets = {(p.parent, re.sub(r"\d+", "0", p.stem)): p for p in shards}
+    if len(sets) > 1:
+        some = " and ".join(str(p.relative_to(folder)) for p in list(sets.values())[:2])
+        raise UsageError(f"{folder} has {split} more than once, {some}: allowed is one set of files for each split")
+    if shards and (count := re.search(r"-of-(\d+)$", shards[0].stem)) and int(count[1]) != len(shards):
+        raise UsageError(
+            f"{folder} has {len(shards)} of the {int(count[1])} files of {split} that {shards[0].name} counts"
+        )
+    return shards
+
+
+def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
+    """Images and labels of parquet files. Class names are in the files, as `datasets` writes them, or `known`, or numbers."""
+    source = f"{shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+    with _damage(shards[0]):
+        schema = pq.read_schema(shards[0])
+    image, label = image_and_label(schema.names, source)
+    labels = whole_numbers(_column(shards, label), f"column {label} of {source}")
+    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = (
+        info.get("info", {}).get("features", {}).get(label, {}).get("names")
+        or known
+        or numbers_of(labels, label, source)
+    )
+    if labels.max() >= len(names):
+        raise UsageError(f"column {label} of {source} holds {labels.max()}, of {len(names)} classes counted from 0")
+    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards)
+    rows = Cells(functools.partial(_cells, stamps, image), np.arange(len(labels)), source)
+    return Found(rows, labels, tuple(names))
+
+
+def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
+    """The names of the two columns that are read."""
+    image, label = (next((c for c in names if c in columns), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
+    if image is None or label is None:
+        raise UsageError(
+            f"{source} has the columns {', '.join(columns)}: allowed are one of {', '.join(IMAGE_COLUMNS)} and one of "
+            f"{', '.join(LABEL_COLUMNS)}"
+        )
+    return image, label
+
+
+def whole_numbers(column: pa.ChunkedArray, what: str) -> np.ndarray:
+    """Labels as int64 (N,). Raises UsageError for any that is not a whole number from 0."""
+    fault = "nothing" if len(column) == 0 else f"{column.null_count} empty cells" if column.null_count else None
+    if fault is None and not pa.types.is_integer(column.type):
+        fault = f"cells of type {column.type}"
+    if fault or (fault := f"{low}" if (low := pc.min(column).as_py()) < 0 else None):
+        raise UsageError(
+            f"{what} holds {fault}, and not a label for each image: allowed are whole numbers from 0; classes with names "
+            "can be class folders"
+        )
+    return column.to_numpy().astype(np.int64)
+
+
+def numbers_of(labels: np.ndarray, label: str, source: str) -> list[str]:
+    """The classes of labels without names."""
+    if labels.min() > 0:
+        raise UsageError(f"column {label} of {source} counts from {labels.min()}: allowed are labels from 0")
+    return [str(k) for k in range(labels.max() + 1)]
+
+
+def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
+    """One column of all files. In parts: a row group of images may be more than Arrow can hold in one piece."""
+    for path in shards:
+        with _damage(path):
+            yield from pq.ParquetFile(path).iter_batches(1000, columns=[name])
+
+
+def _column(shards: Sequence[Path], name: str) -> pa.ChunkedArray:
+    batches = list(_batches(shards, name))
+    with _damage(shards[0]):
+        return pa.Table.from_batches(batches)[name]
+
+
+@functools.lru_cache(maxsize=4)
+def _cells(stamps: tuple[tuple[str, int, int], ...], name: str) -> pa.ChunkedArray:
+    """Encoded images of parquet files (path, size, time): in memory, or where they are large from a copy that is mapped.
+
+    Rows of a parquet file cannot be read one at a time; those of an Arrow file can. The copy is as large as the images'
+    files, in $XDG_CACHE_HOME/vitlib (~/.cache/vitlib), and may be removed.
+    """
+    paths = [Path(path) for path, _, _ in stamps]
+    if sum(size for _, size, _ in stamps) <= IN_MEMORY:
+        return _column(paths, name)
+    digest = hashlib.sha256(repr((stamps, name)).encode()).hexdigest()[:16]
+    copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitlib" / f"{digest}.arrow"
+    if not copy.is_file():
+        schema = pa.schema([pq.read_schema(paths[0]).field(name)])
+        with write_whole(copy) as draft, pa.ipc.new_file(str(draft), schema) as out:
+            for batch in _batches(paths, name):
+                out.write_batch(batch)
+    return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()[name]
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as fault:
+        raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch, DataSet, evaluation_batches, normalise
+from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model.weights import KINDS, Kind
@@ -114,7 +114,7 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def look_up(self, images: Tensor, data: DataSet) -> Tensor:
         """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
-        return self.tokens(normalise(images.to(self.codebook.device), data))
+        return self.tokens(data.normalise(images.to(self.codebook.device)))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codebook vectors of every patch, (B, patches, D) -> (B, C, H, W)."""
@@ -181,16 +181,15 @@ def _gumbel_on_device(device: torch.device, *which) -> Tensor:
 @torch.no_grad()
 def evaluate(model: DVAE, data: DataSet, batch_size: int = 500) -> dict[str, float]:
     """With hard tokens: mean squared error of pixels between 0 and 1 (`recon_mse`), and how much of the codebook is used."""
-    # Images in memory have one deviation for all channels, others one for each.
-    whole, each = (data.std, 1.0) if isinstance(data, DataSet) else (1.0, data.std.to(model.codebook.device))
+    std = data.std.to(model.codebook.device)
     error, pixels, seen = 0.0, 0, []
-    for batch in evaluation_batches(data, batch_size):
+    for batch in data.evaluation_batches(batch_size):
         images = batch.images.to(model.codebook.device)
         seen.append(model.tokens(images))
         made = model.decode(model.codebook[seen[-1]])
-        error += F.mse_loss(made * each, images * each, reduction="sum").item()
+        error += F.mse_loss(made * std, images * std, reduction="sum").item()
         pixels += images.numel()
-    return {"recon_mse": error * whole**2 / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary)
+    return {"recon_mse": error / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary)
 
 
 def start(setting: Setting) -> tuple[DVAE, LossFunction]:

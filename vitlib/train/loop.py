@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +13,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch, DataSet, epoch_batches, evaluation_batches
+from vitlib.data import Batch, DataSet
 from vitlib.errors import UsageError
 from vitlib.train.checkpoint import Checkpoints, Step
 from vitlib.train.engine import CPU, BatchNorm, Engine, trains
 from vitlib.train.protocol import LossFunction
 from vitlib.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from vitlib.data.stream import Images
 
 
 class NonFiniteLoss(RuntimeError):
@@ -32,7 +28,7 @@ class NonFiniteLoss(RuntimeError):
 def train(
     model: nn.Module,
     recipe: Recipe,
-    data: DataSet | Images,
+    data: DataSet,
     rows: np.ndarray,
     seed: int,
     loss_function: LossFunction,
@@ -64,10 +60,7 @@ def train(
     parts = engine.parts(model)
     for epoch in range(recipe.epochs * len(history) // steps, recipe.epochs):
         done = len(history) - epoch * (steps // recipe.epochs)
-        for batch in epoch_batches(
-            data, rows, seed, epoch, recipe.batch_size, recipe.flip, recipe.mixup,
-            recipe.augment, recipe.cutmix, recipe.repeats, engine.shard, skip=done,
-        ):  # fmt: skip
+        for batch in data.epoch_batches(rows, seed, epoch, recipe, engine.shard, skip=done):
             schedule.step_update(len(history))
             optimizer.zero_grad()
             total = torch.zeros((), device=engine.device)
@@ -153,16 +146,14 @@ def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, data: DataSet | Images, batch_size: int = 500, engine: Engine = CPU
-) -> tuple[np.ndarray, float]:
+def evaluate(model: nn.Module, data: DataSet, batch_size: int = 500, engine: Engine = CPU) -> tuple[np.ndarray, float]:
     """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy.
 
     Every process classifies its part, and all know the whole.
     """
     model.eval()
     correct, total = [np.zeros(0, bool)], 0.0
-    for batch in evaluation_batches(data, batch_size, engine.shard):
+    for batch in data.evaluation_batches(batch_size, engine.shard):
         batch = engine.move(batch)
         with engine.forward():
             logits = model(batch.images)

@@ -148,4 +148,6 @@ def evaluate(model: MaskedViT, data: DataSet, engine: Engine = CPU) -> tuple[dic
 
 
 PROTOCOL = Protocol("masked", start, evaluate, classifies=False, keeps=lambda model: model.vit)
-KINDS["masked"] = Kind(MaskedViT, ViTConfig, lambda config, state: MaskedViT(config, len(state.get("predictor.bias", ()))))
+KINDS["masked"] = Kind(
+    MaskedViT, ViTConfig, lambda config, state: MaskedViT(config, len(state.get("predictor.bias", ())))
+)

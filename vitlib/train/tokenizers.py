@@ -10,8 +10,7 @@ Images that are read as they are needed are another crop in every epoch: the dVA
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from torch import Tensor
 from vitlib import draws
 from vitlib.data import Batch, DataSet
 from vitlib.errors import UsageError, unknown
-
-if TYPE_CHECKING:
-    from vitlib.data.stream import Images
 
 VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
 SAMPLED_PATCHES = 60_000
@@ -47,7 +43,7 @@ class Tokenizer(Protocol):
 
     outputs: int  # V, the size of its vocabulary
 
-    def look_up(self, images: Tensor, data: DataSet | Images) -> Tensor:
+    def look_up(self, images: Tensor, data: DataSet) -> Tensor:
         """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
 
 
@@ -73,11 +69,11 @@ class PatchTokens(Tokens):
     """k-means tokens."""
 
     def __init__(self, data: DataSet, patch_size: int, seed: int, vocabulary: int = VOCABULARY):
-        patches = patchify(data.images, patch_size) / 255
+        patches = patchify(data.pixels(), patch_size) / 255
         flat = patches.reshape(-1, patches.shape[-1])
         sample = draws.order(seed, "k-means sample", 0, len(flat))[:SAMPLED_PATCHES]
         self.prototypes = kmeans(flat[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
-        both = (patches, patchify(data.images.flip(-1), patch_size) / 255)
+        both = (patches, patchify(data.pixels().flip(-1), patch_size) / 255)
         tokens = [nearest(p.reshape(-1, p.shape[-1]), self.prototypes).view(len(p), -1) for p in both]
         super().__init__(torch.stack(tokens), len(self.prototypes))
 
@@ -89,17 +85,17 @@ class FreshTokens:
     at its own size (BEiT: 112 pixels for DALL-E's 8x8 patches beside 224 for 16x16), or else the images themselves.
     """
 
-    def __init__(self, tokenizer: Tokenizer, data: Images):
+    def __init__(self, tokenizer: Tokenizer, data: DataSet):
         self.tokenizer, self.data, self.outputs = tokenizer, data, tokenizer.outputs
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         device = batch.images.device
-        data = replace(self.data, mean=self.data.mean.to(device), std=self.data.std.to(device))
         seen = batch.view
         if seen is None:
-            seen = ((batch.images * data.std + data.mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        return self.tokenizer.look_up(seen, data)
+            mean, std = self.data.mean.to(device), self.data.std.to(device)
+            seen = ((batch.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        return self.tokenizer.look_up(seen, self.data)
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(predicted, target)
@@ -111,10 +107,9 @@ class NormalisedPixels:
     Released code of MAE: models_mae.py, unbiased variance, epsilon 1e-6, mean squared error.
     """
 
-    def __init__(self, data: DataSet | Images, patch_size: int):
+    def __init__(self, data: DataSet, patch_size: int):
         self.patch_size = patch_size
-        channels = data.images.shape[1] if isinstance(data, DataSet) else len(data.mean)
-        self.outputs = channels * patch_size**2
+        self.outputs = data.channels * patch_size**2
 
     def __call__(self, batch: Batch) -> Tensor:
         pixels = patchify(batch.images, self.patch_size)
@@ -128,9 +123,7 @@ TARGETS = ("tokens", "pixels", "dvae")
 LOOKED_UP = 500  # images at a time
 
 
-def make_targets(
-    kind: str, data: DataSet | Images, patch_size: int, seed: int, tokenizer: Tokenizer | None = None
-) -> Targets:
+def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Targets:
     """Raises UsageError for an unknown kind, for a learned one without its tokenizer, and for k-means on images that are
     not in memory.
     """
@@ -139,15 +132,13 @@ def make_targets(
     if kind == "dvae":
         if tokenizer is None:
             raise UsageError(f"targets {kind!r} need a tokenizer")
-        if not isinstance(data, DataSet):
+        if data.streamed:
             return FreshTokens(tokenizer, data)
-        both = (data.images, data.images.flip(-1))
+        both = (data.pixels(), data.pixels().flip(-1))
         tokens = [torch.cat([tokenizer.look_up(part, data) for part in images.split(LOOKED_UP)]) for images in both]
         return Tokens(torch.stack(tokens), tokenizer.outputs)
-    if kind == "tokens" and not isinstance(data, DataSet):
-        raise UsageError(
-            f"targets 'tokens' need images in memory, {data.name} is read from its files: allowed are dvae, pixels"
-        )
+    if kind == "tokens" and data.streamed:
+        raise UsageError(f"targets 'tokens' need images in memory, {data.name} is streamed: allowed are dvae, pixels")
     return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
 
 

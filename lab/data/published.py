@@ -1,0 +1,301 @@
+"""The data sets of the paper and others that are not embedded: where they are, and the forms in which they are distributed.
+
+class folders, parquet    read by `vitlib.data.read`, as everybody's
+WebDataset                .tar shards of images and .cls, named by the split
+Hub                       a name on the Hugging Face Hub, through `datasets`
+their own                 iNaturalist's JSON, CIFAR's pickles, Stanford Cars' devkit, Flowers-102's MATLAB files
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from lab.paths import DATA_CARDS, PAPER, ROOT
+from vitlib.data import read
+from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_parquet
+from vitlib.errors import UsageError
+
+
+class DataAbsent(UsageError):
+    """A data set that is nowhere to be found: where it was looked for, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of the paper: what its folder calls the images that the paper tests on."""
+
+    test: tuple[str, ...] = ("test",)
+    also: tuple[str, ...] = ()  # what else the paper trains on
+    numbered: bool = False  # a class folder's name is its label
+
+
+V2_FOLDER = "imagenetv2-matched-frequency-format-val"  # what its archive unpacks to
+PUBLISHED = {
+    "imagenet-1k": Published(test=("val", "validation")),
+    "imagenet-v2": Published(test=("test", "val", V2_FOLDER, "."), numbered=True),
+    "inaturalist-2018": Published(test=("val", "validation")),
+    "inaturalist-2019": Published(test=("val", "validation")),
+    "cifar-10": Published(),
+    "cifar-100": Published(),
+    "stanford-cars": Published(),
+    "flowers-102": Published(also=read.SPLITS["validation"]),
+}
+
+
+def data_root() -> Path:
+    """Where data that is not embedded is: $VITLIB_DATA, or `data` in the project's folder."""
+    return ROOT / os.environ.get("VITLIB_DATA", "data")
+
+
+def locate(name: str, folders: tuple[str, ...] = ()) -> Path | None:
+    """The data set's folder in `data_root`, under its name or the first of the names in its card."""
+    return next((place for folder in folders or (name,) if (place := data_root() / folder).is_dir()), None)
+
+
+def absent(name: str, folders: tuple[str, ...] = (), hub: str = "") -> DataAbsent:
+    card = f"; data_cards/{name}.md says how to get it" if (DATA_CARDS / f"{name}.md").is_file() else ""
+    looked = " or ".join(str(data_root() / folder) for folder in folders or (name,))
+    return DataAbsent(
+        f"data set {name!r} is not there: looked for {looked} (VITLIB_DATA names the folder above){hub}{card}"
+    )
+
+
+def read_published(name: str, split: str, check: bool = True) -> Found:
+    """train or test of a data set of the paper, in whatever form its folder has; `check` compares its size with Table 9.
+
+    Raises DataAbsent where it is not here, and UsageError for a split that is missing, damaged or of another size.
+    """
+    if split not in ("train", "test"):
+        raise UsageError(
+            f"{name} has no split {split!r} here: allowed are train and test, as in Table 9; tune on images held out of train"
+        )
+    known, folder = PUBLISHED[name], locate(name)
+    if folder is None:
+        raise absent(name)
+    names = known.test if split == "test" else ("train",)
+    if known.numbered and (place := find_split(folder, names)) is not None and isinstance(place, Path):
+        found = read_class_folders(place, numbered=True)
+    else:
+        found = read_any(folder, names, also=known.also if split == "train" else ())
+    if check:
+        check_counts(name, split, found)
+    return found
+
+
+def read_any(folder: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -> Found:
+    """A split, under the first of its names that is there, in one of the forms of this file or of `read_folder`.
+
+    also: a second split that belongs to it.
+    """
+    for reader in (read_cifar, read_cars, read_flowers, read_inaturalist, read_tar):
+        if (found := reader(folder, names)) is not None:
+            return found
+    shards, more = (find_split(folder, words) for words in (names, also))
+    return read_parquet([*shards, *more]) if isinstance(shards, list) and more else read_folder(folder, names)
+
+
+def expected(name: str, split: str) -> tuple[set[int], int] | None:
+    """How many images a published split has (any of the set) and how many classes; None for other data. Table 9."""
+    if name == "imagenet-v2":  # not in the table; its authors' number
+        return ({10_000}, 1000) if split == "test" else None
+    with (PAPER / "table9.csv").open(encoding="utf-8") as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    if name not in rows or split not in ("train", "test"):
+        return None
+    counts = {int(rows[name][f"{split}_images"])}
+    if name == "inaturalist-2019":  # another listing of the same 268,243 images: see its card
+        counts.add({"train": 265_213, "test": 3_030}[split])
+    return counts, int(rows[name]["classes"])
+
+
+def check_counts(name: str, split: str, found: Found) -> None:
+    """Raises UsageError where a published data set does not have its published size."""
+    counts, classes = expected(name, split) or ({len(found.labels)}, len(found.classes))
+    if len(found.labels) not in counts or len(found.classes) != classes:
+        raise UsageError(
+            f"{name} {split} has {len(found.labels):,} images of {len(found.classes):,} classes, published are "
+            f"{' or '.join(f'{n:,}' for n in sorted(counts))} of {classes:,}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- forms
+
+
+def read_inaturalist(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """`train2018.json`, `val2018.json`, and the images that they name under the folder."""
+    lists = [file for name in names for file in sorted(folder.glob(f"{name}20[0-9][0-9].json"))]
+    if not lists:
+        return None
+    try:
+        record = json.loads(lists[0].read_text(encoding="utf-8"))
+        categories = sorted(record["categories"], key=lambda c: c["id"])
+        rank = {c["id"]: k for k, c in enumerate(categories)}
+        path = {image["id"]: image["file_name"] for image in record["images"]}
+        pairs = [(path[a["image_id"]], rank[a["category_id"]]) for a in record["annotations"]]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise UsageError(f"{lists[0]} is not an annotation file of iNaturalist ({type(fault).__name__})") from fault
+    return read.files(folder, [p for p, _ in pairs], [k for _, k in pairs], [c["name"] for c in categories])
+
+
+def _matlab(path: Path) -> dict:
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(path, squeeze_me=True)
+    except (OSError, ValueError, TypeError, NotImplementedError) as fault:
+        raise UsageError(f"{path} is missing or no MATLAB file ({type(fault).__name__})") from fault
+
+
+def read_cars(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """Stanford Cars: `devkit/`, `cars_train/`, `cars_test/`, and the test images' labels in a file of their own."""
+    base = folder / "stanford_cars" if (folder / "stanford_cars").is_dir() else folder
+    lists = {
+        "train": ("devkit/cars_train_annos.mat",),
+        "test": ("cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat"),
+    }.get(names[0], ())
+    file = next((base / file for file in lists if (base / file).is_file()), None)
+    if file is None:
+        return None
+    listed = np.atleast_1d(_matlab(file)["annotations"])
+    classes = np.atleast_1d(_matlab(base / "devkit" / "cars_meta.mat")["class_names"])
+    paths = [f"cars_{names[0]}/{name}" for name in listed["fname"]]
+    return read.files(base, paths, listed["class"].astype(np.int64) - 1, classes)  # MATLAB counts from 1
+
+
+def read_flowers(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """Flowers-102: `jpg/`, `imagelabels.mat`, `setid.mat`. Paper: 2,040 training images, so `valid` belongs to them."""
+    from torchvision.datasets import Flowers102
+
+    base = folder / "flowers-102" if (folder / "flowers-102").is_dir() else folder
+    parts = {"train": ("trnid", "valid"), "test": ("tstid",)}.get(names[0])
+    if parts is None or not (base / "setid.mat").is_file():
+        return None
+    sets, labels = _matlab(base / "setid.mat"), np.atleast_1d(_matlab(base / "imagelabels.mat")["labels"])
+    chosen = np.concatenate([np.atleast_1d(sets[part]) for part in parts]).astype(np.int64)
+    labels = labels[chosen - 1].astype(np.int64) - 1  # image and class numbers count from 1
+    return read.files(base, [f"jpg/image_{i:05d}.jpg" for i in chosen], labels, Flowers102.classes)
+
+
+@functools.lru_cache(maxsize=2)
+def _cifar(folder: Path, train: bool) -> object:
+    """torchvision unpickles the files only if they have the published MD5 sums."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if (folder / CIFAR10.base_folder).is_dir() else CIFAR100
+    try:
+        return kind(folder, train=train, download=False)
+    except RuntimeError as fault:
+        raise UsageError(
+            f"{folder / kind.base_folder} is not complete, or its files do not have the MD5 sums"
+        ) from fault
+
+
+def read_cifar(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """CIFAR's pickles of arrays: `cifar-10-batches-py/`, `cifar-100-python/`."""
+    there = any((folder / base).is_dir() for base in ("cifar-10-batches-py", "cifar-100-python"))
+    if not there or names[0] not in ("train", "test"):
+        return None
+    data = _cifar(folder, names[0] == "train")
+    rows = Cells(functools.partial(_as_ppm, folder, names[0]), np.arange(len(data.data)), f"{folder.name} {names[0]}")
+    return Found(rows, np.asarray(data.targets, np.int64), tuple(data.classes))
+
+
+def _as_ppm(folder: Path, split: str) -> pa.ChunkedArray:
+    """Arrays as the simplest image files, a header before the pixels, so that they are read as all other tables."""
+    pixels = _cifar(folder, split == "train").data
+    header = f"P6 {pixels.shape[2]} {pixels.shape[1]} 255\n".encode()
+    return pa.chunked_array([pa.array([header + image.tobytes() for image in pixels], pa.binary())])
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Images in .tar files, read from where they begin."""
+
+    shards: list[Path]
+    places: np.ndarray  # int64 (N, 3): number of the shard, first byte, bytes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, i: int) -> str:
+        return f"the image at byte {self.places[i][1]} of {self.shards[self.places[i][0]]}"
+
+    def open(self, i: int) -> Image.Image:
+        shard, start, size = self.places[i].tolist()
+        with self.shards[shard].open("rb") as file:
+            file.seek(start)
+            return Image.open(io.BytesIO(file.read(size)))
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return ((f"{i:08d}", size) for i, size in enumerate(self.places[:, 2].tolist()))
+
+    def take(self, index: np.ndarray) -> Members:
+        return replace(self, places=self.places[index])
+
+
+def read_tar(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """WebDataset: in each shard an image of any kind and a .cls of the same name; of all images only the headers are read."""
+    shards = next((files for name in names if (files := read.shards_of(folder, name, ".tar"))), [])
+    if not shards or find_split(folder, names) is not None:  # an archive that was unpacked beside it is not read
+        return None
+    images, labels = {}, {}
+    for number, path in enumerate(shards):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    stem, suffix = os.path.splitext(member.name)
+                    if suffix.lower() in read.IMAGE_FILES:
+                        images[number, stem] = (number, member.offset_data, member.size)
+                    elif suffix == ".cls":
+                        labels[number, stem] = int(tar.extractfile(member).read())
+        except (tarfile.TarError, ValueError, OSError) as fault:
+            raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
+    if not images or images.keys() != labels.keys() or min(labels.values()) < 0:
+        raise UsageError(f"{shards[0]} and those beside it do not hold a .cls with a label from 0 for each image")
+    numbers = np.array([labels[key] for key in images], np.int64)
+    classes = tuple(read.numbers_of(numbers, ".cls", str(shards[0])))
+    return Found(Members(shards, np.array(list(images.values()), np.int64)), numbers, classes)
+
+
+@functools.lru_cache(maxsize=2)
+def _hub(name: str) -> dict:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name)
+    except Exception as fault:  # `datasets` raises what its many readers raise
+        cause = fault.__cause__ or fault
+        said = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}".rstrip(": ")
+        raise UsageError(f"{name} cannot be read from the Hugging Face Hub: {said}") from fault
+
+
+def _hub_column(name: str, split: str, column: str) -> pa.ChunkedArray:
+    return _hub(name)[split].data.column(column)
+
+
+def read_hub(name: str, names: tuple[str, ...]) -> Found:
+    """A split of a data set by its name on the Hugging Face Hub, or in the cache of `datasets`."""
+    split = next((split for split in names if split in _hub(name)), None)
+    if split is None:
+        raise UsageError(f"{name} has no split {names[0]!r} on the Hub: there are {', '.join(_hub(name))}")
+    table, source = _hub(name)[split], f"{name} {split}"
+    image, label = read.image_and_label(table.column_names, source)
+    labels = read.whole_numbers(_hub_column(name, split, label), f"column {label} of {source}")
+    classes = getattr(table.features[label], "names", None) or read.numbers_of(labels, label, source)
+    return Found(
+        Cells(functools.partial(_hub_column, name, split, image), np.arange(len(labels)), source),
+        labels,
+        tuple(classes),
+    )
