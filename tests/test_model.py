@@ -27,7 +27,7 @@ from lab.cost import count
 from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, fuse, make_stem, resize_positions, set_execution, vit_config
 from vitlib.model.layers import EPS, Reads
-from vitlib.model.stems import hmlp_kernels
+from vitlib.model.stems import STEMS, Kind, Stem, hmlp_kernels, norm
 from vitlib.model.vit import RelativeBias
 from vitlib.model.weights import load, save, to_timm
 
@@ -212,7 +212,7 @@ PARAMETERS = {
     "L24 L12x2": (304_325_608, 304_374_760, 304_865_768, 304_914_920),
 }
 # width: parameters of the linear and of the hMLP stem (batch norm)
-STEMS = {"Ti": (147_648, 49_248), "S": (295_296, 190_656), "B": (590_592, 749_952), "L": (787_456, 1_327_616)}
+STEM_SIZES = {"Ti": (147_648, 49_248), "S": (295_296, 190_656), "B": (590_592, 749_952), "L": (787_456, 1_327_616)}
 
 
 @pytest.mark.parametrize("names", PARAMETERS)
@@ -228,10 +228,10 @@ def test_parameters_are_the_papers_to_the_digit(names):
             assert count.params(ViT(vit_config(twin, stem="hmlp", layer_scale=1e-4))) == PARAMETERS[names][3], twin
 
 
-@pytest.mark.parametrize("width", STEMS)
+@pytest.mark.parametrize("width", STEM_SIZES)
 def test_parameters_of_the_stem_alone_are_the_papers_to_the_digit(width):
     found = [count.params(make_stem(vit_config(f"{width}12", stem=stem))) for stem in ("linear", "hmlp")]
-    assert found == list(STEMS[width])
+    assert found == list(STEM_SIZES[width])
 
 
 def test_parameters_of_the_convolutional_stem_for_vit_b_are_3489120():
@@ -302,6 +302,9 @@ def test_pairs_and_tokens_are_what_the_name_says():
         ("B12/14", {"stem": "conv"}, ["14", "2, 4, 8, 16, 32, 64"]),
         ("B12/14", {"stem": "local"}, ["14", "multiples of 4"]),
         ("B12", {"stem": "local", "stem_norm": "bn"}, ["of its own"]),
+        ("B12/7", {"stem": "hmlp"}, ["hMLP", "patch_size 7", "even"]),
+        ("B12", {"stem_width": 64}, ["stem_width is 64", "no hidden width"]),
+        ("B12", {"drop_path": float("nan")}, ["drop_path is nan"]),
     ],
 )
 def test_a_wrong_name_field_or_value_is_one_sentence_that_says_what_is_allowed(name, fields, said):
@@ -310,6 +313,66 @@ def test_a_wrong_name_field_or_value_is_one_sentence_that_says_what_is_allowed(n
     message = str(error.value)
     assert "\n" not in message
     assert all(part in message for part in said), message
+
+
+def test_a_configuration_checks_itself():
+    for make in (lambda: ViTConfig(64, 2, heads=5), lambda: replace(small(), heads=5)):
+        with pytest.raises(UsageError, match="width 64 cannot be split into 5 heads"):
+            make()
+    with pytest.raises(UsageError, match=r"^ViT wants a ViTConfig, not 'B12': for example ViT\(vit_config\('B12'\)\)$"):
+        ViT("B12")
+
+
+def test_a_stem_has_its_norm_and_activation_however_the_configuration_is_made():
+    named = small("W64-1/4", stem="hmlp")
+    direct = replace(ViTConfig(64, 1, heads=2, patch_size=4, stem="hmlp", **SMALL), init_std=named.init_std)
+    told = small("W64-1/4", stem="hmlp", stem_norm="bn", stem_act="gelu")
+    replaced = [replace(small("W64-1/4", stem=stem), stem="hmlp") for stem in STEMS]
+    assert all(config == named and config.norm == "bn" and config.act == "gelu" for config in (direct, told, *replaced))
+    assert [type(m).__name__ for m in make_stem(direct)] == [
+        *("Conv2d", "BatchNorm2d", "GELU") * 2,
+        "Conv2d",
+        "BatchNorm2d",
+    ]
+    assert [(c.norm, c.act) for c in (replace(named, stem=stem) for stem in STEMS)] == [
+        ("none", "none"), ("bn", "gelu"), ("bn", "gelu"), ("none", "none"),
+    ]  # fmt: skip
+    other = replace(small("W64-1/4", stem="hmlp", stem_norm="ln"), stem="conv")  # what was asked for stays
+    assert (other.norm, other.act) == ("ln", "gelu")
+
+
+def test_the_hidden_width_of_the_hmlp_stem_is_a_quarter_unless_told_otherwise():
+    widths = [
+        [m.out_channels for m in make_stem(small(stem="hmlp", stem_width=w)) if isinstance(m, nn.Conv2d)]
+        for w in (None, 64)
+    ]
+    assert widths == [[16, 16, 64], [64, 64, 64]]
+
+
+class Means(Stem):
+    """A stem that the paper does not have: each patch's mean, then a map with a table of its own."""
+
+    def __init__(self, config):
+        super().__init__(
+            nn.AvgPool2d(config.patch_size), nn.Conv2d(config.in_chans, config.width, 1), *norm(config, config.width)
+        )
+        self.scale = nn.Parameter(torch.empty(config.width))
+
+    def forward(self, images):
+        return super().forward(images) * self.scale
+
+
+def test_a_stem_is_added_by_one_entry_of_the_table(monkeypatch, tmp_path):
+    refuses = lambda config: "means want patches of 4" if config.patch_size != 4 else None  # noqa: E731
+    monkeypatch.setitem(STEMS, "means", Kind(Means, norm="ln", refuses=refuses))
+    config = small(stem="means")
+    vit, again = ViT(config, seed=1), ViT(config, seed=1)
+    assert same(vit.state_dict(), again.state_dict()) and vit.stem.scale.any()
+    assert vit(torch.ones(2, 3, 16, 16)).shape == (2, 10) and isinstance(vit.stem[2], nn.LayerNorm)
+    save(vit, tmp_path / "means.safetensors")
+    assert same(load(tmp_path / "means.safetensors").state_dict(), vit.state_dict())
+    with pytest.raises(UsageError, match="means want patches of 4"):
+        replace(config, patch_size=8)
 
 
 def test_images_of_another_shape_are_refused():

@@ -1,9 +1,12 @@
 """Checkpoints of DeiT, DeiT III and timm become our ViT with the same logits, and timm's layout is written back."""
 
 import argparse
+import collections
 import re
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,7 +22,7 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 from vitlib.errors import UsageError
-from vitlib.model import ViT, fuse, vit_config
+from vitlib.model import ViT, fuse, resize_positions, vit_config
 from vitlib.model.weights import (
     find_names,
     from_timm,
@@ -31,7 +34,9 @@ from vitlib.model.weights import (
     timm_state,
     to_timm,
 )
+from vitlib.train.dvae import DVAE, DVAEConfig
 from vitlib.train.finetune import at_image_size, freeze, start_from
+from vitlib.train.masked import MaskedViT
 
 torch.set_num_threads(1)
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -75,6 +80,70 @@ def assert_same_logits(ours: nn.Module, theirs: nn.Module, channels: int = 3, si
 
 def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- our files ---
+
+
+def our_models() -> dict[str, nn.Module]:
+    relative = vit_config("W64-2x2/4", image_size=16, num_classes=7, pos="relative", stem="hmlp", stem_width=8)
+    parallel = vit_config("W64-1x3/4", image_size=16, num_classes=0, key_bias=False, stem="local", layer_scale=0.1)
+    return {
+        "relative positions, hMLP": ViT(relative),
+        "no head, three branches": ViT(parallel),
+        "fused": fuse(ViT(vit_config("W64-1x2/4", image_size=16, pos="relative"))),
+        "masked": MaskedViT(relative, 16),
+        "dVAE": DVAE(DVAEConfig(16, 4, 3, vocabulary=8)),
+    }
+
+
+@pytest.mark.parametrize("what", ["relative positions, hMLP", "no head, three branches", "fused", "masked", "dVAE"])
+def test_every_model_of_ours_is_loaded_as_it_was_saved(what, tmp_path):
+    model = our_models()[what].eval()
+    save(model, tmp_path / "ours.safetensors")
+    again = load(tmp_path / "ours.safetensors").eval()
+    assert type(again) is type(model) and again.config == model.config
+    assert same_tensors(again.state_dict(), model.state_dict())
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 3] = True
+    inputs = (noise(2, 3, 16, 16), mask) if what == "masked" else (noise(2, 3, 16, 16),)
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs), model(*inputs))
+
+
+def test_what_is_no_model_of_ours_is_not_saved(tmp_path):
+    with pytest.raises(UsageError, match=r"^Linear cannot be saved: known are vit, dvae, masked$"):
+        save(nn.Linear(2, 2), tmp_path / "no.safetensors")
+    changed = ViT(vit_config("W64-1x2/4", image_size=16))
+    changed.layers[0].ffn.append(changed.layers[0].ffn[0])
+    with pytest.raises(
+        UsageError, match=r"does not fit its configuration W64-1x2/4: layers\.0\.ffn\.2.*nothing was saved"
+    ):
+        save(changed, tmp_path / "no.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_a_kind_that_is_not_known_says_which_are(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", {"vitlib": "{}", "kind": "video"})
+    with pytest.raises(
+        UsageError, match=r"holds a model of kind 'video': known are vit, .*; import vitlib\.train first"
+    ):
+        load(tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", {"vitlib": '{"widht": 64}'})
+    with pytest.raises(UsageError, match="names a configuration that cannot be read"):
+        load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("pos", ["relative", "patches"])
+def test_a_model_made_on_the_meta_device_gives_right_logits_once_it_is_filled(pos):
+    model = filled(ViT(vit_config("W64-1x2/4", image_size=16, pos=pos)))
+    with torch.device("meta"):
+        assigned, emptied = ViT(model.config), ViT(model.config).to_empty(device="cpu")
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    emptied.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for again in (assigned.eval(), emptied.eval()):
+            assert torch.equal(again(noise(2, 3, 16, 16)), model(noise(2, 3, 16, 16)))
 
 
 # --- from timm, and back ---
@@ -289,6 +358,53 @@ def test_a_file_does_not_show_what_the_head_reads(tmp_path):
     save_file(small(global_pool="avg").state_dict(), tmp_path / "behind.safetensors")
     with pytest.raises(UsageError, match=r"fc_norm\.weight \(64, not known\), .*norm\.weight \(missing, not 64\)"):
         read_checkpoint(tmp_path / "behind.safetensors", heads=2, pool="mean")
+
+
+PREFIXED = {"DistributedDataParallel": "module.", "torch.compile": "_orig_mod.", "both": "module._orig_mod."}
+
+
+@pytest.mark.parametrize("program", PREFIXED)
+def test_what_a_training_program_puts_before_the_names_goes(program, tmp_path):
+    state = deit().state_dict()
+    torch.save({"model": {PREFIXED[program] + name: t for name, t in state.items()}}, tmp_path / "run.PTH")
+    torch.save(state, tmp_path / "bare.pth.tar")
+    read = [read_checkpoint(tmp_path / name, heads=2).state_dict() for name in ("run.PTH", "bare.pth.tar")]
+    assert same_tensors(*read)
+
+
+BESIDE = {
+    "a path": argparse.Namespace(output_dir=Path("/x")),
+    "numbers of numpy": {"top1": np.float64(77.1), "epoch": np.int64(3)},
+    "a dictionary with a default": collections.defaultdict(dict),
+    "the version of torch": torch.__version__,
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_values_beside_the_tensors_are_harmless(what, tmp_path):
+    torch.save({"state_dict": deit().state_dict(), "beside": BESIDE[what]}, tmp_path / "run.pth")
+    assert read_checkpoint(tmp_path / "run.pth", heads=2, key="state_dict").config.depth == 2
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(deit().state_dict(), tmp_path / "deit.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "deit.pth", heads=2).config.depth == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_float32(dtype, tmp_path):
+    half = {name: t.to(dtype) for name, t in deit().state_dict().items()}
+    torch.save(half, tmp_path / "half.pth")
+    trunk = read_checkpoint(tmp_path / "half.pth", heads=2)
+    assert trunk(noise(1, 3, 16, 16)).dtype == torch.float32
+    larger = start_from(trunk.state_dict(), at_image_size(trunk.config, 24), 0)
+    assert torch.equal(larger.pos_embed, resize_positions(half["pos_embed"].float(), 6))
+    table = resize_positions(half["pos_embed"], 6)  # in float32 inside
+    assert table.dtype == dtype and torch.equal(table, larger.pos_embed.to(dtype))
 
 
 # --- what does not fit ---
