@@ -629,8 +629,8 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypa
 
 
 def test_a_run_that_another_process_holds_is_not_waited_for_by_several(run_store):
-    with store.lock(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
-        store.held(TINY.hash, Shard(0, 2))
+    with store.held(TINY.hash), pytest.raises(UsageError, match="is held by another process"):
+        store.held(TINY.hash, wait=False)
 
 
 # ---- side by side, and on a cluster

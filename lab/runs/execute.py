@@ -64,7 +64,7 @@ def execute(
     """
     engine = engine_of(spec)
     first = engine.shard.rank == 0
-    with held(spec.hash, engine.shard) if first else nullcontext():
+    with held(spec.hash, wait=engine.shard.world == 1) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
         if finished(spec, need_weights):
             return find(spec)

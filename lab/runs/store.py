@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from lab import paths
 from lab.runs.results import Result, read_runs
 from lab.runs.spec import RunSpec
-from vitlib.data import Shard
 from vitlib.errors import UsageError
 from vitlib.files import write_whole
 from vitlib.train import PROTOCOLS, loop
@@ -43,10 +42,9 @@ def find(spec: RunSpec) -> Result | None:
             raise ValueError(f"it says {result.hash}")
         return result
     except (ValueError, KeyError, TypeError) as fault:
-        raise UsageError(
-            f"the run {spec.hash} in {paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault}): "
-            "move that folder away and the run is trained again"
-        ) from fault
+        what = f"is not in the form of this version ({type(fault).__name__}: {fault})"
+        cure = "move that folder away and the run is trained again"
+        raise UsageError(f"the run {spec.hash} in {paths.runs()} {what}: {cure}") from fault
 
 
 def finished(spec: RunSpec, need_weights: bool = False) -> bool:
@@ -73,17 +71,15 @@ def checkpoint_path(spec: RunSpec) -> Path:
     return paths.runs() / ".checkpoints" / f"{spec.hash}.pt"
 
 
-def lock(name: str) -> FileLock:
-    """Held while the run of that hash is trained or imported: a second process waits and then reads it."""
+def held(name: str, wait: bool = True) -> AbstractContextManager:
+    """The lock of the run of that hash, held while it is trained or imported: a second process waits and then reads it.
+
+    wait=False, for distributed runs, whose other processes would time out: UsageError where another process holds it.
+    """
     folder = paths.runs() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{name}.lock")
-
-
-def held(name: str, shard: Shard) -> AbstractContextManager:
-    """Acquire the run's lock, blocking. Distributed runs do not wait (their peers would time out): UsageError."""
     try:
-        return lock(name).acquire(timeout=-1 if shard.world == 1 else 0)
+        return FileLock(folder / f"{name}.lock").acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise UsageError(f"the run {name} is held by another process: a distributed run does not wait for it") from None
 
@@ -97,7 +93,7 @@ def keep(
         with write_whole(draft / "history.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
-            table.writerows([s.step, s.epoch, s.lr, s.loss] for s in history)
+            table.writerows(map(astuple, history))
         for name, whole in (("weights", model), ("ema", ema)):
             if whole is not None:
                 state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
@@ -139,15 +135,13 @@ def sweep() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine is there. Windows has no such question that is harmless: always True."""
+    """Whether a process of this machine is there; on Windows, where signal 0 is Ctrl-C, always True."""
     if os.name == "nt":
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as fault:
+        return not isinstance(fault, ProcessLookupError)
     return True
 
 
@@ -173,12 +167,12 @@ def export_runs(path: Path, names: Collection[str] | None = None) -> int:
 def import_runs(path: Path) -> tuple[int, int]:
     """Merge a `runs.jsonl` into the store by hash: (new, already there). Metrics and correctness, no weights.
 
-    Raises UsageError, before anything is written, for a line that is not a run or whose hash is not that of its spec.
+    Raises UsageError, as `read_runs` does, before anything is written.
     """
     runs, new = list(read_runs(path)), 0
     for run in runs:
         name = run["result"]["hash"]
-        with lock(name):
+        with held(name):
             if not (paths.runs() / name / "result.json").is_file():
                 with _new_folder(name) as draft:
                     for part in ("spec", "result"):
@@ -195,11 +189,8 @@ def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
             seen.setdefault((spec.data, spec.split, split), {}).setdefault(checksum, spec.hash)
     for (data, _, split), by in seen.items():
         if len(by) > 1:
-            warnings.warn(
-                f"the runs {', '.join(sorted(by.values()))} read different files of {data}, split {split}: names, sizes or labels "
-                "are not the same",
-                stacklevel=2,
-            )
+            what = f"different files of {data}, split {split}: names, sizes or labels are not the same"
+            warnings.warn(f"the runs {', '.join(sorted(by.values()))} read {what}", stacklevel=2)
 
 
 def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
