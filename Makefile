@@ -70,7 +70,7 @@ lab: $(READY)  ## JupyterLab on the index notebook
 	$(PY) -m jupyter lab notebooks/00_claims.ipynb
 
 refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
-	@$(PY) -m lab refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+	@$(PY) -m tools.refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
