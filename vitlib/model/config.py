@@ -51,12 +51,10 @@ class ViTConfig:
     key_bias: bool = True  # False: none on k, whose bias adds the same to all logits of a query, which softmax ignores
 
     def __post_init__(self) -> None:
-        _check_values(self)
-        kind = STEMS[self.stem]
-        for field, default in (("stem_norm", kind.norm), ("stem_act", kind.act)):
-            if getattr(self, field) == default:
-                object.__setattr__(self, field, None)
-        _check_sizes(self)
+        _check(self)
+        for field in ("norm", "act"):
+            if getattr(self, f"stem_{field}") == getattr(STEMS[self.stem], field):
+                object.__setattr__(self, f"stem_{field}", None)
 
     @property
     def norm(self) -> str:
@@ -158,8 +156,8 @@ _CHOICES = {
 }
 
 
-def _check_values(config: ViTConfig) -> None:
-    """Each field by itself."""
+def _check(config: ViTConfig) -> None:
+    """Each field by itself, then what must fit together."""
     for names, allows, words in _VALUES:
         for name in names.split():
             if not allows(getattr(config, name)):
@@ -168,25 +166,19 @@ def _check_values(config: ViTConfig) -> None:
         value = getattr(config, name)
         if value not in tuple(allowed) and not (value is None and name in ("stem_norm", "stem_act")):
             raise unknown(name, value, allowed)
-
-
-def _check_sizes(config: ViTConfig) -> None:
-    """What must fit together."""
-    image_size, patch_size = config.image_size, config.patch_size
+    image_size, patch_size, inner = config.image_size, config.patch_size, config.inner or config.width
     if image_size % patch_size:
         below = image_size // patch_size * patch_size
-        near = [str(size) for size in (below, below + patch_size) if size]
+        near = " and ".join(str(size) for size in (below, below + patch_size) if size)
         raise UsageError(
-            f"image_size {image_size} is not a multiple of patch_size {patch_size}: "
-            f"the nearest allowed are {' and '.join(near)}"
+            f"image_size {image_size} is not a multiple of patch_size {patch_size}: the nearest allowed are {near}"
         )
-    if (config.inner or config.width) % config.heads:
+    if inner % config.heads:
         what = "width" if config.inner is None else "inner"
-        raise UsageError(f"{what} {config.inner or config.width} cannot be split into {config.heads} heads")
-    kind = STEMS[config.stem]
-    if config.stem_width is not None and not kind.hidden:
+        raise UsageError(f"{what} {inner} cannot be split into {config.heads} heads")
+    if config.stem_width is not None and not STEMS[config.stem].hidden:
         raise UsageError(
-            f"stem_width is {config.stem_width}, and the stem {config.stem} has no hidden width: give None"
+            f"stem_width is {config.stem_width}: the {config.stem} stem has no hidden width, allowed is None"
         )
-    if reason := kind.refuses(config):
+    if reason := STEMS[config.stem].refuses(config):
         raise UsageError(reason)

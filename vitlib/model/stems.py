@@ -62,16 +62,10 @@ class Stem(nn.Sequential):
         return super().forward(images).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, grid * grid, D)
 
 
-# ---------------------------------------------------------------------------------------------------- linear
-
-
 def linear_stem(config: Patches) -> Stem:
     """One linear map of each patch; optionally a norm and a GELU after it (rows 2 to 4 of Table 7)."""
     D, P = config.width, config.patch_size
     return Stem(nn.Conv2d(config.in_chans, D, P, P), *norm(config, D), *act(config))
-
-
-# ---------------------------------------------------------------------------------------------------- hMLP
 
 
 def hmlp_stem(config: Patches) -> Stem:
@@ -104,9 +98,6 @@ def hmlp_refuses(config: Patches) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- convolutional
-
-
 def conv_stem(config: Patches) -> Stem:
     """LeViT's stem (Graham et al. 2021): log2(P) convolutions 3x3 of stride 2, widths ..., D/4, D/2, D, no bias.
 
@@ -125,9 +116,6 @@ def conv_refuses(config: Patches) -> str | None:
     if config.patch_size not in (2, 4, 8, 16, 32, 64):
         return f"the convolutional stem has patch_size {config.patch_size}: allowed are 2, 4, 8, 16, 32, 64"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------- local transformer
 
 
 class LocalStem(Stem):
@@ -192,9 +180,6 @@ def local_refuses(config: Patches) -> str | None:
     if (config.norm, config.act) != ("none", "none"):
         return "the local-transformer stem has norms and GELUs of its own: stem_norm and stem_act are none"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------- all of them
 
 
 class Kind(NamedTuple):

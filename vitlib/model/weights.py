@@ -37,9 +37,6 @@ State = Mapping[str, Tensor]
 Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
 
 
-# ---------------------------------------------------------------------------------------------------- our files
-
-
 class Kind(NamedTuple):
     """A class of models that `save` and `load` know. Its models have a `config`, a dataclass of numbers and names."""
 
@@ -59,10 +56,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     kind = next((name for name, kind in KINDS.items() if type(model) is kind.model), None)
     if kind is None:
         raise UsageError(f"{type(model).__name__} cannot be saved: known are {', '.join(KINDS)}")
-    state = model.state_dict()
-    if differ := _differ(_empty(model.config, kind, state).state_dict(), state):
-        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
-    _write(state, path, kind=kind, vitlib=json.dumps(asdict(model.config)))
+    _write(_state(model, kind), path, kind=kind, vitlib=json.dumps(asdict(model.config)))
 
 
 def load(path: str | Path) -> nn.Module:
@@ -75,9 +69,8 @@ def load(path: str | Path) -> nn.Module:
     if "vitlib" not in metadata:
         raise UsageError(f"{path} was not written by vitlib.model.weights.save: it names no configuration")
     if kind not in KINDS:
-        raise UsageError(
-            f"{path} holds a model of kind {kind!r}: known are {', '.join(KINDS)}; import vitlib.train first"
-        )
+        known = ", ".join(KINDS)
+        raise UsageError(f"{path} holds a model of kind {kind!r}: known are {known}; import vitlib.train first")
     try:
         values = json.loads(metadata["vitlib"])
         config = KINDS[kind].config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -91,6 +84,14 @@ def _write(state: State, path: str | Path, **metadata: str) -> None:
 
     with write_whole(path) as draft:
         save_file({name: t.contiguous() for name, t in state.items()}, draft, metadata={"format": "pt"} | metadata)
+
+
+def _state(model: nn.Module, kind: str = "vit") -> dict[str, Tensor]:
+    """The model's tensors. Raises UsageError where they are not those of its configuration, e.g. with an adapter."""
+    state = model.state_dict()
+    if differ := _differ(_empty(model.config, kind, state).state_dict(), state):
+        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
+    return state
 
 
 def _empty(config: object, kind: str = "vit", state: State = {}) -> nn.Module:  # noqa: B006
@@ -122,9 +123,6 @@ def _shape(tensor: Tensor) -> str:
     """Shape, and the type if it is no floating-point one, whose precision may differ: 64x3x4x4."""
     shape = "x".join(map(str, tensor.shape)) or "one number"
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
-
-
-# ---------------------------------------------------------------------------------------------------- fused
 
 
 @torch.no_grad()
@@ -161,9 +159,6 @@ def fuse(model: ViT) -> ViT:
     return _fill(_empty(wide), state, {}, "this model").eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------- names
-
-
 def _layout(*branches: str) -> Names:
     """From their names in each branch: norm, attention and LayerScale, then norm, FFN and LayerScale."""
     ours = [f"{f}.{k}.{part}" for k in range(len(branches)) for f in ("mhsa", "ffn") for part in ("norm", "f", "gamma")]
@@ -193,15 +188,11 @@ def their_name(name: str, names: Names) -> str:
 
 def find_names(state: State) -> tuple[Names, int]:
     """The layout of a checkpoint, and its branches: timm's for several, else DeiT's if a gamma or an attn1 says so."""
-    several = {match[1] for name in state if (match := re.match(r"blocks\.0\.attns\.(\d+)\.", name))}
-    if several:
-        return timm_names(len(several)), len(several)
-    two = any(name.startswith("blocks.0.attn1.") for name in state)
-    deit = two or any(name.startswith("blocks.0.gamma_") for name in state)
-    return (_DEIT if deit else _ONE), (2 if two else 1)
-
-
-# ---------------------------------------------------------------------------------------------------- timm's models
+    parts = {".".join(name.split(".")[2:4]) for name in state if name.startswith("blocks.0.")}
+    if several := sum(part.startswith("attns.") for part in parts):
+        return timm_names(several), several
+    two = any(part.startswith("attn1.") for part in parts)
+    return (_DEIT if two or "gamma_1" in parts else _ONE), (2 if two else 1)
 
 
 def to_timm(model: ViT) -> nn.Module:
@@ -215,11 +206,8 @@ def to_timm(model: ViT) -> nn.Module:
 
     c, state = model.config, timm_state(model)
 
-    class Wide(Attention):
-        """timm makes heads of size width / heads; a fused model's keep the size that they had."""
-
-        def __init__(self, *sizes, **options):
-            super().__init__(*sizes, attn_head_dim=(c.inner or c.width) // c.heads, **options)
+    class Wide(Attention):  # timm's heads have size width / heads; a fused model's keep the size that they had
+        __init__ = functools.partialmethod(Attention.__init__, attn_head_dim=(c.inner or c.width) // c.heads)
 
     twin = VisionTransformer(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.in_chans, num_classes=c.num_classes,
@@ -237,10 +225,8 @@ def timm_state(model: ViT) -> dict[str, Tensor]:
     """Copies of the weights of `model` under timm's names. Raises UsageError as `to_timm`."""
     c = model.config
     if (c.stem, c.norm, c.act) != ("linear", "none", "none") or c.pos == "relative":
-        raise UsageError(
-            f"timm has no such model: stem {c.stem}, pos {c.pos}; allowed are the linear stem, patches or all"
-        )
-    names, state = timm_names(c.branches), model.state_dict()
+        raise UsageError(f"timm has no such model: stem {c.stem}, pos {c.pos}; allowed are linear, patches or all")
+    names, state = timm_names(c.branches), _state(model)
     if not c.key_bias:  # timm's has one: zero there
         for prefix, module in model.named_modules():
             if isinstance(module, MHSA):
@@ -288,12 +274,9 @@ def from_timm(model: nn.Module) -> ViT:
     state = {re.sub(r"^fc_norm\.", "norm.", name): tensor.clone() for name, tensor in model.state_dict().items()}
     scales = (m.init_values for m in model.modules() if isinstance(m, LayerScale))
     pool = "mean" if model.global_pool == "avg" else "cls"
-    return _ours(state, what, next((m.num_heads for m in attention), None), pool, next(scales, None)).train(
-        model.training
-    )
+    ours = _ours(state, what, next((m.num_heads for m in attention), None), pool, next(scales, None))
+    return ours.train(model.training)
 
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 
@@ -330,10 +313,8 @@ def _download(name: str) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UsageError(
-            f"{name} is no file in .safetensors, .pth, .pt or .bin and no model of timm: "
-            "allowed are such a file and timm's names, for example deit3_small_patch16_224.fb_in1k"
-        )
+        allowed = "allowed are such a file and timm's names, for example deit3_small_patch16_224.fb_in1k"
+        raise UsageError(f"{name} is no file in .safetensors, .pth, .pt or .bin and no model of timm: {allowed}")
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as fault:  # no network, an unknown tag, no such weights
@@ -362,22 +343,19 @@ def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: fl
     """
     if distilled := sorted({"dist_token", "head_dist.weight"} & state.keys()):
         raise UsageError(
-            f"{what} is a distilled model ({distilled[0]}): allowed are models with one class token and head"
+            f"{what} is a distilled model ({distilled[0]}): allowed are those with one class token and head"
         )
     names, branches = find_names(state)
     read = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
             f"blocks.0.{names['mhsa.0.f']}.qkv.weight": 2, f"blocks.0.{names['ffn.0.f']}.fc1.weight": 2}  # fmt: skip
     if strange := [name for name, axes in read.items() if name not in state or state[name].ndim != axes]:
-        raise UsageError(
-            f"{what} is no ViT in DeiT's or timm's layout: {', '.join(strange)} is missing or of another shape"
-        )
+        missing = ", ".join(strange)
+        raise UsageError(f"{what} is no ViT in DeiT's or timm's layout: {missing} is missing or of another shape")
     token, positions, patch, qkv, fc1 = (tuple(state[name].shape) for name in read)
     width, inner, grid, side = token[-1], qkv[0] // 3, math.isqrt(positions[1]), patch[-1]
     if positions[1] - grid * grid not in (0, 1) or patch[2] != side:
-        raise UsageError(
-            f"{what} has {positions[1]} positions and patches of {patch[2]}x{side}: allowed are square images of "
-            "square patches, with or without a position for the class token"
-        )
+        allowed = "square images of square patches, with or without a position for the class token"
+        raise UsageError(f"{what} has {positions[1]} positions and patches of {patch[2]}x{side}: allowed are {allowed}")
     known = dict(WIDTHS.values())  # Paper: Table 1; a fused model's attention is wider
     if heads is None and (width not in known or inner != width):
         widths = ", ".join(map(str, known))
