@@ -70,7 +70,7 @@ def execute(
             return find(spec)
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
-        checkpoints = Checkpoints(checkpoint_path(spec), every_s, dict(stamps or {}), writes=first)
+        checkpoints = Checkpoints(checkpoint_path(spec), every_s, dict(stamps or {}), first, spec.hash)
         data = data_of(spec, "train")
         tested = data_of(spec, spec.split)  # read now, so that a fault costs no time
         other = second_test(spec)

@@ -1,7 +1,8 @@
 """The checkpoint of one run: everything that the next step depends on, so that a run that was killed goes on.
 
-On one machine's CPU it then ends bit for bit where an uninterrupted run ends. Written whole or not at all, and read as
-plain tensors and numbers only (`weights_only=True`).
+On one machine's CPU it then ends bit for bit where an uninterrupted run ends. No generator's state is part of it: every
+draw is a function of names (`vitlib.draws`). Written whole or not at all, and read as plain tensors and numbers only
+(`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import random
 import time
 import warnings
 import zipfile
@@ -18,12 +18,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from vitlib.errors import UsageError
+from vitlib.files import write_whole
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+FAULTS = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,20 @@ class Stateful(Protocol):
 class Checkpoints:
     """Writes the run's state to `path` every `every_s` seconds of wall time, and reads it back.
 
-    notes: what else belongs to the run and was fixed at its first start (the ledger's hashes); those of the checkpoint
-    take their place. writes: False in all processes of a run but one. The clocks begin here.
+    run: the run's identity, e.g. a hash of all its settings; another run's checkpoint is not read. notes: what else
+    belongs to the run and was fixed at its first start; those of the checkpoint take their place. writes: False in all
+    processes of a run but one. The clocks begin here.
     """
 
-    def __init__(self, path: Path, every_s: float = 300.0, notes: dict[str, str] | None = None, writes: bool = True):
-        self.path, self.every_s, self.notes, self.writes = path, every_s, notes or {}, writes
+    def __init__(
+        self,
+        path: Path,
+        every_s: float = 300.0,
+        notes: dict[str, str] | None = None,
+        writes: bool = True,
+        run: str = "",
+    ):
+        self.path, self.every_s, self.notes, self.writes, self.run = path, every_s, notes or {}, writes, run
         self.step = 0  # that the file on disk belongs to; 0 = there is none
         self.written = time.monotonic()
         self.began, self.cpu_began = time.time(), time.process_time()  # earlier by what earlier processes took
@@ -79,17 +88,12 @@ class Checkpoints:
         state = {name: part.state_dict() for name, part in parts.items()}
         # The history says where the loader is: a step is a batch, and the order of an epoch's batches is fixed.
         state |= {"history": torch.tensor([astuple(s) for s in history], dtype=torch.float64), "notes": self.notes}
-        state |= {"wall_s": self.wall_s, "cpu_s": self.cpu_s, "generators": generators()}
-        draft = self.path.with_suffix(".partial")
+        state |= {"run": self.run, "wall_s": self.wall_s, "cpu_s": self.cpu_s}
         try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            # Through a file of ours: torch's writer says nothing of a full disk.
+            with write_whole(self.path) as draft, draft.open("wb") as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
         except OSError as fault:
-            draft.unlink(missing_ok=True)
             if fault.errno not in NO_ROOM:
                 raise
             kept = f"the one of step {self.step} stays and the run goes on from there" if self.step else "none is kept"
@@ -97,9 +101,9 @@ class Checkpoints:
         self.step = len(history)
 
     def read(self, parts: Mapping[str, Stateful]) -> list[Step]:
-        """Bring `parts` and all generators to where the run was; its history so far, empty where there is no checkpoint.
+        """Bring `parts` to where the run was; its history so far, empty where there is no checkpoint.
 
-        A file that is damaged or of another form is set aside with a warning.
+        A file that is damaged, of another run or of another form is set aside with a warning.
         """
         state = self._load(parts)
         if state is None:
@@ -108,7 +112,6 @@ class Checkpoints:
             part.load_state_dict(state[name])
         self.notes = state["notes"]
         self.began, self.cpu_began = self.began - state["wall_s"], self.cpu_began - state["cpu_s"]
-        set_generators(state["generators"])
         history = [Step(int(step), int(epoch), lr, loss) for step, epoch, lr, loss in state["history"].tolist()]
         self.step = len(history)
         return history
@@ -118,23 +121,17 @@ class Checkpoints:
             if (part := zipfile.ZipFile(self.path).testzip()) is not None:  # torch does not look at the checksums
                 raise ValueError(f"the checksum of {part} is wrong")
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if lost := {*parts, "history", "notes", "wall_s", "cpu_s", "generators"} - set(state):
+            if lost := {*parts, "run", "history", "notes", "wall_s", "cpu_s"} - set(state):
                 raise ValueError(f"{', '.join(sorted(lost))} is missing")
-            own, theirs = ({k: v.shape for k, v in s.items()} for s in (parts["model"].state_dict(), state["model"]))
-            if own != theirs:
-                raise ValueError("its model is another one")
+            ours, theirs = ({k: v.shape for k, v in s.items()} for s in (parts["model"].state_dict(), state["model"]))
+            if state["run"] != self.run or ours != theirs:
+                raise ValueError(
+                    f"it belongs to the run {state['run']}" if ours == theirs else "its model is another one"
+                )
             return state
         except FileNotFoundError:
             return None
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as fault:
+        except FAULTS as fault:
             if self.writes:
                 os.replace(self.path, self.path.with_suffix(".damaged"))
             warnings.warn(
@@ -145,33 +142,12 @@ class Checkpoints:
             return None
 
     def remove(self) -> None:
-        """The run is finished."""
+        """The run is finished: its checkpoint goes, and drafts of processes that were killed while they wrote one."""
         if self.writes:
-            for left in (self.path, self.path.with_suffix(".partial")):
+            for left in (self.path, *self.path.parent.glob(f".*.{self.path.name}")):
                 left.unlink(missing_ok=True)
 
     def __str__(self) -> str:
         """For the message of a run that cannot go on."""
-        return (
-            f"the last good checkpoint, of step {self.step}, is {self.path}" if self.step else "no checkpoint is kept"
-        )
-
-
-def generators() -> dict:
-    """The states of every random generator that code could use. Ours draws by names instead (`vitlib.draws`)."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "python": random.getstate(),
-    }
-
-
-def set_generators(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])
+        kept = f"the last good checkpoint, of step {self.step}, is {self.path}"
+        return kept if self.step else "no checkpoint is kept"
