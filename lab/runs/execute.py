@@ -80,17 +80,16 @@ def execute(
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed)
         if few := [f"one {what}" for what, n in (("image", len(rows)), ("class", len(data.classes))) if n == 1]:
-            warnings.warn(f"the run {spec.hash} ({spec.describe()}) trains on {' of '.join(few)}", stacklevel=2)
+            warnings.warn(f"the {spec} trains on {' of '.join(few)}", stacklevel=2)
         model, loss_function = prepare(spec, data, rows)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        start = (model, spec.recipe, data, rows, spec.seed, loss_function)
         try:
-            history = loop.train(
-                model, spec.recipe, data, rows, spec.seed, loss_function, on_step, engine, ema, checkpoints
-            )
+            history = loop.train(*start, on_step, engine, ema, checkpoints)
         except loop.NonFiniteLoss as fault:
-            raise loop.NonFiniteLoss(f"run {spec.hash} ({spec.describe()}): {fault}") from None
+            raise loop.NonFiniteLoss(f"{spec}: {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
         protocol, correct_v2 = PROTOCOLS[spec.protocol], None
         found, correct = protocol.evaluate(model, tested, engine)
@@ -102,9 +101,7 @@ def execute(
             found, _ = protocol.evaluate(ema.module, tested, engine)
             metrics |= {f"{name}_ema": value for name, value in found.items()}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
-            raise loop.NonFiniteLoss(
-                f"run {spec.hash} ({spec.describe()}): the last step left weights that are not finite; {checkpoints}"
-            )
+            raise loop.NonFiniteLoss(f"{spec}: the last step left weights that are not finite; {checkpoints}")
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
         about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
@@ -125,14 +122,12 @@ def engine_of(spec: RunSpec) -> Engine:
 def data_of(spec: RunSpec, split: str) -> DataSet:
     """A split at the size that the model reads: held in memory, or read as it is needed.
 
-    Published data has no validation images: a tuning run holds some out of its own training images, of each class the last
-    fiftieth; a judged run trains on all of them.
+    Where data has no validation images, as the published sets, a tuning run holds some out of its training images: the last
+    fiftieth of each class. A judged run trains on all of them.
     """
-    if not spec.streamed:
+    if "test" in (split, spec.split) or "validation" in spec.facts.sizes:
         return _open(spec, spec.data, split)
-    data = _open(spec, spec.data, "test" if split == "test" else "train")
-    if spec.split == "test" or split == "test":
-        return data
+    data = _open(spec, spec.data, "train")
     held = held_out(data.labels.numpy(), share=50)
     return data.take(np.flatnonzero(held if split == "validation" else ~held))
 
@@ -144,10 +139,9 @@ def _open(spec: RunSpec, name: str, split: str) -> DataSet:
 
 def second_test(spec: RunSpec) -> DataSet | None:
     """ImageNet-V2 beside ImageNet-val, where it is here."""
-    classifies = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
-    if not (classifies and spec.streamed and spec.data == "imagenet-1k" and locate("imagenet-v2")):
-        return None
-    return _open(spec, "imagenet-v2", "test")
+    judged = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
+    there = judged and spec.streamed and spec.data == "imagenet-1k" and locate("imagenet-v2")
+    return _open(spec, "imagenet-v2", "test") if there else None
 
 
 def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:

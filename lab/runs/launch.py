@@ -212,10 +212,8 @@ def distributed(
         return store.find(spec)
     for need in spec.needs:
         if not store.weights_path(need).is_file():
-            raise UsageError(
-                f"the run {spec.hash} ({spec.describe()}) starts from the {need.protocol} run {need.hash} "
-                f"({need.describe()}), whose weights are not in {paths.runs()}: train that one first"
-            )
+            absent = f"the {need.protocol} {need}, whose weights are not in {paths.runs()}"
+            raise UsageError(f"the {spec} starts from {absent}: train that one first")
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
@@ -226,8 +224,8 @@ def distributed(
             usage, text = json.loads(said.read_text(encoding="utf-8"))
             raise UsageError(text) if usage else RunsFailed(text)
     if code:
-        what = f"{processes} processes that train the run {spec.hash} ({spec.describe()}) ended with code {code}"
-        raise RunsFailed(f"the {what}; the last lines of {log}:\n{last_lines(log)}")
+        what = f"the {processes} processes that train the {spec} ended with code {code}"
+        raise RunsFailed(f"{what}; the last lines of {log}:\n{last_lines(log)}")
     return store.find(spec)
 
 

@@ -1,7 +1,8 @@
 """Results of finished runs, and archives of them. Needs numpy and json alone: no torch, no specs of this version.
 
-archive = Archive("outputs/reference/pilot")
-archive.results("31")["12x1+LS"][0].metrics["top1"]  # of the first seed
+The accuracy of an arm of the pilot at its first seed:
+
+    Archive("outputs/reference/pilot").results("31")["12x1+LS"][0].metrics["top1"]
 """
 
 from __future__ import annotations

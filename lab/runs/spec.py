@@ -151,3 +151,6 @@ class RunSpec:
         parts += [f"{self.images} images"] if self.images else []
         parts += [self.strategy] if self.parent else []
         return ", ".join([*parts, f"seed {self.seed}"])
+
+    def __str__(self) -> str:
+        return f"run {self.hash} ({self.describe()})"

@@ -55,7 +55,7 @@ def finished(spec: RunSpec, need_weights: bool = False) -> bool:
 def weights(spec: RunSpec, ema: bool = False) -> dict[str, torch.Tensor]:
     """The trained weights of a finished run, or their moving average. Raises UsageError where only its metrics were imported."""
     if ema and spec.recipe.ema is None:
-        raise UsageError(f"the run {spec.hash} ({spec.describe()}) keeps no moving average: its recipe's ema is None")
+        raise UsageError(f"the {spec} keeps no moving average: its recipe's ema is None")
     path = weights_path(spec).with_name("ema.safetensors") if ema else weights_path(spec)
     if not path.is_file():
         what = "moving average" if ema else "weights"
