@@ -90,7 +90,6 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
-    add("report", report_, "write a profile's results into outputs/reference, and README's claims table", "study")
     for name, function, text in (
         ("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)"),
         ("import", import_, "merge a runs.jsonl into the run store"),
@@ -225,13 +224,6 @@ def claims_(arguments) -> None:
 
     p = profile(arguments.profile)
     print(tables.claims_text(p, judgements.verdicts(p.name)))
-
-
-def report_(arguments) -> None:
-    from lab.experiments.profiles import profile
-    from tools import reference
-
-    print("\n".join(f"written: {path}" for path in reference.write(profile(arguments.profile).name)))
 
 
 def export_(arguments) -> None:

@@ -4,18 +4,15 @@ import os
 import subprocess
 import sys
 
-import papermill
 import pytest
 
 from lab import paths
 from lab.__main__ import main, parser
-from lab.experiments.catalogue import NOTEBOOKS, experiment
-from lab.report import judgements, render
+from lab.experiments.catalogue import experiment
+from lab.report import judgements
 from lab.runs import launch
 from vitlib import __main__ as vitlib_main
 from vitlib.errors import UsageError
-
-PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +49,6 @@ BAD = {
     "a part without runs": (["run", "--profile", "study", "--part", "P1"], "part P1 has no runs at profile study"),
     "a part of another profile": (["run", "--profile", "study", "--part", "F5-cifar-10"], "part F5-cifar-10 has no runs"),
     "a part to tune": (["tune", "--part", "P1"], "unknown part with a control 'P1'"),
-    "a report of nothing": (["report"], "run `python -m lab reproduce --profile study` first"),
     "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
 }  # fmt: skip
 
@@ -163,65 +159,6 @@ def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(
     assert main(["reproduce", "--profile", "cpu", "--notebook", "31"]) == 2
     assert "is not in the form of this version" in capsys.readouterr().err
     assert (untouched / "runs" / spec.hash / "result.json").read_text() == "{}"
-
-
-def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
-    for number, (file, _) in NOTEBOOKS.items():
-        assert file.startswith(number) and render.source(number).is_file()
-        parameters = papermill.inspect_notebook(str(render.source(number)))
-        assert parameters["profile"]["inferred_type_name"] == "str"
-
-
-def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, untouched):
-    monkeypatch.setattr(render, "source", lambda number: untouched / "broken.ipynb")
-    cells = ['profile: str = "smoke"  # scale', "1 / 0"]
-    import nbformat
-
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata["kernelspec"] = PYTHON3
-    nbformat.write(notebook, untouched / "broken.ipynb")
-    target = untouched / "outputs" / "smoke" / "notebooks" / "broken.ipynb"
-    with pytest.raises(render.NotebookFailed, match=r"broken\.ipynb stopped in cell .*ZeroDivisionError"):
-        render._render(untouched / "broken.ipynb", target, {"profile": "smoke"}, "key")
-    assert not target.exists() and (target.parent / "failed" / "broken.ipynb").is_file()
-    assert [p for p in target.parent.iterdir() if p.name.startswith(".")] == []
-
-
-def test_an_executed_notebook_is_current_until_something_that_it_shows_changes(monkeypatch, tmp_path):
-    """The paper's numbers and the committed reference stand in the notebooks beside the runs."""
-    for name in ("PAPER", "REFERENCE"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setattr(paths, name, tmp_path / name)
-    shown = [tmp_path / "PAPER" / "table1.csv", *(tmp_path / "REFERENCE" / n for n in ("t.csv", "runs.jsonl"))]
-    for path in shown:
-        path.write_text("1")
-    keys = [render._content_key(render.source("34"), {}, [])]
-    assert render._content_key(render.source("34"), {}, []) == keys[0]
-    for path in shown:
-        path.write_text("2")
-        keys.append(render._content_key(render.source("34"), {}, []))
-    assert len(set(keys)) == 4
-
-
-def test_notebook_parameters_are_checked_by_name_and_type(untouched):
-    import nbformat
-
-    cell = nbformat.v4.new_code_cell(
-        'profile: str = "smoke"  # scale\nshare: float = 0.5  # of it\nsteps: int = 3  # all'
-    )
-    cell.metadata["tags"] = ["parameters"]
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": PYTHON3})
-    nbformat.write(notebook, untouched / "n.ipynb")
-
-    def chosen(*words):
-        return render._parameters(untouched / "n.ipynb", {"profile": "cpu", "jobs": 2}, list(words))
-
-    assert chosen("share=1e-3") == {"profile": "cpu", "share": 0.001}
-    with pytest.raises(UsageError, match="did you mean 'share'"):
-        chosen("shares=1")
-    with pytest.raises(UsageError, match=r"parameter steps of n is of type int, which '3\.5' is not"):
-        chosen("steps=3.5")
 
 
 def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from lab import paths
 from lab.claims.ledger import ledger
 from lab.experiments.catalogue import experiment
+from lab.experiments.profiles import PROFILES
 from lab.report import judgements
 from lab.runs import results, store
 from lab.runs.results import Result
@@ -25,22 +26,22 @@ def committed(profile: str) -> pd.DataFrame:
 
 
 def test_the_readmes_claims_table_is_the_committed_one():
-    assert reference.profiles()
-    assert reference.with_block(README, reference.readme_block()) == README, "python -m lab report"
+    assert reference.studies()
+    assert reference.with_block(README, reference.readme_block()) == README, "python -m tools.reference"
 
 
 def test_the_page_is_written_from_the_committed_tables():
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "python -m lab report"
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "python -m tools.reference"
 
 
 def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
-    for profile in reference.profiles():
+    for profile in reference.studies():
         rows = reference.table(profile)
         assert set(rows["part"]) == {part.id for part in ledger().values() if part.belongs("study")}
         for row in rows.itertuples():
             sections = [title for title, chosen, _ in reference.SECTIONS if chosen(row)]
             assert len(sections) == 1, row.part
-            assert reference.PAGE.read_text(encoding="utf-8").count(f"- **{row.part}** ") == len(reference.profiles())
+            assert reference.PAGE.read_text(encoding="utf-8").count(f"- **{row.part}** ") == len(reference.studies())
 
 
 def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_which_parts_were_not_tuned():
@@ -64,7 +65,7 @@ def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_whi
 def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp_path):
     """The runs are read into an empty store, and every part that was judged on runs is judged again."""
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    for profile in set(reference.profiles()) & {"study"}:  # other profiles' data is not here
+    for profile in set(reference.studies()) & {"study"}:  # other profiles' data is not here
         store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
         again = {v.part.id: v for v in judgements.verdicts(profile)}
         for id, row in committed(profile).iterrows():
@@ -77,7 +78,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp
 
 def test_the_differences_of_the_claims_table_come_out_by_plain_arithmetic_on_the_runs():
     """Not by the code that judges: the bits are unpacked here, and a superiority's mean is a mean of means."""
-    for profile in reference.profiles():
+    for profile in reference.studies():
         lines = (paths.REFERENCE / profile / "runs.jsonl").read_text(encoding="utf-8").splitlines()
         results = {r["result"]["hash"]: Result.from_record(r["result"]) for r in map(json.loads, lines)}
         for id, row in committed(profile).iterrows():
@@ -104,13 +105,15 @@ def made_up() -> pd.DataFrame:
 def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    study = PROFILES["study"]
     with pytest.raises(UsageError, match="run `python -m lab reproduce --profile study` first"):
-        reference.write("study")
+        reference.copy(study)
     made = tmp_path / "outputs" / "study"
     (made / "tables").mkdir(parents=True)
     (made / "figures").mkdir()
     made_up().to_csv(made / "claims.csv", index=False)
-    (made / "tables" / "31_x.csv").write_text("a,b\n1.50,–\n", encoding="utf-8")
+    (made / "tables" / "31_x.csv").write_text("a,b\n1.50,\n", encoding="utf-8")
+    (made / "tables" / "31_x.md").write_text("| a | b |\n|---|---|\n| 1.50 | – |\n", encoding="utf-8")
     (made / "figures" / "31_x.png").write_bytes(b"png")
     (made / "figures" / "31_x.svg").write_bytes(b"svg")
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
@@ -121,14 +124,15 @@ def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypat
     )
     monkeypatch.setattr(reference, "_about", lambda profile: "10 runs")
     with pytest.raises(UsageError, match="no run of profile study is in"):
-        reference.write("study")
+        reference.copy(study)
     assert not (tmp_path / "reference").exists()
     spec = experiment("41", "study").arms["trunk"].with_seed(10)
     run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
     (tmp_path / "runs" / spec.hash).mkdir(parents=True)
     for name, record in (("spec", spec.record()), ("result", run.record())):
         (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    reference.write("study")
+    monkeypatch.setattr(reference, "NOTEBOOKS", {number: reference.NOTEBOOKS[number] for number in ("31", "41")})
+    assert reference.main(["--profile", "study"]) == 0
     kept = tmp_path / "reference" / "study"
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [
         "31_x.csv", "31_x.md", "31_x.png", "claims.csv", "runs.jsonl",

@@ -2,20 +2,24 @@
 
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 
+from lab import paths
 from lab.claims import statistics
 from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
 from lab.data.cards import load_resized
 from lab.experiments import catalogue, profiles, recipes, small
-from lab.experiments.catalogue import Runs
+from lab.experiments.catalogue import NOTEBOOKS, Runs
 from lab.paper import paper_table
-from lab.report import counted, figures, judgements, paper, tables
+from lab.report import counted, figures, judgements, paper, render, tables
 from lab.runs import execute, results, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
+from vitlib.errors import UsageError
 from vitlib.train.dvae import DVAEConfig
 
 ABOUT = dict.fromkeys(results.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
@@ -510,3 +514,71 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
     assert len(shown) == 2 and shown[0] == legend["study"]
     assert shown[1].count("dVAE-128x64/4") == 5 and "| 64 " in shown[1] and "| 25.5 " in shown[1]
+
+
+# ---- Rendering
+
+PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
+    for number, (file, _) in NOTEBOOKS.items():
+        assert file.startswith(number) and render.source(number).is_file()
+        parameters = papermill.inspect_notebook(str(render.source(number)))
+        assert parameters["profile"]["inferred_type_name"] == "str"
+
+
+def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(render, "source", lambda number: tmp_path / "broken.ipynb")
+    cells = ['profile: str = "smoke"  # scale', "1 / 0"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata["kernelspec"] = PYTHON3
+    nbformat.write(notebook, tmp_path / "broken.ipynb")
+    target = tmp_path / "outputs" / "smoke" / "notebooks" / "broken.ipynb"
+    with pytest.raises(render.NotebookFailed, match=r"broken\.ipynb stopped in cell .*ZeroDivisionError"):
+        render._render(tmp_path / "broken.ipynb", target, {"profile": "smoke"}, "key")
+    assert not target.exists() and (target.parent / "failed" / "broken.ipynb").is_file()
+    assert [p for p in target.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_executed_notebook_is_current_until_something_that_it_shows_or_the_code_changes(monkeypatch, tmp_path):
+    """The paper's numbers and the committed reference are in the notebooks beside the runs."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    for name in ("PAPER", "REFERENCE"):
+        monkeypatch.setattr(paths, name, tmp_path / name)
+    names = (
+        "PAPER/table1.csv",
+        "REFERENCE/t.csv",
+        "REFERENCE/runs.jsonl",
+        "vitlib/a.py",
+        "lab/report/b.py",
+        "tools/c.py",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    keys = [render._content_key(render.source("34"), {}, [])]
+    assert render._content_key(render.source("34"), {}, []) == keys[0]
+    for name in names:
+        (tmp_path / name).write_text("2")
+        keys.append(render._content_key(render.source("34"), {}, []))
+    assert len(set(keys)) == 1 + len(names)
+
+
+def test_notebook_parameters_are_checked_by_name_and_type(tmp_path):
+    cell = nbformat.v4.new_code_cell(
+        'profile: str = "smoke"  # scale\nshare: float = 0.5  # of it\nsteps: int = 3  # all'
+    )
+    cell.metadata["tags"] = ["parameters"]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": PYTHON3})
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+
+    def chosen(*words):
+        return render._parameters(tmp_path / "n.ipynb", {"profile": "cpu", "jobs": 2}, list(words))
+
+    assert chosen("share=1e-3") == {"profile": "cpu", "share": 0.001}
+    with pytest.raises(UsageError, match="did you mean 'share'"):
+        chosen("shares=1")
+    with pytest.raises(UsageError, match=r"parameter steps of n is of type int, which '3\.5' is not"):
+        chosen("steps=3.5")

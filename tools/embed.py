@@ -1,13 +1,13 @@
 """Make lab/data/embedded/*.parquet from the original files.
 
     apt-get install dataset-fashion-mnist
-    python tools/embed.py fashion-mnist /usr/share/datasets/fashion-mnist
+    python -m tools.embed fashion-mnist /usr/share/datasets/fashion-mnist
 
     pip download --no-deps scikit-learn==1.9.1
-    python tools/embed.py digits scikit_learn-1.9.1-*.whl
+    python -m tools.embed digits scikit_learn-1.9.1-*.whl
 
     pip download --no-deps animal-mnist==0.4
-    python tools/embed.py animal-shapes animal_mnist-0.4-py3-none-any.whl
+    python -m tools.embed animal-shapes animal_mnist-0.4-py3-none-any.whl
 
 Fixed rules, no random number. Wheels are read as zip files: nothing is installed, imported or run. Images are lossless
 PNGs in the Hugging Face layout, so `datasets` reads the files as they are. Run again, it makes the same pixels and

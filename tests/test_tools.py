@@ -1,0 +1,147 @@
+"""The maintainers' tools: how far two texts of a notebook may differ, and notebooks refreshed in place."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+
+from lab.report import render
+from tools import refresh
+from tools.compare import agree, differences, moved, rule
+
+TABLE = """\
+| model    |   images |   first_loss |   loss | top1                |   train_s |
+|:---------|---------:|-------------:|-------:|:--------------------|----------:|
+| W64-12x1 |       96 |     2.302585 |  1.874 | 84.19 ± 0.47 (n=3)  |       1.5 |
+| W64-6x2  |       96 |     2.302971 |  1.912 | **85.02 ± 0.5 (n=3)** |     2.5 |"""
+
+
+# ---- The comparison of texts.
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("96 |     2.302585", "96 |     2.302608", True),  # first loss, 1e-5
+        ("96 |     2.302585", "96 |     2.304888", False),  # first loss, 1e-3
+        ("1.874", "1.89", True),  # loss, 1 %
+        ("1.874", "1.93", False),  # loss, 3 %
+        ("84.19 ±", "86.19 ±", True),  # 2 points
+        ("84.19 ±", "86.2 ±", False),
+        ("± 0.47", "± 2.4", True),
+        ("± 0.47", "± 2.5", False),
+        ("0.47 (n=3)", "0.47 (n=2)", False),  # a count, though in a column of accuracies
+        ("84.19 ± 0.47 (n=3)", "**84.19 ± 0.47 (n=3)**", True),  # the best row is another one
+        ("84.19 ± 0.47 (n=3)", "84.19", False),
+        ("84.19", "nan", False),
+        ("1.5 |", "73.25 |", True),  # seconds
+        ("1.5 |", "- |", False),
+        ("96", "97", False),
+        ("W64-12x1", "W64-12x2", False),
+        ("W64-12x1", "**W64-12x1**", False),
+        ("first_loss", "last_loss", False),  # another column
+        ("|:---------|-", "|:-----|-", True),  # only as wide as the cells
+    ],
+)
+def test_the_header_of_a_column_decides_how_far_its_numbers_may_move(old, new, same):
+    assert TABLE.count(old) >= 1
+    reference = f"Results.\n\n{TABLE}\n\nThe end."
+    changed = reference.replace(old, new, 1)
+    assert agree(reference, changed) is same
+    assert agree(reference, reference)
+
+
+@pytest.mark.parametrize(
+    ("header", "allowed"),
+    [
+        ("first_loss", "relative 1e-4"),
+        ("`first_loss` (step 0)", "relative 1e-4"),
+        ("**Loss**", "relative 2 %"),
+        ("masked_loss", "relative 2 %"),
+        ("top1_v2", "2 points"),
+        ("attn - full, points", "2 points"),
+        ("tokens used, of 128", "relative 10 %"),
+        ("error, of 255 grey levels", "relative 10 %"),
+        ("seconds per step", "any number"),
+        ("train_s", "any number"),
+        ("images_per_s", "any number"),
+        ("params_m", "exactly this text"),
+        ("gmacs", "exactly this text"),
+        ("n", "exactly this text"),
+    ],
+)
+def test_a_header_has_one_rule(header, allowed):
+    assert rule(header).says == allowed
+
+
+def test_a_cell_may_hold_an_interval_and_a_minus_sign():
+    reference = "| a - b, points |\n|---|\n| -0.31 [-1.2, 0.6] |"
+    assert agree(reference, reference.replace("-0.31", "+0.5").replace("-1.2", "\u22120.4"))
+    assert not agree(reference, reference.replace("0.6", "2.7"))
+    assert not agree(reference, reference.replace("[-1.2, 0.6]", ""))
+
+
+@pytest.mark.parametrize("new", ["Two tests.", "One test.\n", "| a |\n|---|\n| 1 |", ""])
+def test_text_outside_of_a_table_agrees_only_to_the_letter(new):
+    assert agree("One test.", "One test.") and not agree("One test.", new)
+
+
+def test_a_lost_row_cell_column_or_table_is_a_difference():
+    lines = TABLE.split("\n")
+    for changed in ("\n".join(lines[:-1]), "\n".join([*lines, lines[-1]]), TABLE + " 3 |", "", f"{TABLE}\n\n{TABLE}"):
+        assert len(differences(TABLE, changed)) == 1
+
+
+def test_a_difference_names_column_row_both_values_and_what_is_allowed():
+    changed = TABLE.replace("84.19", "80.19").replace("1.874", "1.875")
+    change = "'84.19 ± 0.47 (n=3)' -> '80.19 ± 0.47 (n=3)' (allowed: 2 points)"
+    assert differences(TABLE, changed) == [f"top1, row 1 (W64-12x1): {change}"]
+
+
+def test_moved_lists_every_changed_cell_within_its_tolerance_or_not():
+    changed = TABLE.replace("84.19", "84.2").replace("2.302585", "2.302586").replace("**", "")
+    assert [line.split(":")[0] for line in moved(TABLE, changed)] == [
+        "first_loss, row 1 (W64-12x1)",
+        "top1, row 1 (W64-12x1)",
+    ]
+    assert moved(TABLE, TABLE) == moved("One.", "Two.") == []
+
+
+# ---- Refresh
+
+
+def committed(path, *cells: str) -> nbformat.NotebookNode:
+    """A notebook whose first output says 1.5 points."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    text = "| points |\n|---|\n| 1.5 |"
+    notebook.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/markdown": text})]
+    nbformat.write(notebook, path)
+    return notebook
+
+
+def test_a_refreshed_notebook_keeps_its_new_outputs_and_says_which_numbers_moved(tmp_path):
+    path = tmp_path / "n.ipynb"
+    cell = 'from IPython.display import Markdown, display\ndisplay(Markdown("| points |\\n|---|\\n| 1.75 |"))'
+    committed(path, cell)
+    assert refresh.refresh(path) == ["points, row 1 (1.5): '1.5' -> '1.75' (allowed: 2 points)"]
+    after = nbformat.read(path, 4)
+    assert after.cells[0].execution_count == 1 and "1.75" in after.cells[0].outputs[0].data["text/markdown"]
+    assert after.metadata.kernelspec.name == "python3" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_notebook_whose_kernel_is_killed_is_named_left_as_it_was_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    bad, good = tmp_path / "bad.ipynb", tmp_path / "good.ipynb"
+    committed(bad, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    committed(good, "1 + 1")
+    before = bad.read_text(encoding="utf-8")
+    monkeypatch.setattr(refresh, "launch", lambda *_: None)
+    monkeypatch.setattr(refresh, "all_specs", lambda *_: [])
+    monkeypatch.setattr(refresh, "source", dict(zip(("31", "32"), (bad, good), strict=True)).get)
+    assert refresh.main(["--notebook", "31", "--notebook", "32"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "bad.ipynb stopped: its kernel died; it is left as it was\n" and "good.ipynb: " in said.out
+    assert bad.read_text(encoding="utf-8") == before
+    with pytest.raises(render.NotebookFailed, match=r"n\.ipynb stopped: its kernel died"):
+        render._render(bad, tmp_path / "out" / "n.ipynb", {}, "key")
+    assert [p.name for p in (tmp_path / "out").rglob("*.ipynb")] == ["n.ipynb"]
+    assert (tmp_path / "out" / "failed" / "n.ipynb").is_file()
