@@ -1,26 +1,33 @@
 """Reading a user's own images, the views of an image, and the batches of both kinds of data set."""
 
+import json
+import os
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import class_folders, parquet, picture
+from pictures import TEST, TRAIN, class_folders, parquet, picture, table, write
 from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
+from torchvision.transforms.functional import pil_to_tensor
 
+from lab import paths
 from lab.data.cards import load_resized
 from vitlib import draws
-from vitlib.data import Augment, Shard, augment, open_folder, read_folder, resize, stream, subset
+from vitlib.data import Augment, Shard, augment, middle, open_folder, read, read_folder, resize, stream, subset
 from vitlib.data.stream import epoch_order, mix_pair
 from vitlib.errors import UsageError
-from vitlib.model import vit_config
+from vitlib.model import ViT, vit_config
 from vitlib.train import loop, tokenizers
 from vitlib.train.dvae import DVAE, DVAEConfig
 from vitlib.train.masked import MaskedLoss, MaskedViT
 from vitlib.train.recipe import Recipe
+from vitlib.train.supervised import loss_of
 
 WILD = Augment(policy="rand-m7-mstd0.5-inc1", erasing=0.5, view_size=8)
 
@@ -478,3 +485,323 @@ def test_masked_pre_training_from_files(opened, kind):
     assert len(history) == 2
     with pytest.raises(UsageError, match="'tokens' need images in memory"):
         tokenizers.make_targets("tokens", data, 4, 0)
+
+
+# ------------------------------------------------------------------------------------------------- folders of one's own
+
+
+def refusal(folder, split="train", **options) -> str:
+    with pytest.raises(UsageError) as refused:
+        open_folder(folder, split, 16, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["birds", "parquet"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_folder_without_an_entry_anywhere_is_a_data_set(root, name, streamed):
+    """Of each class the last tenth, here one image, validates."""
+    train, held, test = (open_folder(root / name, s, 16, streamed=streamed) for s in ("train", "validation", "test"))
+    assert train.labels.tolist() == [0, 0, 1, 2] and held.labels.tolist() == test.labels.tolist() == [0, 1, 2]
+    assert (train.name, train.split, train.channels, train.image_size, len(train.classes)) == (name, "train", 3, 16, 3)
+    batch = next(test.evaluation_batches(3))
+    assert batch.images.shape == (3, 3, 16, 16) and batch.targets.tolist() == [0, 1, 2]
+    model = ViT(vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=3))
+    history = loop.train(model, recipe(2), train, np.arange(4), 0, loss_of(recipe(2)))
+    assert [step.step for step in history] == [1, 2] and np.isfinite(loop.evaluate(model, held)[1])
+
+
+def test_a_small_folder_is_held_in_memory_and_a_large_one_streamed(root, monkeypatch):
+    assert not open_folder(root / "birds", "test", 16).streamed
+    monkeypatch.setattr("vitlib.data.HELD", 3 * 3 * 16 * 16 - 1)
+    assert open_folder(root / "birds", "test", 16).streamed and not open_folder(root / "birds", "test", 15).streamed
+
+
+def test_a_split_that_a_folder_lacks_is_found_in_another(tmp_path):
+    def labels(name, split):
+        return read.read_split(tmp_path / name, split).labels.tolist()
+
+    class_folders(tmp_path / "no test", test="val")
+    assert labels("no test", "test") == TEST and labels("no test", "validation") == TEST
+    assert labels("no test", "train") == [0, 0, 1, 2]  # val is the test split, so that validation is held out
+    class_folders(class_folders(tmp_path / "three", test="val"), test="test")
+    assert labels("three", "train") == TRAIN and labels("three", "validation") == TEST
+    for i, name in enumerate(("cat", "cat", "dog", "dog")):
+        write(tmp_path / "flat" / name / f"{i}.jpg", i)
+    assert labels("flat", "train") == labels("flat", "validation") == [0, 1]
+    assert "has no split 'test'" in refusal(tmp_path / "flat", "test")
+
+
+def test_images_of_all_sizes_and_modes_are_held_in_colour_at_one_size(tmp_path):
+    place, plain = tmp_path / "train" / "cat", picture(3, (32, 24))
+    place.mkdir(parents=True)
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        plain.convert(mode).save(place / f"{mode}.png")
+    plain.convert("CMYK").save(place / "CMYK.jpg")
+    deep = np.asarray(plain.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(place / "deep.png")
+    picture(1, (300, 7)).save(place / "long.png")
+    picture(2, (1, 1)).save(place / "tiny.png")
+    names = [os.path.basename(name) for name in map(read_folder(tmp_path, "train").rows.name, range(10))]
+    pixels = dict(zip(names, read_all(tmp_path), strict=True))
+    assert all(image.shape == (3, 16, 16) for image in pixels.values())
+    middle = resize(pil_to_tensor(plain)[None, :, :, 4:28], 16)[0]
+    assert torch.equal(pixels["RGB.png"], middle) and torch.equal(pixels["RGBA.png"], middle)
+    assert torch.equal(pixels["deep.png"], pixels["L.png"]) and torch.equal(pixels["LA.png"], pixels["L.png"])
+
+
+def read_all(folder):
+    """Every training image, held out or not."""
+    found = read_folder(folder, "train")
+    return torch.stack([middle(pil_to_tensor(read.decode(found.rows, i)), 16) for i in range(len(found.labels))])
+
+
+def test_a_photograph_that_was_stored_sideways_is_read_upright(tmp_path):
+    tag, place = Image.Exif(), tmp_path / "train" / "cat"
+    tag[read.ORIENTATION] = 6
+    place.mkdir(parents=True)
+    picture(1, (64, 32)).save(place / "phone.jpg", exif=tag)
+    rows = read_folder(tmp_path, "train").rows
+    upright = read.decode(rows, 0)
+    assert upright.size == (32, 64)
+    assert np.array_equal(upright, np.rot90(np.asarray(Image.open(place / "phone.jpg")), -1))
+
+
+def test_hidden_files_and_what_disks_and_archives_add_are_no_images(tmp_path):
+    place = class_folders(tmp_path) / "train"
+    write(place / "n01" / ".ipynb_checkpoints" / "000-checkpoint.JPEG", 0)
+    (place / "n02" / "._003.JPEG").write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    for extra in ("@eaDir", "__MACOSX", ".cache"):
+        (place / extra).mkdir()
+    found = read_folder(tmp_path, "train")
+    assert found.labels.tolist() == TRAIN and found.classes == ("n01", "n02", "n03")
+
+
+def test_linked_folders_are_read_and_what_is_hashed_is_what_is_read(tmp_path):
+    class_folders(tmp_path / "elsewhere")
+    (tmp_path / "linked").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "linked" / split).symlink_to(tmp_path / "elsewhere" / split)
+    (tmp_path / "elsewhere" / "train" / "n01" / "again").symlink_to(tmp_path / "elsewhere" / "train" / "n01")
+    found = read_folder(tmp_path / "linked", "train")
+    before = found.checksum()
+    assert found.labels.tolist() == TRAIN and before == read_folder(tmp_path / "elsewhere", "train").checksum()
+    write(tmp_path / "elsewhere" / "train" / "n01" / "000.JPEG", 77)
+    assert read_folder(tmp_path / "linked", "train").checksum() != before
+
+
+def test_names_that_are_not_utf8_are_read_and_printed_and_unicode_has_one_form(tmp_path):
+    place = class_folders(tmp_path, ("n01", "n02", "caf\u00e9")) / "train"
+    os.rename(place / "n01" / "000.JPEG", os.fsencode(place / "n01") + b"/caf\xe9.JPEG")
+    os.rename(tmp_path / "val" / "caf\u00e9", tmp_path / "val" / "cafe\u0301")
+    found = read_folder(tmp_path, "train")
+    names = [found.rows.name(i) for i in range(7)]
+    assert len(found.checksum()) == 16 and any(name.endswith("caf\\xe9.JPEG") for name in names)
+    assert all(read.decode(found.rows, i).size == (24, 20) for i in range(7))
+    assert read_folder(tmp_path, "validation").classes == found.classes == ("caf\u00e9", "n01", "n02")
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    write(tmp_path / "train" / "cat" / "0.png", 0)
+    monkeypatch.setattr(read, "MAX_PIXELS", 24 * 20 - 1)
+    assert "0.png has 480 pixels: allowed are at most 479" in refusal(tmp_path, "validation")
+
+
+def test_a_thin_image_costs_no_more_than_its_crop(tmp_path):
+    """Enlarged as a whole, 1 x 20,000 pixels would be a picture of 236 x 4,720,000."""
+    Image.fromarray(np.zeros((1, 20_000, 3), np.uint8)).save(tmp_path / "line.png")
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, resized = [], augment.F.resize
+        patch.setattr(augment.F, "resize", lambda image, *to: sizes.append(image.size) or resized(image, *to))
+        view = augment.TestView(Augment(), 224, (0.0,) * 3, (1.0,) * 3)
+        assert view(Image.open(tmp_path / "line.png"), False, 0)[0].shape == (3, 224, 224)
+    assert sizes == [(augment.THIN, 1)]
+    ramp = Image.fromarray(np.linspace(0, 255, 400).astype(np.uint8)[None, :, None].repeat(12, 0).repeat(3, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        cropped = augment.TestView(Augment(), 16, (0.0,) * 3, (1.0,) * 3)(ramp, False, 0)[0]
+        patch.setattr(augment, "THIN", 1000)
+        whole = augment.TestView(Augment(), 16, (0.0,) * 3, (1.0,) * 3)(ramp, False, 0)[0]
+    assert torch.allclose(cropped, whole, atol=0.01)  # the same middle
+
+
+LABELS = {
+    "a null": ([0, 1, None], "1 empty cells"),
+    "an unlabelled row": ([0, 1, -1], "holds -1"),
+    "text": (["cat", "dog", "cat"], "cells of type string"),
+    "fractions": ([0.0, 1.5, 1.0], "cells of type double"),
+    "counted from 1": ([1, 2, 2], "counts from 1"),
+    "nothing": ([], "holds nothing"),
+}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_that_are_no_numbers_from_0_are_refused_with_what_is_allowed(tmp_path, what):
+    labels, said = LABELS[what]
+    table(tmp_path / "train.parquet", labels)
+    assert said in (sentence := refusal(tmp_path)) and "from 0" in sentence and "column label" in sentence
+
+
+def test_class_names_are_in_the_table_or_those_of_the_training_images(tmp_path):
+    parquet(tmp_path / "a", splits=(("train", [0, 1, 2]), ("test", [0, 1, 1])))
+    assert read_folder(tmp_path / "a", "test").classes == ("0", "1", "2")
+    table(tmp_path / "b" / "train.parquet", [0, 1])
+    named = pq.read_table(tmp_path / "b" / "train.parquet")
+    features = {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}
+    named = named.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(named, tmp_path / "b" / "train.parquet")
+    assert read_folder(tmp_path / "b", "train").classes == ("cat", "dog", "owl")
+    table(tmp_path / "b" / "test.parquet", [2, 3])
+    assert "holds 3, of 3 classes counted from 0" in refusal(tmp_path / "b", "test")
+
+
+@pytest.mark.parametrize("names", [
+    ("default/train-00000-of-00001", "small/train-00000-of-00001"), ("train", "train-00000-of-00001"),
+    ("train", "data/train"),
+])  # fmt: skip
+def test_two_configurations_or_copies_in_one_folder_are_refused(tmp_path, names):
+    for name in names:
+        table(tmp_path / f"{name}.parquet", [0, 1])
+    said = refusal(tmp_path)
+    assert "has train more than once" in said and all(f"{name}.parquet" in said for name in names)
+
+
+def test_a_shard_that_is_missing_is_noticed(tmp_path):
+    parquet(tmp_path, shards=3)
+    (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
+    assert "2 of the 3 files of train" in refusal(tmp_path)
+
+
+def test_a_table_that_names_a_file_instead_of_holding_an_image_is_refused(tmp_path):
+    (tmp_path / "pets").mkdir()
+    write(tmp_path / "secret.png", 0)
+    cells = [{"bytes": b"", "path": ""}, {"bytes": None, "path": "../secret.png"}]
+    pq.write_table(pa.table({"image": cells, "label": [0, 0]}), tmp_path / "pets" / "train.parquet")
+    assert (
+        "row 1 of" in (said := refusal(tmp_path / "pets", "validation")) and "names a file and holds no image" in said
+    )
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "cat/../../secret.png", "/etc/secret.png"])
+def test_a_list_of_images_does_not_lead_out_of_its_folder(tmp_path, path):
+    with pytest.raises(UsageError, match=f"names {path}: allowed are files in"):
+        read.files(tmp_path, ["cat/0.png", path], [0, 0], ["cat"])
+
+
+def test_large_tables_are_mapped_from_a_copy_that_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parquet(tmp_path / "a")
+    held = read_folder(tmp_path / "a", "train")
+    pixels = [np.asarray(read.decode(held.rows, i)) for i in range(7)]
+    monkeypatch.setattr(read, "IN_MEMORY", 0)
+    read._cells.cache_clear()
+    mapped = read_folder(tmp_path / "a", "train")
+    assert mapped.checksum() == held.checksum()
+    assert all(np.array_equal(read.decode(mapped.rows, i), pixels[i]) for i in range(7))
+    (copy,) = (tmp_path / "cache" / "vitlib").iterdir()
+    before = copy.stat().st_mtime_ns
+    read._cells.cache_clear()
+    assert read.decode(mapped.rows, 6).size == (24, 20) and copy.stat().st_mtime_ns == before
+    read._cells.cache_clear()
+
+
+def test_numbered_class_folders_count_in_the_order_of_their_numbers(tmp_path):
+    class_folders(tmp_path / "numbers", ("1", "2", "10"))
+    assert read_folder(tmp_path / "numbers", "train").classes == ("1", "2", "10")
+
+
+def test_sizes_of_files_are_asked_for_once_and_only_for_the_checksum(opened, monkeypatch):
+    asked, listing = [], read.Files.listing
+    monkeypatch.setattr(read.Files, "listing", lambda files: (asked.append(len(files)), listing(files))[1])
+    data = opened()
+    assert len(list(data.epoch_batches(np.arange(7), 0, 0, recipe(4)))) == 2 and not asked
+    assert data.checksum == data.checksum and asked == [7]
+    assert data.take([0, 1]).checksum != data.checksum and asked == [7, 2]
+
+
+def test_a_missing_split_or_folder_says_what_is_there(root, tmp_path):
+    assert "has no split 'extra'" in (said := refusal(root / "birds", "extra")) and "it holds test, train" in said
+    assert "has no split 'extra'" in refusal(root / "parquet", "extra")
+    assert f"there is no folder {root / 'owls'}" in refusal(root / "owls")
+    (tmp_path / "notes.txt").write_text("")
+    assert "it holds notes.txt" in refusal(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert "class folders" in refusal(tmp_path)
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    class_folders(tmp_path / "birds")
+    (tmp_path / "birds" / "train" / "n04").mkdir()
+    assert "1 of 4 class folders" in (said := refusal(tmp_path / "birds")) and "n04" in said
+
+
+def test_splits_with_other_class_folders_are_refused(tmp_path):
+    class_folders(tmp_path / "birds")
+    write(tmp_path / "birds" / "train" / "n015" / "a.jpg", 0)
+    assert "differ in 1 names, the first is n015" in refusal(tmp_path / "birds", split="val")
+
+
+def test_another_number_of_classes_than_the_models_is_refused(root):
+    assert "birds train has 3 classes, 1000 are expected" in refusal(root / "birds", num_classes=1000)
+
+
+def test_a_damaged_table_and_one_without_images_are_named(tmp_path):
+    table(tmp_path / "train.parquet", [0], image="picture")
+    assert "has the columns picture, label" in refusal(tmp_path)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
+    assert "train.parquet is damaged" in refusal(tmp_path)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A folder with its three splits; of seven training images one is cut off and one no image at all."""
+    class_folders(class_folders(tmp_path / "birds"), test="test")
+    cut = tmp_path / "birds" / "train" / "n01" / "001.JPEG"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    (tmp_path / "birds" / "train" / "n03" / "006.JPEG").write_bytes(b"not an image")
+    return tmp_path / "birds"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_the_epoch_and_is_named(damaged, workers):
+    data = open_folder(damaged, "train", 16, streamed=True, workers=workers)
+    with pytest.raises(UsageError, match=r"^\S*n01/001.JPEG cannot be read \(OSError\): [^\n]*$"):
+        list(data.evaluation_batches(4))
+    with pytest.raises(UsageError, match=r"^\S*n01/001.JPEG cannot be read"):
+        open_folder(damaged, "train", 16)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_unreadable_images_are_left_out_counted_and_named_if_the_caller_says_so(damaged, streamed):
+    with pytest.warns(UserWarning, match="2 of 7 images of birds train cannot be read .* first is .*001.JPEG"):
+        data = open_folder(damaged, "train", 16, skip_unreadable=True, streamed=streamed)
+    assert data.labels.tolist() == [0, 0, 1, 1, 2] and len(list(data.evaluation_batches(2))) == 3
+    assert data.checksum != read_folder(damaged, "train").checksum()
+
+
+def test_the_checksum_knows_names_sizes_and_labels_and_not_the_order_of_shards(tmp_path):
+    def checksum(name):
+        return read_folder(tmp_path / name, "train").checksum()
+
+    class_folders(tmp_path / "a")
+    class_folders(tmp_path / "b")
+    assert checksum("a") == checksum("b")
+    file = tmp_path / "b" / "train" / "n01" / "000.JPEG"
+    file.write_bytes(file.read_bytes() + b"x")
+    assert checksum("a") != (longer := checksum("b"))
+    (tmp_path / "b" / "train" / "n01" / "001.JPEG").rename(tmp_path / "b" / "train" / "n02" / "001.JPEG")
+    assert checksum("b") not in (longer, checksum("a"))
+    parquet(tmp_path / "c")
+    parquet(tmp_path / "d", shards=3)
+    parquet(tmp_path / "e", splits=[("train", [*TRAIN[:-1], 0])])
+    assert checksum("c") == checksum("d") != checksum("e")
+
+
+PHOTOGRAPHS = paths.ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs of ../shared/data are not here")
+def test_photographs_in_parquet_are_a_data_set_of_ones_own():
+    data = open_folder(PHOTOGRAPHS / "cifar10", "test", 24, streamed=True)
+    assert (len(data), len(data.classes), data.image_size) == (10_000, 10, 24)
+    batch = next(data.take(np.arange(16)).evaluation_batches(16))
+    assert batch.images.shape == (16, 3, 24, 24) and batch.images.std() > 0.5

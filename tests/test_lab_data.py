@@ -8,9 +8,12 @@ import os
 import pickle
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -19,10 +22,15 @@ from PIL import Image
 from scipy.io import savemat
 
 from lab import paths
+from lab.__main__ import main
 from lab.data import cards, published
 from lab.data.cards import load, load_resized, source
+from lab.experiments import catalogue, profiles, small
+from lab.report import judgements, render
+from lab.runs import execute, results, store
+from lab.runs.spec import RunSpec
 from vitlib.data import Augment, subset
-from vitlib.data.read import read_parquet
+from vitlib.data.read import decode, read_parquet
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop
@@ -483,3 +491,423 @@ def test_labels_and_checksum_are_read_without_decoding_and_no_image_is_kept(open
         for _ in range(2):  # what was read once is read again
             assert len(list(data.evaluation_batches(4))) == 2
         assert len(decoded) == 14
+
+
+def test_a_hub_name_goes_through_datasets(monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_dict(
+        {"img": [{"bytes": encoded(i), "path": None} for i in range(3)], "fine_label": TEST, "coarse_label": [9, 9, 9]},
+        features=datasets.Features(
+            img=datasets.Image(),
+            fine_label=datasets.ClassLabel(names=["x", "y", "z"]),
+            coarse_label=datasets.Value("int64"),
+        ),
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": table, "valid": table})
+    published._hub.cache_clear()
+    found = published.read_hub("someone/pictures", ("validation", "valid"))
+    assert found.classes == ("x", "y", "z") and found.labels.tolist() == TEST and len(found.checksum()) == 16
+    assert [decode(found.rows, i).size for i in range(3)] == [(24, 20)] * 3
+    with pytest.raises(UsageError, match="no split 'test' on the Hub: there are train, valid"):
+        published.read_hub("someone/pictures", ("test",))
+    published._hub.cache_clear()
+
+
+def test_a_hub_name_without_the_hub_is_one_sentence():
+    with pytest.raises(UsageError, match=r"^someone/pictures cannot be read from the Hugging Face Hub: [^\n]*$"):
+        published.read_hub("someone/pictures", ("train",))
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """An empty $VITLIB_DATA, and outputs of its own."""
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "data"
+
+
+def read(name, split="train", check=False):
+    return published.read_published(name, split, check)
+
+
+@pytest.mark.parametrize("inside", ["imagenet-v2", f"imagenet-v2/{published.V2_FOLDER}", "imagenet-v2/test"])
+def test_folder_k_of_imagenet_v2_is_class_k(place, inside):
+    for k in (0, 1, 10, 2, 11, 3, 4, 5, 6, 7, 8, 9):
+        write(place / inside / str(k) / "a.jpeg", k)
+    v2 = read("imagenet-v2", "test")
+    assert v2.labels.tolist() == list(range(12)) and [Path(v2.rows.name(i)).parent.name for i in (2, 10)] == ["2", "10"]
+    assert len(v2.classes) == 12
+
+
+def test_a_missing_folder_of_imagenet_v2_moves_no_other_class(place):
+    for k in (0, 1, 10, 2):
+        write(place / "imagenet-v2" / str(k) / "a.jpeg", k)
+    v2 = read("imagenet-v2", "test")
+    assert v2.labels.tolist() == [0, 1, 2, 10] and len(v2.classes) == 11
+
+
+def test_the_paper_trains_on_flowers_train_and_valid(opened):
+    data = opened("flowers-102")
+    numbers = [Path(data.rows.name(i)).stem for i in range(7)]
+    assert numbers == [f"image_{n:05d}" for n in (10, 2, 3, 9, 5, 6, 7)] and len(data.classes) == 102
+
+
+def test_the_paper_trains_on_both_splits_of_flowers_in_parquet_too(place):
+    parquet(place / "flowers-102", splits=(("train", [0, 1]), ("validation", [2, 2, 2]), ("test", [0, 1])))
+    assert read("flowers-102").labels.tolist() == [0, 1, 2, 2, 2]
+    assert read("flowers-102", "test").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test", "classes"),
+    [
+        ("imagenet-1k", {1_281_167}, {50_000}, 1000),
+        ("inaturalist-2018", {437_513}, {24_426}, 8142),
+        ("inaturalist-2019", {265_240, 265_213}, {3_003, 3_030}, 1010),
+        ("flowers-102", {2_040}, {6_149}, 102),
+        ("stanford-cars", {8_144}, {8_041}, 196),
+        ("cifar-100", {50_000}, {10_000}, 100),
+        ("cifar-10", {50_000}, {10_000}, 10),
+    ],
+)
+def test_published_counts_are_those_of_table_9(name, train, test, classes):
+    assert published.expected(name, "train") == (train, classes)
+    assert published.expected(name, "test") == (test, classes)
+
+
+def test_counts_that_differ_from_the_published_ones_are_refused(root, monkeypatch):
+    monkeypatch.setenv("VITLIB_DATA", str(root))
+    with pytest.raises(UsageError, match="stanford-cars test has 3 images of 3 classes, published are 8,041 of 196"):
+        read("stanford-cars", "test", check=True)
+
+
+def refusal(name, split="train", check=False) -> str:
+    with pytest.raises(UsageError) as refused:
+        read(name, split, check)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_data_set_that_is_not_there_says_where_it_was_looked_for(place):
+    said = refusal("imagenet-1k")
+    assert str(place / "imagenet-1k") in said and "VITLIB_DATA" in said and "data_cards/imagenet-1k.md" in said
+    class_folders(place / "imagenet-1k")
+    assert len(read("imagenet-1k").labels) == 7
+    assert "allowed are train and test" in refusal("imagenet-1k", "validation")
+    assert "has no split 'test'" in refusal("cifar-100", "test") if (place / "cifar-100").mkdir() is None else None
+
+
+def test_an_image_that_a_list_names_and_that_is_not_there_is_named(place):
+    inaturalist(place / "inaturalist-2018")
+    (place / "inaturalist-2018" / "train_val2018" / "Aves" / "0" / "train1.jpg").unlink()
+    found = read("inaturalist-2018")
+    with pytest.raises(UsageError, match=r"no file .*train1.jpg"):
+        found.checksum()
+    with pytest.raises(UsageError, match=r"train1.jpg cannot be read \(FileNotFoundError\)"):
+        decode(found.rows, 1)
+
+
+def test_an_annotation_that_leads_out_of_the_folder_is_refused(place):
+    inaturalist(place / "inaturalist-2018")
+    file = place / "inaturalist-2018" / "train2018.json"
+    file.write_text(file.read_text().replace("train_val2018/Aves/0/train0.jpg", "../../x.png"))
+    assert "names ../../x.png: allowed are files in" in refusal("inaturalist-2018")
+
+
+def test_an_archive_beside_its_unpacked_folders_is_not_read(place):
+    class_folders(place / "imagenet-1k")
+    (place / "imagenet-1k" / "imagenet_train.tar").write_bytes(b"an archive")
+    assert len(read("imagenet-1k").labels) == 7
+
+
+def shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_webdataset_shards_have_images_of_any_kind_capitals_and_dots_in_their_names(place):
+    kinds = {"a.JPEG": "JPEG", "b.png": "PNG", "c.v2.jpg": "JPEG", "d.Webp": "WEBP"}
+    members = [(name, encoded(i, form)) for i, (name, form) in enumerate(kinds.items())]
+    labels = [(f"{name.rpartition('.')[0]}.cls", str(i % 2).encode()) for i, name in enumerate(kinds)]
+    shard(place / "imagenet-1k" / "imagenet-train-0.tar", [*members, *labels])
+    found = read("imagenet-1k")
+    assert found.labels.tolist() == [0, 1, 0, 1] and [decode(found.rows, i).size for i in range(4)] == [(24, 20)] * 4
+    shard(place / "imagenet-1k" / "imagenet-train-0.tar", [*members, *labels[:3]])
+    assert "do not hold a .cls with a label" in refusal("imagenet-1k")
+
+
+def test_damaged_containers_are_named(place):
+    inaturalist(place / "inaturalist-2018")
+    (place / "inaturalist-2018" / "train2018.json").write_text('{"images": []}')
+    assert "train2018.json" in refusal("inaturalist-2018")
+    cars(place / "stanford-cars")
+    (place / "stanford-cars" / "stanford_cars" / "devkit" / "cars_meta.mat").unlink()
+    assert "cars_meta.mat" in refusal("stanford-cars")
+    (place / "cifar-100").mkdir()
+    (place / "cifar-100" / "train.tar").write_bytes(b"no archive")
+    assert "train.tar is damaged" in refusal("cifar-100")
+
+
+def test_cifar_with_other_md5_sums_is_not_unpickled(root, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("VITLIB_DATA", str(root))
+    monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("a file was unpickled"))
+    published._cifar.cache_clear()
+    assert "MD5" in refusal("cifar-10")
+
+
+# ------------------------------------------------------------------------------------------------- held and measured
+
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def numbered(label: int, number: int, side: int = 32) -> bytes:
+    """One of ten brightnesses, of the class, and a bright pixel that numbers the picture."""
+    pixels, file = np.full((side, side, 3), 20 * label, np.uint8), io.BytesIO()
+    pixels[number // side, number % side] = 255
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def one_table(path: Path, a_class: int, image: str = "image") -> None:
+    images = [{"bytes": numbered(label, number), "path": None} for number in range(a_class) for label in range(10)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({image: images, "label": list(range(10)) * a_class}), path)
+
+
+def ten_folders(path: Path, a_class: int) -> None:
+    for label, name in enumerate(CLASSES):
+        (path / name).mkdir(parents=True)
+        for number in range(a_class):
+            (path / name / f"{number:03}.png").write_bytes(numbered(label, number))
+
+
+def test_parquet_files_shards_and_class_folders_give_the_same_images(place, monkeypatch, tmp_path):
+    one_table(place / "cifar-10" / "train.parquet", 20)
+    one_table(place / "cifar-10" / "test.parquet", 2)
+    one = {split: load("cifar-10", split) for split in cards.SPLITS}
+    assert [len(one[s]) for s in cards.SPLITS] == [180, 20, 20]  # one in ten of each class is held out
+    for split, a_class in (("train", 18), ("validation", 2), ("test", 2)):
+        assert np.bincount(one[split].labels).tolist() == [a_class] * 10
+    last = one["validation"].images[one["validation"].labels == 3]
+    assert sorted(int(image[0].flatten().argmax()) for image in last) == [18, 19]  # the last ones of the class
+    for form in ("shards", "folders"):
+        monkeypatch.setenv("VITLIB_DATA", str(tmp_path / form))
+        folder = tmp_path / form / "cifar10"
+        if form == "shards":
+            one_table(folder / "data" / "train-00000-of-00001.parquet", 20, image="img")
+            one_table(folder / "data" / "test-00000-of-00001.parquet", 2, image="img")
+        else:
+            ten_folders(folder / "train", 20)
+            ten_folders(folder / "test", 2)
+        other = load("cifar-10", "train")
+        assert sorted(map(bytes, other.images.numpy())) == sorted(map(bytes, one["train"].images.numpy()))
+        assert other.classes == (CLASSES if form == "folders" else tuple("0123456789"))
+
+
+@pytest.mark.parametrize("name", ["cifar-10", "cifar10"])
+def test_images_in_memory_and_images_read_from_files_are_those_of_one_folder(place, name):
+    """Profiles photos and imagenet; the card has both names."""
+    with pytest.raises(cards.DataAbsent, match=f"looked for {place / 'cifar-10'} or {place / 'cifar10'} "):
+        read("cifar-10")
+    for split, a_class in (("train", 20), ("test", 2)):
+        ten_folders(place / name / split, a_class)
+    held, found = load("cifar-10", "test"), read("cifar-10", "test")
+    assert (found.classes, found.labels.tolist()) == (held.classes, held.labels.tolist())
+    assert all(np.array_equal(decode(found.rows, i), held.images[i].permute(1, 2, 0)) for i in range(20))
+    assert source("cifar-10", streamed=True).checksum != source("cifar-10").checksum
+
+
+def test_what_is_measured_is_what_the_pixels_say_and_is_kept(place, tmp_path):
+    one_table(place / "cifar-10" / "train.parquet", 20)
+    one_table(place / "cifar-10" / "test.parquet", 2)
+    known, pixels = source("cifar-10").facts, load("cifar-10", "train").images.double() / 255
+    assert (known.channels, known.num_classes, known.image_size) == (3, 10, 32)
+    assert known.sizes == {"train": 180, "validation": 20, "test": 20}
+    assert known.mean == pytest.approx((pixels.mean().item(),) * 3, abs=1e-5)
+    assert known.std == pytest.approx((pixels.std(unbiased=False).item(),) * 3, abs=1e-5)
+    (kept,) = (tmp_path / "outputs" / "data").glob("*.json")
+    cards._measured.cache_clear()
+    cards._arrays.cache_clear()
+    kept.write_text(kept.read_text().replace('"num_classes": 10', '"num_classes": 11'))
+    assert source("cifar-10").facts.num_classes == 11  # read, not measured again
+    before = source("cifar-10").checksum
+    one_table(place / "cifar-10" / "test.parquet", 3)
+    assert source("cifar-10").facts.sizes["test"] == 30 and source("cifar-10").checksum != before
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_other_images_under_the_same_folders_are_other_data_linked_or_not(place, tmp_path, linked):
+    folder = tmp_path / "elsewhere" if linked else place / "cifar-10"
+    (place / "cifar-10").mkdir(parents=True)
+    answers = []
+    for side in (8, 12):
+        for split in ("train", "test"):
+            for k in range(20):
+                file = folder / split / "cat dog".split()[k % 2] / f"{k}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(numbered(k % 2, k, side))
+            if linked and not (place / "cifar-10" / split).exists():
+                (place / "cifar-10" / split).symlink_to(folder / split)
+        answers.append((source("cifar-10").checksum, source("cifar-10").facts.image_size))
+    assert answers[0][0] != answers[1][0] and [size for _, size in answers] == [8, 12]
+
+
+@pytest.mark.parametrize("what, says", {
+    "nowhere": "data set 'cifar-10' is not there: looked for",
+    "no test split": "has no split 'test'",
+    "two sizes": "have 2 sizes (32x32, 40x40, ...): allowed is one size throughout",
+    "broken image": "cat/000.png cannot be read",
+    "empty class": "1 of 10 class folders in",
+    "other classes": "differ in 1 names, the first is cat",
+    "torn file": "train.parquet is damaged",
+}.items())  # fmt: skip
+def test_bad_data_is_one_sentence_that_names_it(place, what, says):
+    folder = place / "cifar-10"
+    if what == "torn file":
+        one_table(folder / "train.parquet", 2)
+        (folder / "train.parquet").write_bytes((folder / "train.parquet").read_bytes()[:-50])
+    elif what != "nowhere":
+        ten_folders(folder / "train", 2)
+    if what not in ("nowhere", "no test split"):
+        ten_folders(folder / "test", 1)
+    image = folder / "test" / "cat" / "000.png"
+    if what == "two sizes":
+        image.with_name("x.png").write_bytes(numbered(0, 0, 40))
+    if what == "broken image":
+        image.write_bytes(b"no image")
+    if what in ("empty class", "other classes"):
+        image.unlink()
+    if what == "other classes":
+        image.parent.rmdir()
+    with pytest.raises(UsageError) as said:
+        source("cifar-10")
+    assert says in str(said.value) and "\n" not in str(said.value)
+    assert isinstance(said.value, cards.DataAbsent) == (what == "nowhere")
+
+
+def test_a_folder_of_ones_own_is_a_source_without_a_card(tmp_path):
+    class_folders(tmp_path / "pets", test="test")
+    pets = source(tmp_path / "pets")
+    assert pets.facts.sizes == {"train": 4, "validation": 3, "test": 3} and pets.facts.num_classes == 3
+    assert source(str(tmp_path / "pets")).checksum == pets.checksum
+    held, streamed = pets.open("train", 16), source(tmp_path / "pets", streamed=True).open("train", 16, Augment())
+    assert (held.streamed, streamed.streamed, len(held), len(streamed)) == (False, True, 4, 4)
+    with pytest.raises(UsageError, match="has 3 classes, 10 are expected"):
+        pets.open("test", 16, num_classes=10)
+    write(tmp_path / "pets" / "train" / "n01" / "000.JPEG", 77)
+    assert source(tmp_path / "pets").checksum != pets.checksum
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A run on stand-ins that are as large as what was published, and the folder of its data."""
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(published, "expected", lambda name, split: ({len(TRAIN if split == "train" else TEST)}, 3))
+    model = vit_config("W32-1x1/8", image_size=16, in_chans=3, num_classes=3)
+    return RunSpec(
+        "supervised", model, "imagenet-1k", recipe(4, augment=Augment()), streamed=True
+    ), tmp_path / "data" / "imagenet-1k"
+
+
+def test_a_run_has_its_name_without_the_data_and_says_which_files_it_read(stand_in, tmp_path, monkeypatch):
+    spec, folder = stand_in
+    name = spec.hash
+    class_folders(folder)
+    assert replace(spec).hash == name != replace(spec, data="imagenet-v2").hash
+    result = execute.execute(spec)
+    kept = {split: read("imagenet-1k", split).checksum() for split in ("train", "test")}
+    assert result.hash == name and result.files == store.find(spec).files == kept
+    assert "files" not in results.ABOUT  # an older result without it is read too
+    store.export_runs(tmp_path / "runs.jsonl")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path / "nothing"))
+    assert store.import_runs(tmp_path / "runs.jsonl") == (1, 0) and store.find(replace(spec)).files == kept
+
+
+def test_runs_that_belong_together_and_read_other_files_are_named(stand_in, recwarn):
+    spec, folder = stand_in
+    class_folders(folder)
+    execute.execute(spec)
+    tuned = replace(spec, protocol="finetune", parent=spec)
+    execute.execute(tuned)
+    assert not [w for w in recwarn if "different files" in str(w.message)]
+    file = folder / "train" / "n01" / "000.JPEG"
+    file.write_bytes(file.read_bytes() + b"x")
+    other = replace(tuned, seed=1, parent=spec)
+    names = ", ".join(sorted((spec.hash, other.hash)))
+    with pytest.warns(UserWarning, match=f"the runs {names} read different files of imagenet-1k, split train"):
+        execute.execute(other)
+    assert store.find(other).files["test"] == store.find(spec).files["test"]
+
+
+def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(place):
+    there, absent = catalogue.available("gpu", list(catalogue.NOTEBOOKS))
+    assert there == ["00", "21", "36", "51"] and len(absent) == 2
+    assert str(place / "cifar-10") in str(absent[0]) and "data_cards/cifar-10.md" in str(absent[0])
+    every = {verdict.part.id: verdict for verdict in judgements.verdicts("gpu")}
+    assert every["A1"].word == "not run" and "cifar-10" in every["A1"].note and every["P1"].word == "exact"
+    assert "tiny-imagenet" in str(absent[1]) and catalogue.available("cpu", ["31", "42"]) == (["31", "42"], [])
+
+
+def test_reproduce_names_absent_data_before_any_run_and_still_renders_the_others(place, monkeypatch, capsys):
+    rendered = []
+    monkeypatch.setattr(
+        render, "reproduce", lambda profile, notebooks, specs, *rest: rendered.append((notebooks, specs))
+    )
+    code = main(["reproduce", "--profile", "gpu", "--notebook", "31", "--notebook", "21"])
+    said = capsys.readouterr().err.splitlines()
+    assert code == 2 and "data set 'cifar-10' is not there" in said[0] and "1 data set(s) of profile gpu" in said[1]
+    assert rendered == [(["21"], [])]
+
+
+def test_every_arm_of_gpu_runs_where_there_is_a_gpu_and_the_ledgers_arms_are_there(place):
+    for name in ("cifar-10", "tiny-imagenet"):
+        one_table(place / name / "train.parquet", 20)
+        one_table(place / name / f"{'test' if name == 'cifar-10' else 'valid'}.parquet", 2)
+    for part in (p.at_profile("gpu") for p in trained_parts()):
+        arms = catalogue.experiment(part.notebook, "gpu").arms
+        assert set(part.arms(max(12, part.min_pairs))) <= set(arms), part.id
+        assert {arms[arm].device for arm in part.contrast_at(max(12, part.min_pairs)) if arm in arms} <= {"auto"}
+    transfer = catalogue.experiment("42", "gpu").arms["W192 cifar-10 500 attn"]
+    assert (transfer.data, transfer.parent.data) == ("cifar-10", "tiny-imagenet")
+
+
+def trained_parts():
+    from lab.claims.ledger import ledger
+
+    return [
+        p for p in ledger().values() if p.belongs("gpu") and p.control and p.notebook != "21" and p.scope != "imagenet"
+    ]
+
+
+PHOTOGRAPHS = paths.ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs of ../shared/data are not here")
+def test_a_short_run_of_profile_gpu_on_photographs(place, monkeypatch, tmp_path):
+    """On the first of them, which decode in a second or two."""
+    for name, splits in (("cifar10", ("train", "test")), ("tiny-imagenet-100", ("train", "validation"))):
+        (place / name).mkdir(parents=True)
+        for split in splits:
+            first = pq.read_table(PHOTOGRAPHS / name / f"{split}.parquet").slice(0, 3000)
+            pq.write_table(first, place / name / f"{split}.parquet")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    p = replace(profiles.profile("gpu"), seeds=(1000,), images=500, epochs=1, width=32, pairs=2)
+    spec = small.resolution(p)["attn"]
+    spec = replace(spec, images=200).with_seed(1000)
+    for member in spec.family():
+        result = execute.execute(member)
+    assert len(result.correct) == source("cifar-10").facts.sizes["validation"] and 290 <= len(result.correct) <= 300
+    assert result.about["split"] == "validation"
+    assert result.metrics["trained_params"] < sum(t.numel() for t in store.weights(spec).values()) / 2

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from lab import paths
 from lab.data import published
 from lab.data.published import DataAbsent as DataAbsent
+from lab.data.published import read_card as read_card
 from lab.paths import DATA_CARDS, EMBEDDED
 from vitlib.data import Augment, DataSet, Found, InMemory, Streamed, held_out, open_folder, resize
 from vitlib.data.read import decode, read_parquet, read_split
@@ -151,16 +151,6 @@ def card(name: str) -> dict:
     return read_card(path)
 
 
-def read_card(path: Path) -> dict:
-    """The YAML between the first two lines of dashes. Not to be changed: it is read once."""
-    return _parsed(path, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(path: Path, modified: int) -> dict:
-    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
-
-
 def class_names(about: dict) -> list[str]:
     """The classes of a card, in the order of their labels."""
     features = {f["name"]: f for f in about["dataset_info"]["features"]}
@@ -216,7 +206,7 @@ def _signature(name: str) -> str:
     if "view_of" in own:
         files, parent = [], _signature(own["view_of"])
     else:
-        folder, parent = EMBEDDED if "files" in own else published.locate(name, own["folders"]), ""
+        folder, parent = EMBEDDED if "files" in own else published.locate(name), ""
         walk = os.walk(folder, followlinks=True) if folder and "files" not in own else ()
         files = [os.path.join(base, file) for base, _, names in walk for file in names]
         files += [str(folder / file) for file in own.get("files", {}).values()]
@@ -263,11 +253,11 @@ def _embedded(own: dict, split: str) -> Found:
 
 def _found(name: str, own: dict, split: str) -> Found:
     """A split of a folder in $VITLIB_DATA, or else of the Hub; validation images are held out of the training images."""
-    folder, words = published.locate(name, own["folders"]), own["splits"]["test" if split == "test" else "train"]
+    folder, words = published.locate(name), own["splits"]["test" if split == "test" else "train"]
     try:
         found = published.read_any(folder, words) if folder else published.read_hub(own["hub"], words)
     except UsageError as fault:
-        raise fault if folder else published.absent(name, own["folders"], f", and {fault}") from None
+        raise fault if folder else published.absent(name, f", and {fault}") from None
     if split == "test":
         return found
     held = held_out(found.labels)

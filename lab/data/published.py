@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import yaml
 from PIL import Image
 
 from lab.paths import DATA_CARDS, PAPER, ROOT
@@ -59,17 +60,34 @@ def data_root() -> Path:
     return ROOT / os.environ.get("VITLIB_DATA", "data")
 
 
-def locate(name: str, folders: tuple[str, ...] = ()) -> Path | None:
-    """The data set's folder in `data_root`, under its name or the first of the names in its card."""
-    return next((place for folder in folders or (name,) if (place := data_root() / folder).is_dir()), None)
+def places(name: str) -> list[Path]:
+    """Where the folder of a data set may be: in `data_root`, under its name or the names that its card gives."""
+    path = DATA_CARDS / f"{name}.md"
+    about = read_card(path)["vitlib"] if path.is_file() else {}
+    return [data_root() / folder for folder in about.get("folders", [name])]
 
 
-def absent(name: str, folders: tuple[str, ...] = (), hub: str = "") -> DataAbsent:
+def locate(name: str) -> Path | None:
+    """The first of `places` that is there: one folder for every profile."""
+    return next((place for place in places(name) if place.is_dir()), None)
+
+
+def absent(name: str, hub: str = "") -> DataAbsent:
     card = f"; data_cards/{name}.md says how to get it" if (DATA_CARDS / f"{name}.md").is_file() else ""
-    looked = " or ".join(str(data_root() / folder) for folder in folders or (name,))
+    looked = " or ".join(map(str, places(name)))
     return DataAbsent(
         f"data set {name!r} is not there: looked for {looked} (VITLIB_DATA names the folder above){hub}{card}"
     )
+
+
+def read_card(path: Path) -> dict:
+    """The YAML between the first two lines of dashes. Not to be changed: it is read once."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: Path, modified: int) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
 
 
 def read_published(name: str, split: str, check: bool = True) -> Found:

@@ -383,9 +383,9 @@ def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _column(shards: Sequence[Path], name: str) -> pa.ChunkedArray:
-    batches = list(_batches(shards, name))
+    schema = pa.schema([pq.read_schema(shards[0]).field(name)])
     with _damage(shards[0]):
-        return pa.Table.from_batches(batches)[name]
+        return pa.Table.from_batches(_batches(shards, name), schema)[name]
 
 
 @functools.lru_cache(maxsize=4)
