@@ -158,7 +158,8 @@ def obstacle(layer: ParallelLayer) -> str | None:
     """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can."""
     for name, module in layer.named_modules():
         if module is not layer and not is_plain(module, nn.ModuleList, Residual, nn.LayerNorm, MHSA, FFN, nn.Linear):
-            return f"{name} is an adapter, a quantized layer or one with hooks ({type(module).__name__})"
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            return f"{name} is an adapter, a quantized layer or one with hooks ({kind})"
     for r in (*layer.mhsa, *layer.ffn):
         no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f.children())
         if no_bias or r.norm.bias is None or r.norm.eps != EPS:

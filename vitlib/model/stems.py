@@ -65,6 +65,7 @@ class Stem(nn.Sequential):
 def linear_stem(config: Patches) -> Stem:
     """One linear map of each patch; optionally a norm and a GELU after it (rows 2 to 4 of Table 7)."""
     D, P = config.width, config.patch_size
+    # (B, C, H, W) -> (B, D, H / P, W / P)
     return Stem(nn.Conv2d(config.in_chans, D, P, P), *norm(config, D), *act(config))
 
 
@@ -103,7 +104,7 @@ def conv_stem(config: Patches) -> Stem:
 
     Paper: not written out; this reading gives the 19.07 GFLOPs of Table 7 (3,489,120 parameters for B/16).
     """
-    steps = config.patch_size.bit_length() - 1
+    steps = config.patch_size.bit_length() - 1  # log2(P)
     widths = [config.in_chans] + [config.width >> (steps - 1 - i) for i in range(steps)]
     parts: list[nn.Module] = []
     for i, (fan_in, width) in enumerate(itertools.pairwise(widths)):
@@ -134,9 +135,11 @@ class LocalStem(Stem):
     def __init__(self, config: Patches):
         super().__init__()
         width, inner = config.width // 8, config.patch_size // 4
+        # a linear map of each inner patch, (P / 4)^2 pixels; 16 positions, the same in every patch
         self.patch = nn.Conv2d(config.in_chans, width, inner, inner)
         self.positions = nn.Parameter(torch.empty(1, 16, width))
         self.layers = nn.Sequential(*(InnerLayer(width, heads=4) for _ in range(4)))
+        # one norm over all 16 inner tokens, then the map to the patch's token
         self.norm = nn.LayerNorm(16 * width, eps=EPS)
         self.proj = nn.Linear(16 * width, config.width)
 

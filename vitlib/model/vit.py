@@ -46,16 +46,19 @@ class ViT(nn.Module):
         self.config = config
         self.stem = make_stem(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        # "patches": none for the class token
         positions = {"patches": config.tokens - 1, "all": config.tokens, "relative": 0}[config.pos]
         self.pos_embed = nn.Parameter(torch.empty(1, positions, D)) if positions else None
         self.relative = RelativeBias(config) if config.pos == "relative" else None
         self.layers = nn.ModuleList(ParallelLayer(config) for _ in range(config.depth))
+        # last norm, then a head (none in masked pre-training)
         self.norm = nn.LayerNorm(D, eps=EPS)
         self.head = nn.Linear(D, config.num_classes) if config.num_classes else nn.Identity()
         initialise(self, seed)
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, num_classes). `draws` (pairs, 2, B): stochastic depth, uniform in [0, 1)."""
+        # the class token's logits need no other token of the last layer
         read = slice(0, 1) if self.config.pool == "cls" else None
         x = self.encode(self.embed(images), draws, read)  # (B, 1, D), or (B, 1 + patches, D) for the mean
         return self.head(self.pool(x))
@@ -89,7 +92,7 @@ class ViT(nn.Module):
             drawn = None if draws is None else draws[i * K : (i + 1) * K]
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpointing else layer
             x = run(x, drawn, last_reads if i == last else reads)
-        x = self.norm(x)
+        x = self.norm(x)  # (B, M, D)
         return x if self.skip_unread else take(x, rows)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -125,6 +128,7 @@ class RelativeBias(nn.Module):
         Made at each call: a buffer outside of the state would be empty after a model was made on the meta device.
         """
         grid, span = self.grid, 2 * self.grid - 1
+        # row and column of each patch
         place = torch.arange(grid * grid, device=self.table.device)
         row, column = place // grid, place % grid
         # offset of patch j from patch i, from 0 to span - 1 in each direction
@@ -167,6 +171,7 @@ def initialise(model: ViT, seed: int) -> None:
             bound = 1 / math.sqrt(module.weight[0].numel())
             nn.init.uniform_(module.bias, -bound, bound, generator=draws)
 
+    # qkv, proj, fc1, fc2 of every pair
     for i, layer in enumerate(model.layers):
         for k in range(config.branches):
             pair = i * config.branches + k
@@ -175,12 +180,14 @@ def initialise(model: ViT, seed: int) -> None:
                     linear(module, f"{kind}.{name}", pair)
                     if config.shrink_deep and name in ("proj", "fc2"):  # by pair, so that 12x1 and 6x2 start equal
                         module.weight.div_(math.sqrt(2 * (pair + 1)))
+    # around the layers
     if config.num_classes:
         linear(model.head, "head")
         model.head.weight.mul_(config.head_scale)
     normal(model.cls_token, "cls_token")
     if model.pos_embed is not None:
         normal(model.pos_embed, "pos_embed")
+    # the stem, by kind of module
     for prefix, module in model.stem.named_modules(prefix="stem"):
         if isinstance(module, nn.Linear):
             linear(module, prefix)
@@ -204,7 +211,9 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
         raise ValueError(f"{patches} positions are neither a square grid nor a square grid and a class token")
     if old == grid:
         return pos_embed
+    # (1, n * n, D) -> (1, D, n, n) -> (1, D, grid, grid) -> (1, grid * grid, D)
     table = pos_embed[:, extra:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    exact = torch.promote_types(table.dtype, torch.float32)  # of a half-precision table, too
+    # in float32 at least: half precision would move positions by its rounding
+    exact = torch.promote_types(table.dtype, torch.float32)
     table = F.interpolate(table.to(exact), size=(grid, grid), mode="bicubic", align_corners=False).to(table)
     return torch.cat([pos_embed[:, :extra], table.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)], dim=1)

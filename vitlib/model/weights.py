@@ -37,7 +37,7 @@ State = Mapping[str, Tensor]
 Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
 
 
-class Kind(NamedTuple):
+class Savable(NamedTuple):
     """A class of models that `save` and `load` know. Its models have a `config`, a dataclass of numbers and names."""
 
     model: type[nn.Module]
@@ -45,7 +45,7 @@ class Kind(NamedTuple):
     make: Callable[[object, State], nn.Module]  # sizes that the configuration does not name are those of the tensors
 
 
-KINDS = {"vit": Kind(ViT, ViTConfig, lambda config, state: ViT(config))}  # vitlib.train adds its own
+KINDS = {"vit": Savable(ViT, ViTConfig, lambda config, state: ViT(config))}  # vitlib.train adds its own
 
 
 def save(model: nn.Module, path: str | Path) -> None:

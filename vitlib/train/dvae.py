@@ -23,7 +23,7 @@ from vitlib import draws
 from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
-from vitlib.model.weights import KINDS, Kind
+from vitlib.model.weights import KINDS, Savable
 from vitlib.train.engine import CPU
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import codebook_use
@@ -200,4 +200,4 @@ def start(setting: Setting) -> tuple[DVAE, LossFunction]:
 PROTOCOL = Protocol(
     "tokenizer", start, lambda model, data, engine=CPU: (evaluate(model, data), None), DVAEConfig, classifies=False
 )
-KINDS["dvae"] = Kind(DVAE, DVAEConfig, lambda config, state: DVAE(config))
+KINDS["dvae"] = Savable(DVAE, DVAEConfig, lambda config, state: DVAE(config))

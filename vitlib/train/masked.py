@@ -17,7 +17,7 @@ from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model import ViT, ViTConfig, set_execution
-from vitlib.model.weights import KINDS, Kind
+from vitlib.model.weights import KINDS, Savable
 from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import Targets, make_targets
@@ -148,6 +148,6 @@ def evaluate(model: MaskedViT, data: DataSet, engine: Engine = CPU) -> tuple[dic
 
 
 PROTOCOL = Protocol("masked", start, evaluate, classifies=False, keeps=lambda model: model.vit)
-KINDS["masked"] = Kind(
+KINDS["masked"] = Savable(
     MaskedViT, ViTConfig, lambda config, state: MaskedViT(config, len(state.get("predictor.bias", ())))
 )
