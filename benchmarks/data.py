@@ -11,7 +11,8 @@ import torch
 from benchmarks import main
 from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
 from lab.data.cards import load_resized
-from lab.experiments.catalogue import experiment
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
 from lab.runs.spec import RunSpec
 from vitlib.data import Batch, DataSet, subset
@@ -33,7 +34,9 @@ def cases(profile: Profile, device: str) -> list[Case]:
 
 def kinds(profile: Profile) -> dict[str, RunSpec]:
     """A run of each kind that the profile's notebooks have."""
-    stems, resolution = (experiment(number, profile.name).arms for number in ("52", "41"))
+    stems, resolution = (
+        {label: arm.spec for label, arm in arms_of(table, profile).items()} for table in (small.stems, small.resolution)
+    )
     light = replace(stems["hmlp pretrained"].parent, targets="tokens", tokenizer=None)  # no run to train first
     return {
         "supervised": resolution["trunk"], "fine-tuning": resolution["attn"],

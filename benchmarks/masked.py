@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks import main
 from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
 from lab.cost.count import AttentionAs
-from lab.experiments.catalogue import experiment
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
 from vitlib.data import InMemory
 from vitlib.model import ViTConfig, vit_config
@@ -44,7 +45,7 @@ IMAGES = 512  # distinct ones; their content does not change the time
 
 def cases(profile: Profile, device: str) -> list[Case]:
     """The profile's own step and, on a GPU, BEiT's: ViT-B at 224 pixels, 75 of 196 patches, 8,192 tokens."""
-    masked = experiment("52", profile.name).arms["linear pretrained"].parent
+    masked = arms_of(small.stems, profile)["linear pretrained"].spec.parent
     models = [masked.model, replace(masked.model, pos="relative")]
     every = [_case(model, masked.recipe.batch_size, masked.masked, VOCABULARY, masked.threads) for model in models]
     if device == "cuda":

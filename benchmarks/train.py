@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from benchmarks import main
 from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
 from lab.data.cards import load_resized
-from lab.experiments.catalogue import experiment
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
 from lab.runs.execute import cores
 from lab.runs.launch import MEMORY
@@ -43,7 +44,7 @@ GROWTH_IMAGES = 960
 def cases(profile: Profile, device: str) -> list[Case]:
     if device == "cuda":
         return []
-    spec = experiment("41", profile.name).arms["trunk"]
+    spec = arms_of(small.resolution, profile)["trunk"].spec
     size = f"{spec.model.image_size} px, width {spec.model.width}, {spec.model.pairs} pairs, batch {spec.recipe.batch_size}"
 
     def case(what: str, name: str, spec: RunSpec, reference: str, threads: int) -> Case:

@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
-    add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
+    claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
+    claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead: recomputed and compared")
     for name, function, text in (
         ("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)"),
         ("import", import_, "merge a runs.jsonl into the run store"),
@@ -111,21 +112,23 @@ def check(_) -> None:
 
 
 def _notebooks(arguments) -> list[str]:
-    from lab.experiments.catalogue import NOTEBOOKS, notebook_number
+    from lab.experiments.catalogue import NOTEBOOKS, notebook
 
-    return [notebook_number(name) for name in arguments.notebook or NOTEBOOKS]
+    return [notebook(name) for name in arguments.notebook] if arguments.notebook else list(NOTEBOOKS)
 
 
 def _specs(arguments) -> list:
-    from lab.experiments.catalogue import all_specs, part_specs
+    from lab.claims import evidence
+    from lab.claims.ledger import part
+    from lab.experiments.catalogue import experiments
     from lab.experiments.profiles import profile
 
-    profile(arguments.profile)
+    scale = profile(arguments.profile)
     if arguments.jobs < 0:
         raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one a core) and up")
     if getattr(arguments, "part", None):
-        return part_specs(arguments.profile, arguments.part)
-    return all_specs(arguments.profile, _notebooks(arguments))
+        return evidence.part_specs([part(name) for name in arguments.part], scale)
+    return evidence.queue(experiments(scale, _notebooks(arguments)))
 
 
 def plan_(arguments) -> None:
@@ -171,10 +174,10 @@ def tune_(arguments) -> None:
 
     p, chosen = profile(arguments.profile), {}
     if arguments.part:
-        specs = tuning.control_specs(p.name, arguments.part)
+        specs = tuning.control_specs(p, arguments.part)
     else:
         chosen = tuning.groups(arguments.group)
-        specs = tuning.specs(p.name, chosen.values())
+        specs = tuning.specs(p, chosen.values())
     print(tables.plan_text(specs, arguments.jobs))
     launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
     print(tables.tuning_text(p, chosen))
@@ -186,10 +189,10 @@ def reproduce_(arguments) -> None:
     from lab.report import render
 
     p = profile(arguments.profile)
-    notebooks, absent = available(p.name, _notebooks(arguments))
+    notebooks, absent = available(p, _notebooks(arguments))
     for fault in absent:  # the other notebooks still run
         print(f"lab: {fault}", file=sys.stderr)
-    arguments.notebook = notebooks
+    arguments.notebook = [one.number for one in notebooks]
     if notebooks:
         specs = _specs(arguments)
         render.reproduce(p, notebooks, specs, arguments.jobs, arguments.set, not arguments.finished)
@@ -218,12 +221,19 @@ def bench_(arguments) -> None:
     print(runner.report(bench, scale, rows))
 
 
-def claims_(arguments) -> None:
+def claims_(arguments) -> int | None:
     from lab.experiments.profiles import profile
     from lab.report import judgements, tables
 
     p = profile(arguments.profile)
-    print(tables.claims_text(p, judgements.verdicts(p.name)))
+    if arguments.pilot:
+        from lab.claims import evidence
+        from lab.paths import REFERENCE
+
+        said, same = evidence.recomputed_text(evidence.Archived(REFERENCE / "pilot", profile("study")))
+        print(said)
+        return 0 if same else 1
+    print(tables.claims_text(p, judgements.verdicts(p)))
 
 
 def export_(arguments) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -11,11 +14,13 @@ import pytest
 from scipy import stats
 
 from lab import paths
+from lab.__main__ import main
+from lab.claims import evidence, exact, statistics
 from lab.claims import judge as judging
-from lab.claims import statistics
 from lab.claims.judge import judge
-from lab.claims.ledger import ARMS, CHECKS, TRANSFER_IMAGES, ledger, ledger_hashes, part_hash
+from lab.claims.ledger import CHECKS, ledger, ledger_hashes, part_hash
 from lab.claims.statistics import Estimate, interval
+from lab.experiments.profiles import profile as scale
 from vitlib.errors import UsageError
 
 LEDGER = ledger()
@@ -38,7 +43,8 @@ def answers(accuracy: float, n: int = 5, images: int = 2000, seed: int = 0) -> n
 
 def every_arm(part, accuracies: dict[str, float], default: float = 0.7) -> dict[str, np.ndarray]:
     """Synthetic answers of all arms of a part's notebook, at its 36-pair names too."""
-    arms = [*ARMS[part.notebook], *part.contrast_at(12), *part.contrast_at(36)]
+    arms = [arm for name in ("study", "imagenet") for n in (12, 36) for arm in part.at_profile(name).arms(n)]
+    arms += [*part.contrast_at(12), *part.contrast_at(36), *accuracies, *filter(None, [part.parent])]
     return {arm: answers(accuracies.get(arm, default), seed=i) for i, arm in enumerate(dict.fromkeys(arms))}
 
 
@@ -179,10 +185,10 @@ def test_each_word_is_reached(test, mean, se, word):
 
 
 def test_exact_parts_hold_or_fail():
-    assert (judging.exact(True), judging.exact(False)) == ("exact", "fails")
-    assert judging.exact_holds("0", 0.0) and not judging.exact_holds("0", 1e-12)
-    assert judging.exact_holds("not 0", 1e-12) and not judging.exact_holds("not 0", 0.0)
-    assert not judging.exact_holds("not 0", math.nan)
+    assert (judging.EXACT, judging.FAILS) == ("exact", "fails")
+    assert exact.exact_holds("0", 0.0) and not exact.exact_holds("0", 1e-12)
+    assert exact.exact_holds("not 0", 1e-12) and not exact.exact_holds("not 0", 0.0)
+    assert not exact.exact_holds("not 0", math.nan)
     assert statistics.prints_as(17.583, "17.58") and not statistics.prints_as(17.583, "17.59")
     assert statistics.prints_as(256.7, "257")
 
@@ -413,7 +419,7 @@ def test_twice_chance_is_not_asked_for_on_imagenet():
 def test_interactions_are_differences_of_differences():
     verdict = verdict_on("H4i", {**HELPED, "hmlp pretrained": 0.78, "hmlp scratch": 0.62})
     assert verdict.contrast == "hmlp pretrained - linear pretrained - hmlp scratch + linear scratch"
-    assert verdict.estimate.mean == pytest.approx(6.0, abs=1.0)
+    assert verdict.estimate.mean == pytest.approx(6.0, abs=1.5)
 
 
 def test_tuning_that_does_not_beat_its_parent_is_called_adaptation():
@@ -563,9 +569,7 @@ def test_the_ledger_has_every_part():
 
 
 @pytest.mark.parametrize("part", LEDGER.values(), ids=lambda part: part.id)
-def test_every_arm_is_from_the_fixed_list_and_every_check_is_known(part):
-    for arm in (*part.contrast, part.control, part.parent):
-        assert arm is None or arm in ARMS[part.notebook]
+def test_every_check_is_known_and_coefficients_add_up_to_0(part):
     assert set(part.checks) <= set(CHECKS)
     assert sum(part.contrast.values()) == 0
     if part in OF_POINTS:
@@ -612,7 +616,6 @@ def test_a_key_of_one_profile_changes_what_is_fixed_for_that_profile_alone(tmp_p
         "[A1.gpu]\nmargni = 1\n",
         "[A1.gpu]\nn = 3\n",
         "[A1.gpu]\nmargin = -1\n",
-        '[A1.gpu]\ncontrol = "x"\n',
     ):
         (tmp_path / "claims.toml").write_text(f"{text}\n{wrong}")
         with pytest.raises(UsageError, match="ledger entry A1"):
@@ -627,7 +630,7 @@ def test_parts_of_other_profiles_do_not_hold_a_claim_open():
     assert judging.claim_stance([replace(v, profile="gpu") for v in won], entries) == "open (P2-4)"
 
 
-@pytest.mark.parametrize("data, counts", TRANSFER_IMAGES.items())
+@pytest.mark.parametrize("data, counts", scale("study").transfer_images.items())
 def test_the_parts_on_transfer_are_at_the_sizes_that_claims_md_fixes(data, counts):
     """F5: attn - full at the fewest images; F6: full - attn at the most, smallest width, and its slope over width."""
     few, most = (f"{data} {counts[i]}" for i in (0, -1))
@@ -659,7 +662,6 @@ GOOD = (paths.PAPER / "claims.toml").read_text()
     "old, new, says",
     [
         ('kind = "superiority"', 'kind = "superiorty"', "did you mean 'superiority'"),
-        ('"18x2" = 1', '"18x3" = 1', "unknown arm in ledger entry P2-1: '18x3'"),
         ('"36x1" = -1', '"36x1" = -2', "do not add up to 0"),
         ('claim = "P2"\n', "", "P2-1 lacks the key 'claim'"),
         ('control = "36x1"\n', "", "lacks the key 'control'"),
@@ -675,7 +677,6 @@ GOOD = (paths.PAPER / "claims.toml").read_text()
         ("[P2-1]", "P9 = 3\n[P2-1]", "unknown key in ledger entry P1: 'P9'"),
         ("[B1-Ti]", "P9 = 3\n[B1-Ti]", "'P9' is not a table"),
         ("sizes = [32, 64, 96]", "sizes = [32, 96, 64]", "allowed is a list of two or more whole numbers, rising"),
-        ("sizes = [32, 64, 96]", "sizes = [32, 48, 96]", "unknown arm in ledger entry P3: 'W48 6x2'"),
         ("sizes = [32, 64, 96]\n", "", "P3 of kind 'slope' lacks the key 'sizes'"),
     ],
 )
@@ -688,9 +689,63 @@ def test_a_malformed_entry_is_refused_in_one_sentence(tmp_path, old, new, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "id, change, says",
+    [
+        ("P2-1", {"contrast": {"18x3": 1.0, "36x1": -1.0}}, "notebook 31_fig1_branches in ledger entry P2-1: '18x3'"),
+        ("P3", {"sizes": (32, 48, 96)}, "notebook 32_fig2_width in ledger entry P3: 'W48 6x2'"),
+        ("A1", {"control": "x"}, "notebook 31_fig1_branches in ledger entry A1: 'x'"),
+        ("F1", {"notebook": "43"}, "unknown notebook '43'"),
+    ],
+)
+def test_an_arm_or_notebook_that_does_not_exist_is_named_in_one_sentence_when_its_part_is_judged(id, change, says):
+    with pytest.raises(UsageError, match=re.escape(says)) as error:
+        evidence.verdict(evidence.Stored(scale("study")), replace(LEDGER[id], **change))
+    assert "\n" not in str(error.value)
+
+
 def test_a_ledger_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"no\.toml cannot be read"):
         ledger(tmp_path / "no.toml")
+
+
+# ---- The pilot
+
+
+def test_the_pilots_claims_table_and_the_cells_of_its_tables_come_out_of_its_runs(capsys):
+    pilot = evidence.Archived(paths.REFERENCE / "pilot", scale("study"))
+    table, wrong = evidence.recomputed(pilot)
+    assert wrong == [] and len(table) == 51 and table["runs"].notna().sum() == 32
+    cells, printed_otherwise = evidence.printed_cells(pilot)
+    assert printed_otherwise == [] and cells == 221
+    assert main(["claims", "--pilot"]) == 0
+    assert "51 parts recomputed from their runs: 0 cells of claims.csv differ" in capsys.readouterr().out
+
+
+def test_a_changed_cell_of_the_pilot_is_named(tmp_path, monkeypatch):
+    kept = paths.REFERENCE / "pilot"
+    for name in ("runs.jsonl", "arms.csv", "claims.toml"):
+        (tmp_path / name).symlink_to(kept / name)
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "claims.csv").write_text((kept / "claims.csv").read_text().replace(",-0.12,0.766", ",-0.13,0.766"))
+    table = (kept / "tables" / "31_fig1_branches.csv").read_text()
+    (tmp_path / "tables" / "31_fig1_branches.csv").write_text(table.replace("83.58 ± 0.28", "83.58 ± 0.29"))
+    pilot = evidence.Archived(tmp_path, scale("study"))
+    monkeypatch.setattr(exact, "holds", lambda part: part.id != "P6-memory")  # counted once above
+    assert [line.partition(":")[0] for line in evidence.recomputed(pilot)[1]] == ["P2-1, ours"]
+    assert any("6x2+LS" in line and "committed 83.58 ± 0.29" in line for line in evidence.printed_cells(pilot)[1])
+
+
+def test_an_archive_is_judged_without_torch():
+    code = (
+        "import sys\n"
+        "from lab import paths\nfrom lab.claims import evidence\nfrom lab.experiments.profiles import profile\n"
+        "pilot = evidence.Archived(paths.REFERENCE / 'pilot', profile('study'))\n"
+        "found = evidence.verdicts(pilot, [part for part in pilot.parts() if part.kind != 'exact'])\n"
+        "print(len([v for v in found if v.estimate]), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT, check=False)
+    assert done.stdout == "33 False\n", done.stderr
 
 
 # ---- The paper's numbers ----

@@ -8,7 +8,8 @@ import pytest
 
 from lab import paths
 from lab.__main__ import main, parser
-from lab.experiments.catalogue import experiment
+from lab.experiments.catalogue import experiment, notebook
+from lab.experiments.profiles import profile
 from lab.report import judgements
 from lab.runs import launch
 from vitlib import __main__ as vitlib_main
@@ -134,7 +135,7 @@ def test_the_claims_table_names_every_claim_and_reads_not_run_without_runs(capsy
     ):
         assert f"\n{claim} " in table
     assert "not run" in table and "reproduced" not in table
-    assert all(v.word in ("exact", "fails", "not run") for v in judgements.verdicts("cpu"))
+    assert all(v.word in ("exact", "fails", "not run") for v in judgements.verdicts(profile("cpu")))
 
 
 def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):
@@ -153,7 +154,7 @@ def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):
 
 
 def test_a_run_that_another_version_wrote_is_one_sentence_for_the_whole_command(capsys, untouched):
-    spec = experiment("31", "cpu").specs()[0]
+    spec = experiment(notebook("31"), profile("cpu")).specs()[0]
     (untouched / "runs" / spec.hash).mkdir(parents=True)
     (untouched / "runs" / spec.hash / "result.json").write_text("{}")
     assert main(["reproduce", "--profile", "cpu", "--notebook", "31"]) == 2
@@ -167,5 +168,5 @@ def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):
 
 
 def test_runs_are_described_in_words():
-    spec = experiment("41", "cpu").arms["attn"]
+    spec = experiment(notebook("41"), profile("cpu")).arms["attn"].spec
     assert spec.describe() == "finetune, fashion-mnist, W64-12x1/4, 20 px, stem linear, 4500 images, attn, seed 0"

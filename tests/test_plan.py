@@ -11,7 +11,7 @@ from lab.bench import runner
 from lab.cost import count, plan, work
 from lab.cost.plan import gpu_cost, gpu_text, rate_of, rates
 from lab.cost.work import Job
-from lab.experiments import imagenet, profiles, recipes
+from lab.experiments import imagenet, profiles
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -31,7 +31,7 @@ def no_benchmarks_of_this_checkout(monkeypatch, tmp_path):
 
 
 def b12(**fields) -> Job:
-    return replace(Job("supervised", vit_config("B12"), recipes.supervised_imagenet("B"), IMAGENET), **fields)
+    return replace(Job("supervised", vit_config("B12"), imagenet.supervised_recipe("B"), IMAGENET), **fields)
 
 
 # ---- work
@@ -48,7 +48,7 @@ def test_vit_b_for_300_epochs_takes_what_a_pencil_says():
 def test_evaluation_is_one_forward_pass_and_with_an_average_of_weights_two():
     plain, one = work.flop(b12()), work.flop(b12(evaluated=50_000))
     assert one - plain == 2 * 50_000 * 17_563_828_224
-    averaged = replace(b12(evaluated=50_000), recipe=replace(recipes.supervised_imagenet("B"), ema=0.9999))
+    averaged = replace(b12(evaluated=50_000), recipe=replace(imagenet.supervised_recipe("B"), ema=0.9999))
     assert work.flop(averaged) - plain == 2 * (one - plain)
 
 
@@ -69,9 +69,9 @@ def test_layer_scale_and_stochastic_depth_change_no_multiply_add():
     assert work.step_macs(other) == work.step_macs(b12())
 
 
-TOKENIZER = DVAEConfig(in_chans=3, **recipes.TOKENIZER_MODEL)
+TOKENIZER = DVAEConfig(in_chans=3, **imagenet.TOKENIZER_MODEL)
 BEIT = Job(
-    "masked", vit_config("B12"), recipes.BEIT_PRETRAINING, IMAGENET, masked=75, targets="dvae", tokenizer=TOKENIZER
+    "masked", vit_config("B12"), imagenet.BEIT_PRETRAINING, IMAGENET, masked=75, targets="dvae", tokenizer=TOKENIZER
 )  # fmt: skip
 P, W, V, PIXELS = 196, 256, 8192, 8 * 8 * 3
 ENCODER = P * (PIXELS * W + 2 * (9 * W * W + W * W) + W * V)
@@ -88,7 +88,7 @@ def test_masked_pretraining_predicts_masked_patches_and_runs_the_tokenizers_enco
 
 
 def test_a_tokenizer_trains_with_the_product_of_soft_tokens_and_codebook():
-    own = Job("tokenizer", TOKENIZER, recipes.TOKENIZER_IMAGENET, IMAGENET)
+    own = Job("tokenizer", TOKENIZER, imagenet.TOKENIZER, IMAGENET)
     assert work.step_macs(own) == 3 * (ENCODER + P * V * W + DECODER)
 
 

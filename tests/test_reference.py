@@ -10,8 +10,8 @@ import pytest
 
 from lab import paths
 from lab.claims.ledger import ledger
-from lab.experiments.catalogue import experiment
-from lab.experiments.profiles import PROFILES
+from lab.experiments.catalogue import experiment, notebook
+from lab.experiments.profiles import profile as scale
 from lab.report import judgements
 from lab.runs import results, store
 from lab.runs.results import Result
@@ -67,7 +67,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     for profile in set(reference.studies()) & {"study"}:  # other profiles' data is not here
         store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
-        again = {v.part.id: v for v in judgements.verdicts(profile)}
+        again = {v.part.id: v for v in judgements.verdicts(scale(profile))}
         for id, row in committed(profile).iterrows():
             if ledger()[id].kind != "ratio":
                 assert again[id].text == row["verdict"], id
@@ -105,7 +105,7 @@ def made_up() -> pd.DataFrame:
 def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    study = PROFILES["study"]
+    study = scale("study")
     with pytest.raises(UsageError, match="run `python -m lab reproduce --profile study` first"):
         reference.copy(study)
     made = tmp_path / "outputs" / "study"
@@ -126,12 +126,12 @@ def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypat
     with pytest.raises(UsageError, match="no run of profile study is in"):
         reference.copy(study)
     assert not (tmp_path / "reference").exists()
-    spec = experiment("41", "study").arms["trunk"].with_seed(10)
+    spec = experiment(notebook("41"), scale("study")).arms["trunk"].spec.with_seed(10)
     run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
     (tmp_path / "runs" / spec.hash).mkdir(parents=True)
     for name, record in (("spec", spec.record()), ("result", run.record())):
         (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    monkeypatch.setattr(reference, "NOTEBOOKS", {number: reference.NOTEBOOKS[number] for number in ("31", "41")})
+    monkeypatch.setattr(reference, "NOTEBOOKS", [notebook(number) for number in ("31", "41")])
     assert reference.main(["--profile", "study"]) == 0
     kept = tmp_path / "reference" / "study"
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [

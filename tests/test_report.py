@@ -10,9 +10,9 @@ import pytest
 
 from lab import paths
 from lab.claims import statistics
-from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger, ledger_hashes
+from lab.claims.ledger import ledger, ledger_hashes
 from lab.data.cards import load_resized
-from lab.experiments import catalogue, profiles, recipes, small
+from lab.experiments import catalogue, profiles, small
 from lab.experiments.catalogue import NOTEBOOKS, Runs
 from lab.paper import paper_table
 from lab.report import counted, figures, judgements, paper, render, tables
@@ -22,18 +22,26 @@ from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.train.dvae import DVAEConfig
 
+TRANSFER_IMAGES = profiles.profile("study").transfer_images
 ABOUT = dict.fromkeys(results.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
+
+
+def experiment(number: str, name: str) -> catalogue.Experiment:
+    return catalogue.experiment(catalogue.notebook(number), profiles.profile(name))
+
+
+def verdicts(name: str, number: str | None = None) -> list:
+    return judgements.verdicts(profiles.profile(name), number)
 
 
 def runs_of(notebook: str, profile: str) -> Runs:
     """What is finished of a notebook's arms."""
-    setting = catalogue.experiment(notebook, profile)
-    return Runs(setting, judgements.finished(setting))
+    return experiment(notebook, profile).finished()
 
 
 def nothing(notebook: str) -> Runs:
     """A committed reference that has no runs of a notebook."""
-    return Runs(catalogue.experiment(notebook, "study"), {})
+    return Runs(experiment(notebook, "study"), {})
 
 
 def printed(frame) -> pd.DataFrame:
@@ -48,12 +56,12 @@ def run_store(monkeypatch, tmp_path):
 
 def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, seeds=None, profile="cpu") -> None:
     """Results for the arms of a notebook at a profile: each image right with its arm's probability."""
-    setting = catalogue.experiment(notebook, profile)
+    setting = experiment(notebook, profile)
     made, hashes = {}, hashes or ledger_hashes()
     for seed in seeds or setting.profile.seeds:
         u = np.random.default_rng(seed).random(5000)  # common to all arms: paired
         for arm, rate in rates.items():
-            spec = setting.arms[arm].with_seed(seed)
+            spec = setting.arms[arm].spec.with_seed(seed)
             right = u < rate
             metrics = {"top1": 100 * right.mean(), "first_loss": 2.3, "train_loss": 0.5, "trained_params": 10}
             made[spec.hash] = Result(spec.hash, metrics, right, hashes, ABOUT)
@@ -66,7 +74,7 @@ def make_up(monkeypatch, notebook: str, rates: dict[str, float], hashes=None, se
      ("32", "imagenet", False, "W768 24x1"), ("34", "imagenet", False, "36x1"), ("33", "smoke", False, "4x1")],
 )  # fmt: skip
 def test_the_reference_arm_is_the_sequential_model_of_the_profiles_own_width(notebook, profile, layer_scale, arm):
-    setting = catalogue.experiment(notebook, profile)
+    setting = experiment(notebook, profile)
     assert tables.sequential(setting.arms, setting.profile.width, layer_scale) == arm
 
 
@@ -84,7 +92,7 @@ def test_a_table_has_imagenet_v2_and_averaged_weights_where_the_runs_have_them(m
 
 
 def words(notebook: str, profile: str = "cpu") -> dict[str, str]:
-    return {v.part.id: v.text for v in judgements.verdicts(profile, notebook)}
+    return {v.part.id: v.text for v in verdicts(profile, notebook)}
 
 
 def test_equal_arms_are_equivalent_and_swapped_ones_are_too(monkeypatch):
@@ -113,7 +121,7 @@ def test_a_failed_check_makes_a_part_inconclusive(monkeypatch):
 def transfer_rates(data: str, **of: float) -> dict[str, float]:
     """Rates of the ledger's arms of one data set: 0.75, those of `head` 0.6, and w32_full=... at the most images."""
     fewest, most = (f"{data} {TRANSFER_IMAGES[data][i]}" for i in (0, -1))
-    rates = {arm: 0.6 if arm.endswith("head") else 0.75 for arm in ARMS["42"] if f" {data} " in arm}
+    rates = {arm: 0.6 if arm.endswith("head") else 0.75 for arm in experiment("42", "study").arms if f" {data} " in arm}
     for key, rate in of.items():
         width, strategy = key.upper().split("_")[0], key.split("_")[1]
         rates[f"{width} {fewest if key.endswith('few') else most} {strategy}"] = rate
@@ -142,7 +150,7 @@ def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):
         100 * (found[f"{w} digits 1000 attn"].mean(1) - found[f"{w} digits 1000 full"].mean(1)) for w in ("W32", "W64")
     ]
     line = statistics.slope(np.stack(gap, axis=1), (32, 64))
-    verdict = next(v for v in judgements.verdicts("study", "42") if v.part.id == "F6-digits-slope")
+    verdict = next(v for v in verdicts("study", "42") if v.part.id == "F6-digits-slope")
     assert (verdict.estimate.mean, verdict.estimate.se, verdict.estimate.n) == pytest.approx((line.mean, line.se, 5))
     assert verdict.estimate.mean == pytest.approx(7, abs=1)
 
@@ -222,7 +230,7 @@ def test_the_judged_seeds_are_the_ones_that_claims_were_fixed_for():
 
 
 def test_nothing_trained_is_judged_at_smoke():
-    for verdict in judgements.verdicts("smoke"):
+    for verdict in verdicts("smoke"):
         exact = "fails" if verdict.part.id == "P6-memory" else "exact"
         assert verdict.text == (exact if verdict.part.kind == "exact" else "not judged at smoke")
 
@@ -244,7 +252,7 @@ def test_a_slope_over_widths_is_judged_from_the_runs_and_shown_by_size(monkeypat
     stale = ledger_hashes() | {"P3": "0" * 16}
     make_up(monkeypatch, "32", one | {"W32 6x2": 0.78, "W64 6x2": 0.80, "W96 6x2": 0.82}, hashes=stale)
     assert words("32")["P3"] == "not run"
-    assert {v.text for v in judgements.verdicts("cpu", "21")} == {"not run"}
+    assert {v.text for v in verdicts("cpu", "21")} == {"not run"}
 
 
 def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recwarn):
@@ -257,12 +265,12 @@ def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recw
 
     monkeypatch.setattr(store, "find", find)
     for files in (("a", "a"), ("a", "b")):
-        judgements.verdicts("cpu", "31")
+        verdicts("cpu", "31")
         assert any("different files of" in str(w.message) for w in recwarn) == (files == ("a", "b"))
 
 
 def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch):
-    none, unknown = catalogue.experiment("32", "cpu").run(), nothing("32")
+    none, unknown = experiment("32", "cpu").run(), nothing("32")
     gaps = tables.gaps(none, unknown, "width")
     assert none.results == {} and set(printed(gaps)["points"]) == {"not run"}
     assert figures.gap_figure(gaps, paper.gaps("figure2", "width"), "width").axes
@@ -313,7 +321,7 @@ def test_figures_are_the_same_file_twice(monkeypatch, tmp_path):
 
 
 def test_reconstructions_stand_below_their_originals_and_a_table_says_how_much_of_the_codebook_is_used():
-    recipe = replace(recipes.TOKENIZER, epochs=1)
+    recipe = replace(small.TOKENIZER, epochs=1)
     spec = RunSpec("tokenizer", DVAEConfig(16, 4, 1, vocabulary=32, width=8), "fashion-mnist", recipe, 1000, images=100)
     execute.execute(spec)
     figure, caption = figures.reconstruction_figure(spec)
@@ -410,7 +418,7 @@ def test_frames_hold_numbers():
 
 def stems_at(profile: str, rates: dict[str, float]) -> Runs:
     """Made-up results of every arm of notebook 52: right with the rate of its arm, 0.7 unless told."""
-    setting = catalogue.experiment("52", profile)
+    setting = experiment("52", profile)
     results = {}
     for arm in setting.arms:
         right = [np.random.default_rng(s).random(5000) < rates.get(arm, 0.7) for s in setting.profile.seeds]
@@ -522,9 +530,9 @@ PYTHON3 = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
-    for number, (file, _) in NOTEBOOKS.items():
-        assert file.startswith(number) and render.source(number).is_file()
-        parameters = papermill.inspect_notebook(str(render.source(number)))
+    for one in NOTEBOOKS:
+        assert one.file.startswith(one.number) and render.source(one).is_file()
+        parameters = papermill.inspect_notebook(str(render.source(one)))
         assert parameters["profile"]["inferred_type_name"] == "str"
 
 
@@ -558,11 +566,11 @@ def test_an_executed_notebook_is_current_until_something_that_it_shows_or_the_co
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    keys = [render._content_key(render.source("34"), {}, [])]
-    assert render._content_key(render.source("34"), {}, []) == keys[0]
+    keys = [render._content_key(render.source(catalogue.notebook("34")), {}, [])]
+    assert render._content_key(render.source(catalogue.notebook("34")), {}, []) == keys[0]
     for name in names:
         (tmp_path / name).write_text("2")
-        keys.append(render._content_key(render.source("34"), {}, []))
+        keys.append(render._content_key(render.source(catalogue.notebook("34")), {}, []))
     assert len(set(keys)) == 1 + len(names)
 
 

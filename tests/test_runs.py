@@ -18,18 +18,16 @@ import torch
 
 from lab import paths
 from lab.__main__ import main
-from lab.claims import exact
-from lab.claims.ledger import ARMS, TRANSFER_IMAGES, ledger
-from lab.cost import count, plan
-from lab.cost.count import macs
+from lab.cost import plan
 from lab.data import cards
-from lab.data.cards import card, load, load_resized
-from lab.experiments import catalogue, profiles, recipes, small
+from lab.data.cards import card, load_resized
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
+from lab.experiments.profiles import profile
 from lab.runs import execute, launch, results, store
 from lab.runs import spec as specs
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from vitlib.data import subset
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop
@@ -395,216 +393,13 @@ def test_negative_jobs_are_refused():
         launch.launch([TINY], jobs=-1)
 
 
-# ---- experiments and the plan
+TARGETS = profile("study").transfer_images
 
 
-EMBEDDED = [name for name, p in profiles.PROFILES.items() if "sha256" in card(p.data)["vitlib"]]
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_every_profile_lists_its_runs_and_shares_trunks(name):
-    p = profiles.profile(name)
-    specs = catalogue.all_specs(name, list(catalogue.NOTEBOOKS))
-    seeds = [spec.seed for spec in specs]
-    assert set(seeds) == set(p.seeds) and len(set(specs)) == len(specs)
-    assert p.every_arm or seeds == sorted(seeds)  # so that a stop leaves whole pairs
-    arms = {n: catalogue.experiment(n, name).arms for n in ("31", "41", "52")}
-    assert arms["41"]["trunk"] == arms["31"][f"{p.pairs}x1+LS"] == arms["41"]["attn"].parent
-    family = {member.hash for spec in specs for member in spec.family()}
-    assert len(family) < sum(1 for spec in specs for _ in spec.family())
-    assert (name == "smoke") == all(spec.split == "validation" for spec in specs)
-
-
-def test_the_study_makes_whole_verdicts_first_the_cheapest_part_before_the_others():
-    queue = catalogue.all_specs("study", list(catalogue.NOTEBOOKS))
-    p, place = profiles.profile("study"), {spec: i for i, spec in enumerate(queue)}
-
-    def last(part) -> int:
-        arms = catalogue.experiment(part.notebook, "study").arms
-        read = [arms[arm] for arm in part.arms(max(p.pairs, part.min_pairs)) if arm in arms]
-        return max(place[spec.with_seed(seed)] for spec in read for seed in p.seeds)
-
-    parts = [part for part in ledger().values() if part.belongs("study") and part.control and part.notebook != "21"]
-    rest = catalogue.experiment("31", "study").arms["4x3+LS"].with_seed(p.seeds[0])  # no claim reads it
-    assert all(last(part) < place[rest] for part in parts)
-    assert last(ledger()["A1"]) < last(ledger()["P5"]) < last(ledger()["P2-3"])
-    first = catalogue.experiment("52", "study").arms["hmlp supervised"]
-    assert [place[first.with_seed(seed)] for seed in p.seeds] == sorted(
-        place[first.with_seed(seed)] for seed in p.seeds
-    )
-
-
-def test_the_primary_contrasts_have_their_arms_at_cpu():
-    assert set(catalogue.experiment("31", "cpu").arms) == {"12x1+LS", "6x2+LS"}
-    assert set(catalogue.experiment("41", "cpu").arms) == {"trunk", "full", "attn", "ffn", "head"}
-    assert set(catalogue.experiment("52", "cpu").arms) == {
-        f"{stem} {column}" for stem in ("linear", "hmlp") for column in ("scratch", "pretrained")
-    }
-
-
-def test_the_study_has_every_arm_that_the_ledger_names():
-    for notebook in ("31", "32", "33", "34", "35", "41", "42", "52"):
-        arms = set(catalogue.experiment(notebook, "study").arms)
-        for part in ledger().values():
-            if part.notebook == notebook and part.belongs("study"):
-                assert set(part.at_profile("study").arms(max(12, part.min_pairs))) <= arms, part.id
-        for name in EMBEDDED if notebook in ("31", "41", "42", "52") else ("study",):
-            assert set(catalogue.experiment(notebook, name).arms) <= set(ARMS[notebook])
-
-
-@pytest.mark.parametrize("profile", ["cpu", "study"])
-def test_every_part_fixes_the_number_of_images_that_its_arms_are_trained_on(profile):
-    """Or the part would read "not run" after its runs were made."""
-    pairs = profiles.profile(profile).pairs
-    read = set()
-    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
-        arms = catalogue.experiment(part.notebook, profile).arms if part.images and part.notebook != "21" else {}
-        at_sizes = [at for n in (pairs, max(pairs, part.min_pairs)) for at in part.contrasts(n)]
-        contrasted = {arm for at in at_sizes for arm in at} & {*arms}
-        for arm in contrasted:
-            assert arms[arm].images == (None if part.images == "all" else part.images), (part.id, arm)
-            read.add(part.id)
-    assert {"A1", "F1", "F2-full", "F2-attn", "H4-linear", "H4i"} <= read
-
-
-FORMS = ("32", "33", "34", "35")
-
-
-def test_the_forms_have_no_runs_at_cpu_few_at_smoke_and_share_those_of_figure_1():
-    arms = {(n, name): catalogue.experiment(n, name).arms for n in ("31", *FORMS) for name in EMBEDDED}
-    assert not any(arms[n, "cpu"] for n in FORMS)
-    assert [len(arms[n, "smoke"]) for n in FORMS] == [4, 4, 8, 3]
-    for name, new in (("smoke", (4, 4, 4, 3)), ("study", (4, 2, 4, 1))):
-        seen = set(arms["31", name].values())
-        for n, more in zip(FORMS, new, strict=True):
-            assert len(set(arms[n, name].values()) - seen) == more, (name, n)
-            seen |= set(arms[n, name].values())
-    study = {n: arms[n, "study"] for n in ("31", *FORMS)}
-    assert study["32"]["W64 6x2"] == study["33"]["6x2"] == study["34"]["6x2"] == study["31"]["6x2"]
-    assert study["35"]["W64 18x2+LS"] == study["31"]["18x2+LS"]
-    assert study["34"]["6x2 longer"].recipe.epochs == 3 and study["34"]["6x2"].recipe.epochs == 2
-
-
-@pytest.mark.parametrize("name", ["smoke", "study"])
-def test_more_pairs_and_more_width_cost_within_5_percent(name, monkeypatch):
-    counts = [macs(spec.model).paper for spec in catalogue.experiment("35", name).arms.values()]
-    assert max(counts) < 1.05 * min(counts)
-    monkeypatch.setattr(count, "macs", lambda config: count.Macs(config.pairs, config.pairs))
-    with pytest.raises(UsageError, match="not of like cost"):
-        catalogue.experiment("35", name)
-
-
-@pytest.mark.parametrize("notebook", FORMS)
-def test_one_branch_and_two_of_one_form_start_from_identical_tensors_and_differ_in_nothing_else(notebook):
-    arms = catalogue.experiment(notebook, "smoke").arms
-    twins = {}
-    for spec in arms.values():
-        form = replace(spec, model=replace(spec.model, depth=spec.model.pairs, branches=1))
-        twins.setdefault(form, []).append(spec)
-    pairs = [forms for forms in twins.values() if len(forms) == 2]
-    assert len(pairs) == len(arms) // 2
-    for forms in pairs:
-        own = []
-        for spec in forms:
-            model = ViT(spec.model, seed=1000)
-            branches = [(m, f) for layer in model.layers for m, f in zip(layer.mhsa, layer.ffn, strict=True)]
-            tensors = [t for m, f in branches for t in (*m.state_dict().values(), *f.state_dict().values())]
-            rest = [t for n, t in model.state_dict().items() if not n.startswith("layers.")]
-            own.append(tensors + rest)
-        assert all(torch.equal(a, b) for a, b in zip(*own, strict=True))
-
-
-def test_arms_of_one_table_differ_only_in_what_is_compared():
-    stems = catalogue.experiment("52", "study").arms
-    for column in ("scratch", "pretrained", "supervised"):
-        records = [replace(stems[f"{s} {column}"], model=stems["linear scratch"].model, parent=None, protocol="supervised")
-                   for s in small.STEM_ARMS]  # fmt: skip
-        assert len(set(records)) == 1
-    assert stems["hmlp scratch"].recipe == stems["hmlp pretrained"].recipe
-    for stem in small.PRIMARY_STEMS:
-        own, light, decay = (stems[f"{stem} pretrained{word}"] for word in ("", " k-means", " decay"))
-        assert own.parent.targets == "dvae" and light.recipe == own.recipe
-        assert light.parent == replace(own.parent, targets="tokens", tokenizer=None)
-        assert decay == replace(own, recipe=replace(recipes.FEW_LABELS_BEIT, epochs=own.recipe.epochs))
-
-
-def test_all_stems_predict_the_tokens_of_one_tokenizer_a_seed():
-    study = catalogue.experiment("52", "study")
-    for seed in study.profile.seeds:
-        trunks = {spec.with_seed(seed).parent for spec in study.arms.values() if spec.parent}
-        learned = [trunk for trunk in trunks if trunk.targets == "dvae"]
-        assert {trunk.tokenizer for trunk in learned} == {small.tokenizer(study.profile).with_seed(seed)}
-        assert len(learned) == len({trunk.model for trunk in learned}) == len(small.STEM_ARMS)
-    for name, number in (("smoke", 1), ("cpu", 0), ("study", 5)):
-        family = {m for spec in catalogue.experiment("52", name).specs() for m in spec.family()}
-        assert sum(m.protocol == "tokenizer" for m in family) == number
-
-
-def test_the_extra_pair_costs_one_pair_and_the_rest_of_table_7_has_as_many_pairs_as_the_linear_stem():
-    p = profiles.PROFILES["study"]
-    models = {name: small.stem_model(p, name) for name in small.STEM_ARMS}
-    assert {name: m.pairs - p.stem_pairs for name, m in models.items() if m.pairs != p.stem_pairs} == {"linear+1": 1}
-    N, D = models["linear"].tokens, p.width
-    pair = 12 * N * D**2 + 2 * N**2 * D + 2 * 5 * N * D  # qkv, proj, fc1, fc2; the two products of attention; two norms
-    assert exact.size(models["linear+1"]).macs - exact.size(models["linear"]).macs == pair
-    assert {m.pool for m in models.values()} == {"mean"}
-
-
-def test_the_arms_of_transfer_are_what_their_names_say_and_start_from_the_trunk_of_their_width():
-    arms = catalogue.experiment("42", "study").arms
-    for name, spec in arms.items():
-        width, data, images, strategy = name.split()
-        assert (f"W{spec.model.width}", spec.data, str(spec.images)) == (width, data, images)
-        assert spec.model.num_classes == card(data)["vitlib"]["num_classes"] and spec.model.image_size == 16
-        assert spec.recipe.flip == (data != "digits")
-        if strategy == "scratch":
-            assert (spec.protocol, spec.parent) == ("supervised", None)
-            continue
-        assert (spec.protocol, spec.strategy) == ("finetune", strategy)
-        trunk = spec.parent
-        assert (trunk.model.width, trunk.data, trunk.model.num_classes) == (spec.model.width, "fashion-mnist-6", 6)
-        assert trunk.with_seed(11) == spec.with_seed(11).parent and trunk.parent is None
-        like_full = replace(
-            spec, strategy="full", recipe=replace(spec.recipe, lr=arms[f"{width} {data} {images} full"].recipe.lr)
-        )
-        assert like_full == arms[f"{width} {data} {images} full"]
-    assert len({spec.parent for spec in arms.values()} - {None}) == 2
-    for name, spec in arms.items():
-        width, data, images, strategy = name.split()
-        expected = recipes.transfer(int(width[1:]), data, int(images), "full" if strategy == "scratch" else strategy)
-        assert spec.recipe == replace(expected, flip=data != "digits"), name
-
-
-def test_a_target_of_transfer_that_has_no_rate_is_named():
-    with pytest.raises(UsageError, match=r"unknown target of Table 6 'digits 101': allowed are .*; did you mean"):
-        recipes.transfer(64, "digits", 101, "attn")
-    with pytest.raises(UsageError, match=r"unknown strategy of Table 6 'atn': .* did you mean 'attn'"):
-        recipes.transfer(64, "digits", 100, "atn")
-
-
-def test_the_runs_of_transfer_at_the_smaller_profiles():
-    assert catalogue.experiment("42", "cpu").specs() == []
-    smoke = catalogue.experiment("42", "smoke")
-    assert list(smoke.arms) == [f"W32 fashion-mnist-4 200 {s}" for s in ("full", "attn", "ffn")]
-    assert all(sum(m.steps for m in spec.family()) < 100 for spec in smoke.specs())
-
-
-@pytest.mark.parametrize("name", ["study", "smoke"])
-def test_the_images_of_transfer_are_class_balanced_nested_and_there(name):
-    family = {(m.data, m.images) for spec in catalogue.experiment("42", name).specs() for m in spec.family()}
-    for data, images in family:
-        whole = load(data, "train")
-        rows = subset(whole, images, 10)
-        counts = np.bincount(whole.labels.numpy()[rows], minlength=len(whole.classes))
-        assert len(set(counts)) == 1 and counts.sum() == (images or len(whole))
-    for data, counts in TRANSFER_IMAGES.items():
-        assert list(counts) == sorted(counts) and counts[-1] == len(load(data, "train"))
-
-
-@pytest.mark.parametrize("data", TRANSFER_IMAGES)
+@pytest.mark.parametrize("data", TARGETS)
 @pytest.mark.parametrize("trunk_data", ["fashion-mnist-6", "fashion-mnist"])
 def test_a_target_gets_a_fresh_head_though_it_may_have_as_many_classes_as_the_trunk(monkeypatch, data, trunk_data):
-    spec = catalogue.experiment("42", "study").arms[f"W32 {data} {TRANSFER_IMAGES[data][0]} attn"].with_seed(10)
+    spec = arms_of(small.transfer, profile("study"))[f"W32 {data} {TARGETS[data][0]} attn"].spec.with_seed(10)
     classes = card(trunk_data)["vitlib"]["num_classes"]
     parent = replace(spec.parent, data=trunk_data, model=replace(spec.parent.model, num_classes=classes))
     trunk = {name: torch.full_like(w, 0.5) for name, w in ViT(parent.model).state_dict().items()}
@@ -613,6 +408,9 @@ def test_a_target_gets_a_fresh_head_though_it_may_have_as_many_classes_as_the_tr
     fresh = ViT(spec.model, 10).state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, fresh[name] if name.startswith("head.") else trunk[name])
+
+
+# ---- the plan
 
 
 def test_the_plan_counts_runs_once_and_prefers_what_was_measured():

@@ -10,12 +10,15 @@ import pytest
 
 from lab import paths
 from lab.claims import tuning
-from lab.claims.ledger import TRANSFER_IMAGES, ledger
-from lab.experiments.catalogue import experiment
+from lab.claims.ledger import ledger
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
+from lab.experiments.profiles import profile
 from lab.runs import store
 from lab.runs.results import Result
 from vitlib.errors import UsageError
 
+STUDY = profile("study")
 REFERENCE = paths.REFERENCE / "pilot"
 
 
@@ -30,20 +33,20 @@ def pretend(monkeypatch, made):
 
 def test_every_arm_of_a_group_tries_the_same_three_rates_on_tuning_seeds_and_differs_in_nothing_else():
     for name, group in tuning.GROUPS.items():
-        arms = experiment(group.notebook, "study").arms
-        found = group.specs("study")
+        arms = arms_of(group.table, STUDY)
+        found = group.specs(STUDY)
         assert {(arm, lr, spec.seed) for arm, lr, spec in found} == {
             (arm, lr, seed) for arm in group.arms for lr in group.rates for seed in tuning.SEEDS
         }, name
         assert len(group.rates) == 3 and list(group.rates) == sorted(group.rates)
         for arm, lr, spec in found:
-            own = arms[arm].with_seed(spec.seed)
+            own = arms[arm].spec.with_seed(spec.seed)
             assert spec == replace(own, recipe=replace(own.recipe, lr=lr)) and spec.split == "validation"
 
 
 def test_the_rate_of_each_group_is_one_of_its_three_and_the_one_that_all_its_arms_are_judged_at():
     for group in tuning.GROUPS.values():
-        rates = {experiment(group.notebook, "study").arms[arm].recipe.lr for arm in group.arms}
+        rates = {arms_of(group.table, STUDY)[arm].spec.recipe.lr for arm in group.arms}
         assert len(rates) == 1 and rates < set(group.rates)
 
 
@@ -55,8 +58,8 @@ def test_the_committed_rates_are_the_best_of_the_committed_tuning():
         means = rows.groupby("lr")["top1_validation"].mean()
         assert set(means.index) == set(group.rates) and set(rows["arm"]) == set(group.arms)
         assert rows.loc[rows["chosen"].astype(bool), "lr"].unique() == [means.idxmax()]
-        arms = experiment(group.notebook, "study").arms
-        assert {arms[arm].recipe.lr for arm in group.arms} == {means.idxmax()}, name
+        arms = arms_of(group.table, STUDY)
+        assert {arms[arm].spec.recipe.lr for arm in group.arms} == {means.idxmax()}, name
 
 
 def test_the_margins_of_the_study_are_a_tenth_of_the_measured_errors():
@@ -77,22 +80,22 @@ def test_the_best_rate_is_that_of_the_highest_mean_over_arms_and_of_equals_the_l
 def test_the_table_says_what_was_found_and_chooses_only_when_all_is_there(monkeypatch):
     group = tuning.GROUPS["supervised"]
     accuracy = {(arm, lr): 80 + i for i, (arm, lr) in enumerate((a, r) for r in group.rates for a in group.arms)}
-    made = {spec.hash: accuracy[arm, lr] for arm, lr, spec in group.specs("study")}
+    made = {spec.hash: accuracy[arm, lr] for arm, lr, spec in group.specs(STUDY)}
 
     pretend(monkeypatch, made)
-    rows = pd.DataFrame(tuning.table("study", {"supervised": group}))
+    rows = pd.DataFrame(tuning.table(STUDY, {"supervised": group}))
     assert len(rows) == 6 and (rows["n"] == 2).all() and set(rows.loc[rows["chosen"], "lr"]) == {group.rates[-1]}
-    made.pop(next(spec.hash for _, _, spec in group.specs("study")))
-    rows = pd.DataFrame(tuning.table("study", {"supervised": group}))
+    made.pop(next(spec.hash for _, _, spec in group.specs(STUDY)))
+    rows = pd.DataFrame(tuning.table(STUDY, {"supervised": group}))
     assert len(rows) == 5 and rows["chosen"].isna().all()
 
 
 def test_a_margin_is_read_from_the_control_at_the_tuning_seeds(monkeypatch):
-    known = tuning.controls("study")
+    known = tuning.controls(STUDY)
     assert {arm for arm, _ in known["P5"]} == {"36x1+LS"} and [s.seed for _, s in known["P5"]] == list(tuning.SEEDS)
     assert {arm for arm, _ in known["P4"]} == {"12x1", "24x1", "36x1"}
     monkeypatch.setattr(store, "find", lambda spec: Result(spec.hash, {"top1": 90.0 + spec.seed % 2}, None, {}, {}))
-    margins = {row["part"]: (row["error_validation"], row["margin"]) for row in tuning.margins("study")}
+    margins = {row["part"]: (row["error_validation"], row["margin"]) for row in tuning.margins(STUDY)}
     assert margins["F1"] == (9.5, pytest.approx(0.95))
     assert [tuning.margin(error) for error in (2, 9.5, 40)] == [0.5, 0.95, 1.5]
     assert np.isclose(tuning.margin(12.344), 1.23)
@@ -110,14 +113,14 @@ def test_a_contrast_is_shown_at_the_common_rate_and_at_the_best_rate_of_each_arm
     low, middle, high = tuning.GROUPS["supervised+LS"].rates
     accuracy = {"12x1+LS": {low: 80, middle: 79, high: 70}, "6x2+LS": {low: 70, middle: 80, high: 75}}
     group = tuning.GROUPS["supervised+LS"]
-    made = {spec.hash: accuracy[arm][lr] + seed % 2 for arm, lr, spec in group.specs("study") for seed in [spec.seed]}
+    made = {spec.hash: accuracy[arm][lr] + seed % 2 for arm, lr, spec in group.specs(STUDY) for seed in [spec.seed]}
 
     pretend(monkeypatch, made)
-    (row,) = tuning.contrasts("study", tuning.table("study", tuning.GROUPS))
+    (row,) = tuning.contrasts(STUDY, tuning.table(STUDY, tuning.GROUPS))
     assert (row["part"], row["n"], row["at_the_common_rate"], row["at_each_best"]) == ("A1", 2, 1.0, 0.0)
     assert row["best_rates"] == f"6x2+LS: {middle:g}, 12x1+LS: {low:g}"
     made.pop(next(iter(made)))
-    assert tuning.contrasts("study", tuning.table("study", tuning.GROUPS)) == []
+    assert tuning.contrasts(STUDY, tuning.table(STUDY, tuning.GROUPS)) == []
 
 
 def test_a_slope_is_shown_as_its_change_from_the_smallest_size_to_the_largest(monkeypatch):
@@ -129,12 +132,11 @@ def test_a_slope_is_shown_as_its_change_from_the_smallest_size_to_the_largest(mo
         "W64 digits 1000 full": 92,
     }
     groups = [tuning.GROUPS[f"transfer {arm}"] for arm in top1]
-    made = {spec.hash: top1[arm] for group in groups for arm, _, spec in group.specs("study")}
+    made = {spec.hash: top1[arm] for group in groups for arm, _, spec in group.specs(STUDY)}
 
     pretend(monkeypatch, made)
     shown = {
-        row["part"]: row["at_the_common_rate"]
-        for row in tuning.contrasts("study", tuning.table("study", tuning.GROUPS))
+        row["part"]: row["at_the_common_rate"] for row in tuning.contrasts(STUDY, tuning.table(STUDY, tuning.GROUPS))
     }
     assert shown == {"F6-digits": 2.0, "F6-digits-slope": pytest.approx(3.0)}
 
@@ -149,12 +151,12 @@ def test_table_6_is_tuned_on_every_target_at_the_widths_that_are_judged_there():
     }
     assert judged <= arms
     # An arm that is not tuned has the rate of width 64 at the same images, or of its strategy at the middle number of them.
-    made = experiment("42", "study").arms
+    made = arms_of(small.transfer, STUDY)
     for name in set(made) - arms:
         _, data, images, strategy = name.replace("scratch", "full").split()
-        near = f"W64 {data} {images} {strategy}", f"W64 {data} {TRANSFER_IMAGES[data][1]} {strategy}"
+        near = f"W64 {data} {images} {strategy}", f"W64 {data} {STUDY.transfer_images[data][1]} {strategy}"
         like = next(arm for arm in near if arm in arms)
-        assert made[name].recipe.lr == made[like].recipe.lr, name
+        assert made[name].spec.recipe.lr == made[like].spec.recipe.lr, name
 
 
 def test_the_committed_contrasts_at_the_best_rates_come_out_of_the_committed_tuning():

@@ -22,7 +22,7 @@ import pandas as pd
 from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import ledger
-from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
+from lab.experiments.catalogue import NOTEBOOKS, all_specs, available, notebook
 from lab.experiments.profiles import Profile, profile
 from lab.report.tables import span
 from lab.runs import store
@@ -50,10 +50,10 @@ def copy(p: Profile) -> list[Path]:
     made, kept = paths.outputs() / p.name, paths.REFERENCE / p.name
     if not (made / "claims.csv").is_file():
         raise UsageError(f"there is no {made / 'claims.csv'}: run `python -m lab reproduce --profile {p.name}` first")
-    notebooks, absent = available(p.name, list(NOTEBOOKS))
+    notebooks, absent = available(p, NOTEBOOKS)
     if absent:  # the names of its runs depend on the data
         raise absent[0]
-    names = {member.hash for spec in all_specs(p.name, notebooks) for member in spec.family()}
+    names = {member.hash for spec in all_specs(p, notebooks) for member in spec.family()}
     if not any((paths.runs() / name / "result.json").is_file() for name in names):
         raise UsageError(f"no run of profile {p.name} is in {paths.runs()}: nothing was written")
     store.export_runs(kept / "runs.jsonl", names)
@@ -118,10 +118,10 @@ def _claim_row(claim: str, rows: pd.DataFrame, study: str) -> dict[str, str]:
     words = "; ".join(
         dict.fromkeys(f"{row.part}: {said(row)}" if len(rows) > 1 else said(row) for row in rows.itertuples())
     )
-    notebook = NOTEBOOKS[rows["notebook"].iloc[0]][0]
+    file = notebook(rows["notebook"].iloc[0]).file
     first = rows["title"].iloc[0].rstrip(".")
     return {"claim": claim, "the paper says": first, "measured": words, "the claim": stance,
-            "notebook": f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"}  # fmt: skip
+            "notebook": f"[{file[:2]}](notebooks/{file}.ipynb)"}  # fmt: skip
 
 
 def said(row) -> str:

@@ -17,7 +17,8 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from lab.claims.ledger import ledger_hashes
 from lab.cost.plan import cpu_seconds
-from lab.experiments.catalogue import NOTEBOOKS, all_specs, notebook_number
+from lab.experiments.catalogue import NOTEBOOKS, all_specs, notebook
+from lab.experiments.profiles import profile
 from lab.report.render import CELL_TIMEOUT, QUIET, LocalKernel, NotebookFailed, kernel_environment, source
 from lab.runs.launch import launch
 from tools.compare import moved
@@ -31,12 +32,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one per core)")
     chosen, failed = parser.parse_args(words), []
     try:
-        notebooks = [notebook_number(name) for name in chosen.notebook or NOTEBOOKS]
+        notebooks = [notebook(name) for name in chosen.notebook] if chosen.notebook else NOTEBOOKS
     except UsageError as fault:
         parser.error(str(fault))
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"VITLIB_RUNS": f"{folder}/runs", "VITLIB_OUTPUTS": f"{folder}/outputs"}
-        launch(all_specs("smoke", notebooks), chosen.jobs, cpu_seconds, ledger_hashes())
+        launch(all_specs(profile("smoke"), notebooks), chosen.jobs, cpu_seconds, ledger_hashes())
         for path in map(source, notebooks):
             try:
                 changes = refresh(path)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from lab.bench import runner
 from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
 from lab.cost import count
-from lab.experiments.catalogue import experiment
+from lab.experiments import small
+from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
 from lab.runs.spec import RunSpec
 from vitlib.model import ViT, ViTConfig, fuse, set_execution, vit_config
@@ -102,7 +103,7 @@ def finetune(profile: Profile, device: str) -> list[Case]:
 
 
 def _full(profile: Profile) -> RunSpec:
-    return experiment("41", profile.name).arms["full"]
+    return arms_of(small.resolution, profile)["full"].spec
 
 
 def _finetune(config: ViTConfig, batch: int, execution: str, threads: int, part: str = "", run: str = "") -> Case:

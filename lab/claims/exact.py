@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lab.claims.judge import exact_holds
-from lab.claims.ledger import ledger
+from lab.claims.ledger import Part
 from lab.claims.statistics import prints_as
 from lab.cost import count
 from lab.data.cards import load
 from lab.paper import paper_table
+from vitlib.errors import unknown
 from vitlib.model import ViT, ViTConfig, vit_config
 
 
@@ -168,9 +169,18 @@ def h2_change(part: str) -> float:
 _COUNTED = {"P1": p1_holds, "P6-memory": p6_memory_holds, "F3-memory": f3_memory_holds, "F4": f4_holds, "H1": h1_holds}
 
 
-@functools.cache
-def holds(part: str) -> bool:
+def holds(part: Part) -> bool:
     """Whether an exact part of the ledger is as it says, counted or measured now."""
-    if part in H2:
-        return exact_holds(ledger()[part].expected, h2_change(part))
-    return _COUNTED[part]()
+    return _holds(part.id, part.expected)
+
+
+@functools.cache
+def _holds(part: str, expected: str) -> bool:
+    return exact_holds(expected, h2_change(part)) if part in H2 else _COUNTED[part]()
+
+
+def exact_holds(expected: str, value: float) -> bool:
+    """Whether a change measured for H2 is what the ledger expects: "0" or "not 0", to the last bit."""
+    if expected not in ("0", "not 0"):
+        raise unknown("expected value", expected, ("0", "not 0"))
+    return (value == 0) == (expected == "0") and math.isfinite(value)

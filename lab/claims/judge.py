@@ -1,4 +1,4 @@
-"""How a claim is judged: the words of a part, the stance of a claim.
+"""How a claim is judged: the label of a part, the stance of a claim.
 
 What is judged is fixed beforehand in the ledger (`lab.claims.ledger`, `outputs/paper/claims.toml`).
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 
 from lab.claims.ledger import PROFILES, Part, ledger, part_hash
 from lab.claims.statistics import (
@@ -26,37 +27,22 @@ from lab.claims.statistics import (
 )
 from vitlib.errors import UsageError, unknown
 
-# The words of a part.
+# The labels of a part.
 SAME, OPPOSITE = "same direction", "opposite direction"
-
-
 EQUIVALENT, DIFFERENT = "equivalent within m", "different by more than m"
-
-
 NOT_INFERIOR, INFERIOR = "not inferior by m", "inferior by more than m"
-
-
 EXACT, FAILS = "exact", "fails"
-
-
 INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
-
-
 OUT_OF_SCOPE, SMOKE = "out of scope at this scale", "not judged at smoke"
 
-
 PREDICTED = {
-    "exact": EXACT,
-    "superiority": SAME,
-    "slope": SAME,
-    "ratio": SAME,
-    "equivalence": EQUIVALENT,
+    "exact": EXACT, "superiority": SAME, "slope": SAME, "ratio": SAME, "equivalence": EQUIVALENT,
     "non-inferiority": NOT_INFERIOR,
-}
+}  # fmt: skip
 
 
 def superiority(estimate: Estimate, m: float | None) -> str:
-    """Also the words of a slope and of the logarithm of a ratio, both compared with 0; m None = no equivalence."""
+    """Also the label of a slope and of the logarithm of a ratio, both compared with 0; m None = no equivalence."""
     low, high = estimate.bounds(0.95)
     if low > 0:
         return SAME
@@ -78,35 +64,16 @@ def non_inferiority(estimate: Estimate, m: float) -> str:
     return INFERIOR if estimate.bounds(0.95)[1] < -m else INCONCLUSIVE
 
 
-def exact(holds: bool) -> str:
-    return EXACT if holds else FAILS
-
-
 def _inside(estimate: Estimate, m: float) -> bool:
     """Two one-sided tests at 5 % each."""
     low, high = estimate.bounds(0.90)
     return -m < low and high < m
 
 
-WORDS: dict[str, Callable[[Estimate, float | None], str]] = {
-    "superiority": superiority,
-    "slope": superiority,
-    "ratio": superiority,
-    "equivalence": equivalence,
+LABELS: dict[str, Callable[[Estimate, float | None], str]] = {
+    "superiority": superiority, "slope": superiority, "ratio": superiority, "equivalence": equivalence,
     "non-inferiority": non_inferiority,
-}
-
-
-def exact_holds(expected: str, value: float) -> bool:
-    """Whether a change measured for H2 is what the ledger expects: "0" or "not 0", to the last bit."""
-    if expected not in ("0", "not 0"):
-        raise unknown("expected value", expected, ("0", "not 0"))
-    return (value == 0) == (expected == "0") and math.isfinite(value)
-
-
-def control_learned(correct: Mapping[str, np.ndarray], control: str, num_classes: int) -> bool:
-    """The control's accuracy is at least twice chance and its error at least 5 %: neither floor nor ceiling."""
-    return 2 / num_classes <= correct[control].mean() <= 0.95
+}  # fmt: skip
 
 
 def above(correct: Mapping[str, np.ndarray], a: str, b: str, bound: float) -> bool:
@@ -118,8 +85,12 @@ def run_checks(
     part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int
 ) -> dict[str, bool]:
     """Check -> passed, for the checks that apply at this profile; `part` as it is there."""
+
+    def control_learned() -> bool:  # at least twice chance, and an error of at least 5 %: neither floor nor ceiling
+        return all(2 / num_classes <= correct[arm].mean() <= 0.95 for arm in part.controls(pairs))
+
     checks: dict[str, Callable[[], bool]] = {
-        "control learned": lambda: all(control_learned(correct, arm, num_classes) for arm in part.controls(pairs)),
+        "control learned": control_learned,
         "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin),
         "pre-training helps": lambda: above(correct, *part.check_arms("pre-training helps"), 0.0),
     }
@@ -148,7 +119,7 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The word, with what only profile imagenet may add."""
+        """The label, with what only profile imagenet may add."""
         return f"{self.word} ({self.reproduction})" if self.reproduction else self.word
 
     @property
@@ -177,13 +148,13 @@ def judge(
     picks the arms of a contrast over layers. hashes: the ledger's hashes that each run stored; without them a trained
     part reads `not run`. holds: the outcome of an exact part. device: named beside a ratio.
     """
-    _known(profile)
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
     key, fixed, part = part.key(profile), part_hash(part.entry(profile)), part.at_profile(profile)
-    margin = part.margin
     contrast = {} if part.kind == "exact" else part.contrast_at(pairs)
-    blank = Verdict(part, profile, _text(contrast), NOT_RUN, margin=margin)
+    blank = Verdict(part, profile, _text(contrast), NOT_RUN, margin=part.margin)
     if part.kind == "exact":
-        return blank if holds is None else _with_stance(replace(blank, word=exact(holds)))
+        return blank if holds is None else _with_stance(replace(blank, word=EXACT if holds else FAILS))
     if profile == "smoke":
         return replace(blank, word=SMOKE)
 
@@ -195,31 +166,33 @@ def judge(
         if not device:
             raise UsageError(f"part {part.id} is a ratio of times or memory: the device must be named")
         estimate = over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
-    elif part.kind == "slope":
+        return ratio(blank, estimate, device)
+    if part.kind == "slope":
         points = [100 * difference(correct, at_size).mean(axis=1) for at_size in part.contrasts(pairs)]
         estimate = slope(np.stack(points, axis=1), part.sizes)
     else:
         estimate = interval(difference(correct, contrast))
-    measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs, device))
+    measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs))
     if not in_scope:
         return replace(measured, word=OUT_OF_SCOPE)
+    return _concluded(replace(measured, checks=run_checks(part, correct, profile, pairs, num_classes)), part.paper)
 
-    checks = run_checks(part, correct, profile, pairs, num_classes)
-    failed = [name for name, passed in checks.items() if not passed]
-    word = f"{INCONCLUSIVE} (check failed: {', '.join(failed)})" if failed else WORDS[part.kind](estimate, margin)
-    paper, visible = part.paper, smallest_visible(estimate)
-    if part.kind == "ratio":
-        paper, visible = None if paper is None else math.log(paper), math.exp(visible)
-    return _with_stance(
-        replace(
-            measured,
-            word=word,
-            p=p_value(part.kind, estimate, margin),
-            checks=checks,
-            smallest_visible=visible,
-            seeds_needed=seeds_needed(estimate, paper) if paper else None,  # a difference of 0 cannot be seen
-        )
-    )
+
+def ratio(blank: Verdict, estimate: Estimate, device: str) -> Verdict:
+    """The verdict on a ratio of times or memory from the estimate of its logarithm."""
+    paper = blank.part.paper
+    verdict = _concluded(replace(blank, estimate=estimate, note=f"on {device}"), paper and math.log(paper))
+    return replace(verdict, smallest_visible=math.exp(verdict.smallest_visible))
+
+
+def _concluded(verdict: Verdict, paper: float | None) -> Verdict:
+    """With label, p, stance, and what would have been seen; the paper's value in the unit of the estimate."""
+    part, estimate = verdict.part, verdict.estimate
+    failed = [name for name, passed in verdict.checks.items() if not passed]
+    word = f"{INCONCLUSIVE} (check failed: {', '.join(failed)})" if failed else LABELS[part.kind](estimate, part.margin)
+    needed = seeds_needed(estimate, paper) if paper else None  # a difference of 0 cannot be seen
+    p, visible = p_value(part.kind, estimate, part.margin), smallest_visible(estimate)
+    return _with_stance(replace(verdict, word=word, p=p, smallest_visible=visible, seeds_needed=needed))
 
 
 def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None = None) -> str:
@@ -237,21 +210,19 @@ def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None
 
 
 def stance_of(parts: Mapping[str, str]) -> str:
-    """What a claim's parts say together, from each part's own stance."""
+    """What a claim's parts say together, from each part's stance."""
     if "contradicts" in parts.values():
         return "contradicts"
     still_open = [id for id, stance in parts.items() if stance == "open"]
     return f"open ({', '.join(still_open)})" if still_open else "supports"
 
 
-def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None = None):
-    """A pandas DataFrame, one row a verdict.
+def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None = None) -> pd.DataFrame:
+    """One row per verdict, numbers not rounded.
 
     Holm's family is every non-exact part judged in one profile: pass all of them as `family` when the table shows
-    only some. Numbers are not rounded.
+    only some.
     """
-    import pandas as pd
-
     adjusted = {}
     for profile in PROFILES:
         judged = {v.part.id: v.p for v in (*(family or ()), *verdicts) if v.profile == profile and v.p is not None}
@@ -291,11 +262,6 @@ def _row(v: Verdict, adjusted: Mapping[tuple[str, str], float]) -> dict[str, obj
     }  # fmt: skip
 
 
-def _known(profile: str) -> None:
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES)
-
-
 def _text(contrast: Mapping[str, float]) -> str:
     """ "a - b", "a - b - c + d"."""
     terms = [f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):g} '}{arm}" for arm, c in contrast.items()]
@@ -305,14 +271,10 @@ def _text(contrast: Mapping[str, float]) -> str:
 def _missing(part: Part, correct: Mapping[str, np.ndarray], pairs: int, in_scope: bool) -> str:
     """Which runs a part lacks, or ""."""
     arms = part.arms(pairs) if in_scope else [arm for contrast in part.contrasts(pairs) for arm in contrast]
-    absent = [arm for arm in arms if arm not in correct]
-    if absent:
+    if absent := [arm for arm in arms if arm not in correct]:
         return f"no runs of {', '.join(absent)}"
-    counts = {arm: len(correct[arm]) for arm in arms}
-    wrong = [f"{arm} {n}" for arm, n in counts.items() if n != part.n]
-    if wrong:
-        return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}"
-    return ""
+    wrong = [f"{arm} {len(correct[arm])}" for arm in arms if len(correct[arm]) != part.n]
+    return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}" if wrong else ""
 
 
 def _stale(key: str, fixed: str, hashes: Sequence[Mapping[str, str]]) -> str:
@@ -322,9 +284,7 @@ def _stale(key: str, fixed: str, hashes: Sequence[Mapping[str, str]]) -> str:
     return ""
 
 
-def _note(part: Part, correct: Mapping[str, np.ndarray], pairs: int, device: str) -> str:
-    if part.kind == "ratio":
-        return f"on {device}"
+def _note(part: Part, correct: Mapping[str, np.ndarray], pairs: int) -> str:
     if part.parent is not None:
         if part.parent not in correct:
             return "adaptation to a new resolution (the low-resolution parent was not run)"
@@ -343,7 +303,8 @@ def _with_stance(verdict: Verdict) -> Verdict:
         stance = "contradicts"
     elif word == EQUIVALENT and paper is not None and abs(paper) > verdict.margin:
         stance = "contradicts"
-    return replace(verdict, stance=stance, reproduction=_reproduction(replace(verdict, stance=stance)))
+    verdict = replace(verdict, stance=stance)
+    return replace(verdict, reproduction=_reproduction(verdict))
 
 
 def _reproduction(verdict: Verdict) -> str:

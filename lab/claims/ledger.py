@@ -28,31 +28,6 @@ OVERRIDES = ("contrast", "sizes", "margin", "images", "control", "paper", "paper
 CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
 EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
 
-# Table 6: data set -> its numbers of labelled images, class-balanced, the last one all that it has; and the widths
-TRANSFER_IMAGES = {"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)}
-TRANSFER = {
-    "study": ((32, 64), TRANSFER_IMAGES),
-    "gpu": ((96, 192), {"cifar-10": (500, 5000, 45_000)}),
-    # Table 9: every label of each
-    "imagenet": ((384, 768, 1024), {
-        "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,), "cifar-100": (50_000,),
-        "stanford-cars": (8144,), "flowers-102": (2040,),
-    }),
-}  # fmt: skip
-
-
-def transfer_arms(profile: str) -> tuple[str, ...]:
-    """ "W64 digits 100 attn" = width, data set, labelled images, what is trained; from scratch at the fewest images only."""
-    widths, data = TRANSFER[profile]
-    return tuple(
-        f"W{width} {name} {images} {strategy}"
-        for width in widths
-        for name, counts in data.items()
-        for images in counts
-        for strategy in ("full", "attn", "ffn", "head", *(("scratch",) if images == counts[0] < counts[-1] else ()))
-    )
-
-
 # check -> the arms that it needs besides those of the contrast and the control: see Part.check_arms
 CHECKS = {
     "control learned": (),
@@ -60,49 +35,6 @@ CHECKS = {
     "pre-training helps": ("linear pretrained", "linear scratch"),
 }
 
-# Table 7's rows
-_STEMS = (
-    *("linear", "linear-bn", "linear-gelu", "linear-bn-gelu", "linear+1"),
-    *("conv", "conv-ln", "local", "hmlp", "hmlp-ln"),
-)
-# notebook -> the arms that its experiments run, the same strings as there
-ARMS = {
-    "21": (
-        *(f"{model}{recipe}" for model in ("Ti12", "S12", "B12") for recipe in ("", " DeiT", "+LS")),
-        *("L24", "L24+LS"),
-    ),
-    "31": (
-        *(f"{pairs // k}x{k}" for pairs in (12, 36) for k in (1, 2, 3, 4)),
-        *(f"{layers}+LS" for layers in ("12x1", "6x2", "4x3", "3x4", "36x1", "18x2")),
-        *(f"S{pairs // k}x{k}" for pairs in (36, 60) for k in (1, 2, 3, 4)),
-    ),
-    "32": tuple(f"W{width} {layers}" for width in (32, 64, 96, 192, 288) for layers in ("12x1", "6x2"))
-    + tuple(f"W{width} {layers}" for width in (192, 384, 768, 1024) for layers in ("24x1", "12x2")),
-    "33": ("12x1", "6x2", "24x1", "12x2", "36x1", "18x2", "S24x1", "S12x2", "S48x1", "S24x2"),
-    "34": tuple(
-        f"{n}{scale}{long}"
-        for n in ("12x1", "6x2", "36x1", "18x2")
-        for scale in ("", "+LS")
-        for long in ("", " longer")
-    ),
-    "35": (
-        *("W64 36x1+LS", "W64 18x2+LS", "W96 16x1+LS"),
-        *("W192 36x1+LS", "W192 18x2+LS", "W288 16x1+LS"),
-        *("B12x1", "S48x1", "S24x2", "L24x1+LS", "B36x1+LS", "B18x2+LS"),
-    ),
-    "36": ("seq", "par", "fused", "timm"),
-    "41": (
-        "trunk",
-        *(f"{w}{s}{o}" for w in ("", "S ", "L ") for s in ("full", "attn", "ffn", "head") for o in ("", " SGD")),
-    ),
-    "42": tuple(arm for profile in TRANSFER for arm in transfer_arms(profile)),
-    "51": (),
-    "52": (
-        *(f"{stem} {training}" for stem in _STEMS for training in ("scratch", "pretrained", "supervised")),
-        *(f"{stem} pretrained {what}" for stem in ("linear", "hmlp") for what in ("k-means", "decay")),
-        "linear pretrained dvae",  # smoke's, where "pretrained" predicts k-means tokens
-    ),
-}
 _LAYERS = re.compile(r"(\d+)x(\d+)(.*)")  # <depth>x<branches>, then "+LS" or nothing
 _WIDTH = re.compile(r"W\d+ ")  # in front of arms whose width, and with it the number of pairs, is fixed
 
@@ -170,12 +102,12 @@ class Part:
         return [_arm_of_size(self.control, s) for s in self.sizes] or [arm_at(self.control, pairs)]
 
     def check_arms(self, check: str) -> tuple[str, ...]:
-        """The arms of a check in this notebook: "head" where it has such an arm, else that of the control's own setting.
+        """The arms of a check: whole labels as they are, strategies in the setting of the control.
 
-        With control "W64 digits 100 full", "head" is "W64 digits 100 head".
+        With control "W64 digits 100 full", "head" is "W64 digits 100 head"; with control "full" it is "head".
         """
         setting = (self.control or "").rpartition(" ")[0]
-        return tuple(arm if arm in ARMS[self.notebook] else f"{setting} {arm}" for arm in CHECKS[check])
+        return tuple(arm if " " in arm else f"{setting} {arm}".strip() for arm in CHECKS[check])
 
     def arms(self, pairs: int) -> list[str]:
         """Every arm that a verdict on this part reads: those of its contrast, its control and its checks."""
@@ -215,6 +147,14 @@ def ledger(path: Path | None = None) -> dict[str, Part]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
     return {name: _part(name, table) for name, table in tables.items()}
+
+
+def part(name: str) -> Part:
+    """One part of the ledger. Raises UsageError for one that does not exist."""
+    parts = ledger()
+    if name not in parts:
+        raise unknown("part of a claim", name, parts)
+    return parts[name]
 
 
 def part_hash(part: Part) -> str:
@@ -303,24 +243,12 @@ def _check_types(name: str, table: Mapping[str, object]) -> None:
 
 def _check_values(part: Part) -> None:
     where = f"in ledger entry {part.id}:"
-    for what, given, allowed in (
-        ("kind", part.kind, KINDS),
-        ("scope", part.scope, SCOPES),
-        ("notebook", part.notebook, ARMS),
-    ):
+    for what, given, allowed in (("kind", part.kind, KINDS), ("scope", part.scope, SCOPES)):
         if given not in allowed:
             raise unknown(f"{what} {where}", given, allowed)
     for check in part.checks:
         if check not in CHECKS:
             raise unknown(f"check {where}", check, CHECKS)
-        for arm in part.check_arms(check):
-            if arm not in ARMS[part.notebook]:
-                raise unknown(f"arm of the check {check!r} {where}", arm, ARMS[part.notebook])
-    arms = [*part.contrast, part.control, part.parent]
-    arms += [arm for contrast in part.contrasts(0) for arm in contrast] + part.controls(0) if part.sizes else []
-    for arm in arms:
-        if arm is not None and arm not in ARMS[part.notebook]:
-            raise unknown(f"arm {where}", arm, ARMS[part.notebook])
     if abs(sum(part.contrast.values())) > 1e-9:
         raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
     needed = {

@@ -5,6 +5,7 @@ S seeds, N test images; a difference of accuracies is in percentage points every
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,7 @@ from scipy import stats
 from vitlib.errors import UsageError
 
 UNREACHABLE = "not reachable with this test set"
-
-
+MOST_SEEDS = 2**40
 CHART_ERROR = 0.1  # points; how far a value read off one of the paper's charts may be wrong
 
 
@@ -167,18 +167,9 @@ def seeds_needed(estimate: Estimate, paper: float) -> int | str:
 
     # With ever more seeds only the image term is left, at N - 1 degrees of freedom.
     t = stats.t.ppf(0.975, N - 1) + stats.t.ppf(0.80, N - 1) if image_term else 0.0
-    if t * math.sqrt(image_term) >= abs(paper):
+    if t * math.sqrt(image_term) >= abs(paper) or not visible(MOST_SEEDS):
         return UNREACHABLE
-    high = 2
-    while not visible(high):
-        high *= 2
-        if high > 2**40:
-            return UNREACHABLE
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if visible(middle) else (middle, high)
-    return high
+    return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=visible)
 
 
 def difference(correct: Mapping[str, np.ndarray], contrast: Mapping[str, float]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Tuning: the same three learning rates for every arm, on validation images, before any judged run.
 
-A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group of its own, in
-Table 6 each arm: there the best rate depends on the number of images and on the width.
-The chosen rates stand in `train/recipes.py`; what they were chosen from is committed as outputs/reference/<profile>/tuning.csv.
-The same seeds give the margins: 10 % of a control's validation error (margins.csv), written down in the ledger beforehand.
+A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group, in Table 6 each arm,
+because there the best rate depends on the number of images and on the width. The chosen rates are beside the arms, in
+`lab/experiments/small.py`; what they were chosen from is committed (tuning.csv). The same seeds give the margins: 10 % of a
+control's validation error (margins.csv), written down in the ledger beforehand.
 Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
 """
 
@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lab.claims import statistics
-from lab.claims.ledger import POINT_KINDS, TRANSFER_IMAGES, Part, ledger
-from lab.experiments.catalogue import NOTEBOOKS, experiment
-from lab.experiments.profiles import profile as scale
+from lab.claims.ledger import POINT_KINDS, Part, ledger
+from lab.experiments import small
+from lab.experiments.catalogue import NOTEBOOKS, Arms, arms_of, experiment, notebook
+from lab.experiments.profiles import Profile, profile
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
 from vitlib.errors import UsageError, unknown
@@ -30,41 +31,45 @@ SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
 class Group:
     """Arms that share a rate."""
 
-    notebook: str
+    table: Arms  # of `small.py`
     arms: tuple[str, ...]
     rates: tuple[float, float, float]  # lowest first
 
-    def specs(self, profile: str) -> list[tuple[str, float, RunSpec]]:
+    @property
+    def notebook(self) -> str:
+        return next(one.number for one in NOTEBOOKS if one.small is self.table)
+
+    def specs(self, profile: Profile) -> list[tuple[str, float, RunSpec]]:
         """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
-        arms = experiment(self.notebook, profile).arms
+        arms = arms_of(self.table, profile)
         if missing := [arm for arm in self.arms if arm not in arms]:
             raise UsageError(
-                f"profile {profile} has no arm {missing[0]!r} to tune: the groups are those of profile study"
+                f"profile {profile.name} has no arm {missing[0]!r} to tune: the groups are those of profile study"
             )
         return [
-            (arm, lr, replace(arms[arm], recipe=replace(arms[arm].recipe, lr=lr)).with_seed(seed))
-            for seed in SEEDS for arm in self.arms for lr in self.rates
+            (arm, lr, replace(spec, recipe=replace(spec.recipe, lr=lr)).with_seed(seed))
+            for seed in SEEDS for arm in self.arms for spec in [arms[arm].spec] for lr in self.rates
         ]  # fmt: skip
 
 
 def _transfer() -> dict[str, Group]:
-    """Table 6: each arm that F5 and F6 read is a group of its own, and so is each strategy at the middle number of images."""
+    """Table 6: each arm that F5 and F6 read is a group, and so is each strategy at the middle number of images."""
     arms = []
-    for data, (fewest, middle, most) in TRANSFER_IMAGES.items():
+    for data, (fewest, middle, most) in profile("study").transfer_images.items():
         arms += [f"W64 {data} {fewest} {s}" for s in ("full", "attn", "head")]
         arms += [f"W64 {data} {middle} {s}" for s in STRATEGIES]
         arms += [f"W{width} {data} {most} {s}" for width in (32, 64) for s in ("full", "attn")]
-    return {f"transfer {arm}": Group("42", (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
+    return {f"transfer {arm}": Group(small.transfer, (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
 
 
 # In the order in which they run: trunks first.
 GROUPS = {
-    "supervised+LS": Group("31", ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
-    "supervised": Group("31", ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
-    **{f"resolution {s}": Group("41", (s,), (1e-3, 2e-3, 4e-3)) for s in STRATEGIES},
-    "stems": Group("52", ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
+    "supervised+LS": Group(small.branches, ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
+    "supervised": Group(small.branches, ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
+    **{f"resolution {s}": Group(small.resolution, (s,), (1e-3, 2e-3, 4e-3)) for s in STRATEGIES},
+    "stems": Group(small.stems, ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
     "few labels": Group(
-        "52", tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
+        small.stems, tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
         (5e-4, 1e-3, 2e-3),
     ),
     **_transfer(),
@@ -80,18 +85,24 @@ def groups(names: Sequence[str]) -> dict[str, Group]:
     return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
 
 
-def controls(profile: str) -> dict[str, list[tuple[str, RunSpec]]]:
+def controls(profile: Profile) -> dict[str, list[tuple[str, RunSpec]]]:
     """Part -> the runs (arm, tuning seed) whose validation error gives its margin: its control, of a slope one a size."""
-    p, found = scale(profile), {}
-    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
-        arms = experiment(part.notebook, profile).arms if part.control and NOTEBOOKS[part.notebook][1] else {}
-        named = [arm for arm in part.controls(max(p.pairs, part.min_pairs)) if arm in arms]
+    found = {}
+    for part in _parts(profile):
+        shown = notebook(part.notebook)
+        arms = experiment(shown, profile).arms if part.control and shown.arms_at(profile) else {}
+        named = [arm for arm in part.controls(max(profile.pairs, part.min_pairs)) if arm in arms]
         if named:
-            found[part.id] = [(arm, arms[arm].with_seed(seed)) for arm in named for seed in SEEDS]
+            found[part.id] = [(arm, arms[arm].spec.with_seed(seed)) for arm in named for seed in SEEDS]
     return found
 
 
-def control_specs(profile: str, parts: Sequence[str]) -> list[RunSpec]:
+def _parts(profile: Profile) -> list[Part]:
+    """The parts that belong to a profile, as they are there."""
+    return [entry.at_profile(profile.name) for entry in ledger().values() if entry.belongs(profile.name)]
+
+
+def control_specs(profile: Profile, parts: Sequence[str]) -> list[RunSpec]:
     """The runs that the margins of these parts need, each once. Raises UsageError for a part without a control here."""
     known = controls(profile)
     for part in parts:
@@ -100,7 +111,7 @@ def control_specs(profile: str, parts: Sequence[str]) -> list[RunSpec]:
     return list(dict.fromkeys(spec for part in parts for _, spec in known[part]))
 
 
-def margins(profile: str) -> list[dict]:
+def margins(profile: Profile) -> list[dict]:
     """One row a part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
     rows = []
     for part, family in controls(profile).items():
@@ -119,12 +130,12 @@ def margin(error: float) -> float:
     return min(max(round(error / 10, 2), 0.5), 1.5)
 
 
-def specs(profile: str, chosen: Iterable[Group]) -> list[RunSpec]:
+def specs(profile: Profile, chosen: Iterable[Group]) -> list[RunSpec]:
     """Every tuning run of these groups, each once."""
     return list(dict.fromkeys(spec for group in chosen for _, _, spec in group.specs(profile)))
 
 
-def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
+def table(profile: Profile, chosen: dict[str, Group]) -> list[dict]:
     """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
     rows = []
     for name, group in chosen.items():
@@ -143,7 +154,7 @@ def table(profile: str, chosen: dict[str, Group]) -> list[dict]:
     return rows
 
 
-def contrasts(profile: str, rows: Sequence[dict]) -> list[dict]:
+def contrasts(profile: Profile, rows: Sequence[dict]) -> list[dict]:
     """One row a part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its own best.
 
     `rows` are those of `table`. In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the
@@ -155,9 +166,9 @@ def contrasts(profile: str, rows: Sequence[dict]) -> list[dict]:
             tried.setdefault((row["notebook"], row["arm"]), []).append(row)
     common = {key: next(row for row in mine if row["chosen"]) for key, mine in tried.items()}
     own = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
-    p, shown = scale(profile), []
-    for part in (entry.at_profile(profile) for entry in ledger().values() if entry.belongs(profile)):
-        at_sizes = part.contrasts(max(p.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
+    shown = []
+    for part in _parts(profile):
+        at_sizes = part.contrasts(max(profile.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
         keys = {arm: (part.notebook, arm) for at_size in at_sizes for arm in at_size}
         if keys and all(key in tried for key in keys.values()):
             shown.append({

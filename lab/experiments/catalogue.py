@@ -1,161 +1,170 @@
-"""Which runs each notebook is made of, at each profile.
+"""Which experiment each notebook shows, and its runs at each profile.
 
-An experiment is a table of arms, each a run without its seed, and the seeds; `specs()` lists all runs with the seeds
-outermost, so that a stop leaves complete pairs.
+An experiment is a table of arms, each a run without its seed; `specs()` lists all its runs with the seeds outermost, so that a
+stop leaves complete pairs. A notebook of one's own is one more record in `NOTEBOOKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lab.claims.ledger import Part, ledger
-from lab.cost import plan
 from lab.data.published import DataAbsent
-from lab.experiments.profiles import Profile, profile
-from lab.experiments.small import (
-    baselines,
-    branches,
-    depth_or_width,
-    layer_scale,
-    pairs,
-    resolution,
-    stems,
-    transfer,
-    widths,
-)
+from lab.experiments import imagenet, small
+from lab.experiments.profiles import Arm, Profile
+from lab.runs import store
 from lab.runs.launch import launch
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
+from vitlib.model import ViTConfig
+
+Arms = Callable[[Profile], list[Arm]]
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook and the functions that make its arms, below ImageNet's scale and at the paper's; None where it has no runs."""
+
+    number: str
+    file: str  # in notebooks/, without .ipynb
+    small: Arms | None = None
+    imagenet: Arms | None = None
+
+    def arms_at(self, profile: Profile) -> Arms | None:
+        return self.imagenet if profile.paper else self.small
+
+
+NOTEBOOKS: tuple[Notebook, ...] = (
+    Notebook("00", "00_claims"),
+    Notebook("21", "21_tab1_baselines", small.baselines, imagenet.baselines),
+    Notebook("31", "31_fig1_branches", small.branches, imagenet.branches),
+    Notebook("32", "32_fig2_width", small.widths, imagenet.widths),
+    Notebook("33", "33_fig3_pairs", small.pairs, imagenet.pairs),
+    Notebook("34", "34_tab2_layerscale", small.layer_scale, imagenet.layer_scale),
+    Notebook("35", "35_tab3_depth_or_width", small.depth_or_width, imagenet.depth_or_width),
+    Notebook("36", "36_tab4_throughput"),
+    Notebook("41", "41_tab5_resolution", small.resolution, imagenet.resolution),
+    Notebook("42", "42_tab6_transfer", small.transfer, imagenet.transfer),
+    Notebook("51", "51_fig5_stem_and_masking"),
+    Notebook("52", "52_tab7_masked_pretraining", small.stems, imagenet.stems),
+)
+
+
+def notebook(name: str) -> Notebook:
+    """The look-up at the edge: "31", "31_fig1_branches" and "31_fig1_branches.ipynb" are one notebook.
+
+    Raises UsageError for another name.
+    """
+    for one in NOTEBOOKS:
+        if name in (one.number, one.file, f"{one.file}.ipynb", f"notebooks/{one.file}.ipynb"):
+            return one
+    raise unknown("notebook", name, [one.file for one in NOTEBOOKS])
 
 
 @dataclass(frozen=True)
 class Experiment:
     """The arms of one notebook at one profile."""
 
-    notebook: str
+    notebook: Notebook
     profile: Profile
-    arms: dict[str, RunSpec]
+    arms: dict[str, Arm]  # by label
 
     def specs(self) -> list[RunSpec]:
         """Every run, seeds outermost."""
-        return [spec.with_seed(seed) for seed in self.profile.seeds for spec in self.arms.values()]
+        return in_order([arm.spec for arm in self.arms.values()], self.profile.seeds)
 
     def run(
         self, jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Mapping[str, str] | None = None
     ) -> Runs:
         """Train what is missing, as `launch` does, and read all results."""
-        return self.collect(launch(self.specs(), jobs, seconds, stamps))
+        results = launch(self.specs(), jobs, seconds, stamps)
+        return Runs(self, {arm: [results[s] for s in self.seeds_of(arm)] for arm in self.arms})
 
-    def collect(self, found: dict[RunSpec, Result]) -> Runs:
-        """The results by arm, one a seed."""
-        seeds = self.profile.seeds
-        return Runs(self, {arm: [found[spec.with_seed(s)] for s in seeds] for arm, spec in self.arms.items()})
+    def finished(self, labels: Collection[str] | None = None) -> Runs:
+        """What is finished of all arms or of these; an arm with a seed missing is left out."""
+        found = {a: [store.find(s) for s in self.seeds_of(a)] for a in self.arms if labels is None or a in labels}
+        return Runs(self, {arm: results for arm, results in found.items() if all(results)})
+
+    def seeds_of(self, label: str) -> list[RunSpec]:
+        """The runs of one arm, in the order of the profile's seeds."""
+        return [self.arms[label].spec.with_seed(seed) for seed in self.profile.seeds]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The results of an experiment: for each arm one result a seed."""
+    """The results of an experiment: for each arm one result per seed."""
 
     experiment: Experiment
     results: dict[str, list[Result]]
 
 
-# notebook number -> (file name, arms); notebooks without runs have none
-NOTEBOOKS: dict[str, tuple[str, Callable[[Profile], dict[str, RunSpec]] | None]] = {
-    "00": ("00_claims", None),
-    "21": ("21_tab1_baselines", baselines),
-    "31": ("31_fig1_branches", branches),
-    "32": ("32_fig2_width", widths),
-    "33": ("33_fig3_pairs", pairs),
-    "34": ("34_tab2_layerscale", layer_scale),
-    "35": ("35_tab3_depth_or_width", depth_or_width),
-    "36": ("36_tab4_throughput", None),
-    "41": ("41_tab5_resolution", resolution),
-    "42": ("42_tab6_transfer", transfer),
-    "51": ("51_fig5_stem_and_masking", None),
-    "52": ("52_tab7_masked_pretraining", stems),
-}
-
-
-def notebook_number(name: str) -> str:
-    """ "31", "31_fig1_branches" and "31_fig1_branches.ipynb" are one notebook. Raises UsageError for another."""
-    for number, (file, _) in NOTEBOOKS.items():
-        if name in (number, file, f"{file}.ipynb", f"notebooks/{file}.ipynb"):
-            return number
-    raise unknown("notebook", name, [file for file, _ in NOTEBOOKS.values()])
-
-
-def experiment(notebook: str, profile_name: str) -> Experiment:
-    """The experiment behind a notebook. Raises UsageError for names that do not exist."""
-    number, scale = notebook_number(notebook), profile(profile_name)
-    arms = NOTEBOOKS[number][1]
+def experiment(notebook: Notebook, profile: Profile) -> Experiment:
+    """The experiment of a notebook. Raises UsageError where the notebook has no runs at this profile."""
+    arms = notebook.arms_at(profile)
     if arms is None:
-        raise UsageError(f"notebook {NOTEBOOKS[number][0]} has no runs of its own")
-    if scale.paper:
-        from lab.experiments import imagenet
+        raise UsageError(_without(notebook, profile))
+    made = arms(profile)
+    by_label = {arm.label: arm for arm in made}
+    if len(by_label) < len(made):
+        raise UsageError(f"notebook {notebook.file} has two arms of one label at profile {profile.name}")
+    return Experiment(notebook, profile, by_label)
 
-        arms = imagenet.ARMS[number]
-    return Experiment(number, scale, arms(scale))
+
+def _without(notebook: Notebook, profile: Profile) -> str:
+    if notebook.small is None:
+        return f"notebook {notebook.file} has no runs of its own"
+    where = "lab/experiments/imagenet.py" if profile.paper else "lab/experiments/small.py"
+    return (
+        f"notebook {notebook.file} has no runs at profile {profile.name}: "
+        f"its record in lab/experiments/catalogue.py names no function of {where}"
+    )
 
 
-def available(profile_name: str, notebooks: list[str]) -> tuple[list[str], list[DataAbsent]]:
-    """Of these notebooks those whose data is there, and what is said of the others' data, each data set once."""
+def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Notebook], list[UsageError]]:
+    """The notebooks that can run at this profile, and why others cannot, each reason once: data or arms that are not there."""
     there, absent = [], {}
-    for number in notebooks:
+    for one in notebooks:
         try:
-            if NOTEBOOKS[number][1]:
-                experiment(number, profile_name)
-            there.append(number)
-        except DataAbsent as fault:
+            if one.small:
+                experiment(one, profile)
+            there.append(one)
+        except UsageError as fault:
+            if not isinstance(fault, DataAbsent) and one.arms_at(profile):
+                raise
             absent[str(fault)] = fault
     return there, list(absent.values())
 
 
-def all_specs(profile_name: str, notebooks: list[str]) -> list[RunSpec]:
-    """The runs of several notebooks in one queue, each once, seeds outermost.
+def experiments(profile: Profile, notebooks: Iterable[Notebook]) -> list[Experiment]:
+    """The experiments of those notebooks that have runs.
 
-    Where every arm is run, which takes hours: what each part of a claim reads, the cheapest part first, then the rest,
-    so that a stop leaves whole verdicts.
+    Raises UsageError where one was asked for that has runs at other profiles only, and no other.
     """
-    p = profile(profile_name)
-    chosen = [experiment(n, p.name) for n in notebooks if NOTEBOOKS[n][1]]
-    blocks = [[spec for e in chosen for spec in e.arms.values()]]
-    if p.every_arm:
-        blocks = sorted((arms for e in chosen for arms in _read_by_parts(e)), key=_cost) + blocks
-    return list(dict.fromkeys(spec.with_seed(seed) for block in blocks for seed in p.seeds for spec in block))
+    notebooks = list(notebooks)
+    made = [experiment(one, profile) for one in notebooks if one.arms_at(profile)]
+    if not made and (elsewhere := [one for one in notebooks if one.small]):
+        raise UsageError(_without(elsewhere[0], profile))
+    return made
 
 
-def part_specs(profile_name: str, parts: list[str]) -> list[RunSpec]:
-    """The runs that the verdicts on these parts of claims are read from, part by part, seeds outermost.
-
-    Raises UsageError for a part that does not exist or has no runs at this profile.
-    """
-    p, queue = profile(profile_name), []
-    for id in parts:
-        if id not in ledger():
-            raise unknown("part of a claim", id, ledger())
-        part = ledger()[id]
-        arms = NOTEBOOKS[part.notebook][1] and experiment(part.notebook, p.name).arms
-        read = _read(part, p, arms) if arms and part.belongs(p.name) else []
-        if not read:
-            raise UsageError(f"part {id} has no runs at profile {p.name}")
-        queue += [spec.with_seed(seed) for seed in p.seeds for spec in read]
-    return list(dict.fromkeys(queue))
+def all_specs(profile: Profile, notebooks: Iterable[Notebook]) -> list[RunSpec]:
+    """The runs of several notebooks in one queue, each once, seeds outermost."""
+    specs = [arm.spec for one in experiments(profile, notebooks) for arm in one.arms.values()]
+    return in_order(specs, profile.seeds)
 
 
-def _read_by_parts(setting: Experiment) -> list[list[RunSpec]]:
-    """For each part of a claim in this notebook the runs that its verdict is read from."""
-    parts = [part for part in ledger().values() if part.notebook == setting.notebook]
-    return [_read(part, setting.profile, setting.arms) for part in parts if part.belongs(setting.profile.name)]
+def in_order(specs: Sequence[RunSpec], seeds: Sequence[int]) -> list[RunSpec]:
+    """Each run once, seeds outermost."""
+    return list(dict.fromkeys(spec.with_seed(seed) for seed in seeds for spec in specs))
 
 
-def _read(part: Part, p: Profile, arms: dict[str, RunSpec]) -> list[RunSpec]:
-    there = part.at_profile(p.name)
-    names = [*there.arms(max(p.pairs, there.min_pairs)), there.parent]
-    return [arms[name] for name in dict.fromkeys(names) if name in arms]
+def arms_of(table: Callable[[Profile], list[Arm]], profile: Profile) -> dict[str, Arm]:
+    """The arms of an experiment by label, e.g. `arms_of(small.resolution, profile)`, at the paper's scale where the profile has it."""
+    make = getattr(imagenet, table.__name__) if profile.paper else table
+    return {arm.label: arm for arm in make(profile)}
 
 
-def _cost(arms: list[RunSpec]) -> float:
-    return sum(plan.formula_seconds(spec) for spec in {member for arm in arms for member in arm.family()})
+def stem_model(profile: Profile, name: str) -> ViTConfig:
+    """The model of a row of Table 7 at a profile's scale."""
+    return (imagenet if profile.paper else small).stem_model(profile, name)

@@ -1,10 +1,25 @@
-"""The scales of all runs. A profile is a scale; the code path is the same."""
+"""The scales of all runs, and what an arm of an experiment is. A profile is a scale; the code path is the same."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vitlib.errors import unknown
+
+if TYPE_CHECKING:
+    from lab.runs.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One cell of a table: what is trained (its recipe included, its seed not), and where its number is printed."""
+
+    label: str
+    spec: RunSpec
+    row: str  # the model, stem, or data set with width and images, as in the paper's table
+    column: str  # what is compared within a row: branches, strategy, training
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,10 @@ class Profile:
     targets: str = "tokens"  # of masked pre-training: "dvae" as in the paper, "tokens" (k-means) where it must be quick
     widths: tuple[int, ...] = (32, 64, 96)  # of Figure 2
     wider: tuple[int, int] = (96, 16)  # width and pairs that cost what 36 pairs of `width` cost (Table 3)
-    trunk_data: str = "fashion-mnist-6"  # of transfer: classes that no target has
+    # Of Table 6: data set -> its numbers of labelled images, class-balanced, the last one all that it has
+    transfer_widths: tuple[int, ...] = ()
+    transfer_images: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    trunk_data: str = "fashion-mnist-6"  # of Table 6: classes that no target has
     # Factors on the recipes' batches and rates. Not tuned where they are not 1.
     batch: int = 1
     rate: float = 1.0
@@ -47,7 +65,7 @@ class Profile:
 
     @property
     def only_primary(self) -> bool:
-        """The forms below have no runs here: their notebooks show sizes, the paper and the committed reference."""
+        """Figures 2 and 3 and Tables 2 and 3 have no runs here: they show the paper and the committed reference."""
         return self.judged and not self.every_arm
 
 
@@ -56,7 +74,7 @@ PROFILES = {
     "smoke": Profile(
         name="smoke", data="fashion-mnist", seeds=(1000,), width=32, pairs=12, image_size=16, finetune_size=20,
         patch_size=4, stem_pairs=6, images=500, finetune_images=500, few_labels=100, epochs=2, masked_epochs=1,
-        few_labels_epochs=8, every_arm=False,
+        few_labels_epochs=8, every_arm=False, transfer_widths=(32,), transfer_images={"fashion-mnist-4": (200,)},
     ),
     "cpu": Profile(
         name="cpu", data="fashion-mnist", seeds=(0, 1, 2, 3, 4), width=64, pairs=12, image_size=16, finetune_size=20,
@@ -66,19 +84,28 @@ PROFILES = {
     "study": Profile(
         name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
         finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2,
-        masked_epochs=4, few_labels_epochs=24, every_arm=True, targets="dvae",
+        masked_epochs=4, few_labels_epochs=24, every_arm=True, targets="dvae", transfer_widths=(32, 64),
+        transfer_images={
+            "fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000),
+        },
     ),
     # float32: a GPU is bound by the number of kernels at this size, and bfloat16 needs more of them.
     "gpu": Profile(
         name="gpu", data="cifar-10", seeds=(20, 21, 22, 23, 24), width=192, pairs=12, image_size=24, finetune_size=32,
         patch_size=4, stem_pairs=12, images=None, finetune_images=None, few_labels=5000, epochs=12, masked_epochs=24,
         few_labels_epochs=24, every_arm=True, targets="dvae", widths=(96, 192, 288), wider=(288, 16),
+        transfer_widths=(96, 192), transfer_images={"cifar-10": (500, 5000, 45_000)},
         trunk_data="tiny-imagenet", batch=4, rate=0.5, device="auto",
     ),
     "imagenet": Profile(
         name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
         finetune_size=384, patch_size=16, stem_pairs=12, images=None, finetune_images=None, few_labels=0, epochs=300,
         masked_epochs=300, few_labels_epochs=100, every_arm=True, execution="seq", targets="dvae", trunk_data="imagenet-1k",
+        transfer_widths=(384, 768, 1024),
+        transfer_images={  # Table 9: every label of each
+            "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,),
+            "cifar-100": (50_000,), "stanford-cars": (8144,), "flowers-102": (2040,),
+        },
         device="cuda", paper=True,
     ),
 }  # fmt: skip
@@ -91,7 +118,7 @@ LAYER_SCALE = 1e-4  # Released code: models_v2.py, init_scale; the paper states 
 
 
 def profile(name: str) -> Profile:
-    """Raises UsageError for a profile that does not exist."""
+    """The look-up at the edge: a command line, a notebook, a test. Raises UsageError for another name."""
     if name not in PROFILES:
         raise unknown("profile", name, PROFILES)
     return PROFILES[name]

@@ -18,12 +18,12 @@ from lab.claims.ledger import ledger, part_hash
 from lab.claims.statistics import prints_as
 from lab.cost import count
 from lab.data.cards import source
-from lab.experiments.profiles import Profile
-from lab.experiments.small import STEM_ARMS, stem_model
+from lab.experiments.catalogue import stem_model
+from lab.experiments.profiles import Arm, Profile
+from lab.experiments.small import STEM_ARMS
 from lab.paper import paper_numbers, paper_table
 from lab.report import paper
 from lab.report.tables import NOT_RUN, framed
-from lab.runs.spec import RunSpec
 from vitlib.model import ViT, ViTConfig, fuse, vit_config
 
 MB = 2**20
@@ -80,9 +80,9 @@ def table1_sizes() -> pd.DataFrame:
     return framed(rows, layout | {"to the printed digit": "{same}"})
 
 
-def arm_sizes(arms: Mapping[str, RunSpec]) -> pd.DataFrame:
+def arm_sizes(arms: Mapping[str, Arm]) -> pd.DataFrame:
     """The models that a notebook trains, counted."""
-    rows = [{"arm": arm} | _size(spec.model) for arm, spec in arms.items()]
+    rows = [{"arm": label} | _size(arm.spec.model) for label, arm in arms.items()]
     return framed(rows, {"arm": "{arm}"} | FORM | {"multiply-adds": "{macs:,}"})
 
 
@@ -322,13 +322,13 @@ def bench_rows(name: str, p: Profile) -> list[tuple[str, list[dict]]]:
     return [(source, runner.read(path)) for source, path in places.items()]
 
 
-def splits(arms: Mapping[str, RunSpec]) -> pd.DataFrame:
+def splits(arms: Mapping[str, Arm]) -> pd.DataFrame:
     """Table 9, the paper's data sets, and below them those of these arms, as their cards say."""
     rows = [
         {"data set": row.dataset, "in": "the paper", "train": row.train_images, "test": row.test_images, "classes": row.classes}
         for row in paper_numbers("table9").itertuples()
     ]  # fmt: skip
-    for name in dict.fromkeys(member.data for spec in arms.values() for member in spec.family()):
+    for name in dict.fromkeys(member.data for arm in arms.values() for member in arm.spec.family()):
         known = source(name).facts
         rows.append({"data set": name, "in": "this notebook", **known.sizes, "classes": known.num_classes})
     counts = {name: f"{{{name}:,.0f}}" for name in ("train", "validation", "test", "classes")}

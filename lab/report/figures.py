@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lab.claims import exact
 from lab.data.cards import card, load_resized
 from lab.experiments import small
-from lab.experiments.catalogue import Runs
+from lab.experiments.catalogue import Runs, arms_of
 from lab.experiments.profiles import PROFILES, Profile
 from lab.report import paper
 from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
@@ -221,7 +221,7 @@ def _show(panel: Axes, picture: np.ndarray) -> None:
 def masking_figure(p: Profile, count: int = 4) -> Figure:
     """Images, their block-wise masks, and the k-means prototypes of their patches; of `cpu` where none are in memory."""
     p = PROFILES["cpu"] if p.paper else p
-    spec = small.stems(p)["linear pretrained"].parent.with_seed(p.seeds[0])
+    spec = arms_of(small.stems, p)["linear pretrained"].spec.parent.with_seed(p.seeds[0])
     grid, side, channels = spec.model.grid, spec.model.patch_size, spec.model.in_chans
     data = load_resized(spec.data, "train", spec.model.image_size)
     tokens = tokenizers.make_targets("tokens", data, side, spec.seed)

@@ -22,12 +22,11 @@ from matplotlib.figure import Figure
 from lab import paths
 from lab.claims.ledger import ledger_hashes
 from lab.cost.plan import cpu_seconds
-from lab.experiments.catalogue import NOTEBOOKS, Experiment, Runs, experiment, notebook_number
-from lab.experiments.profiles import Profile, profile
+from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
+from lab.experiments.profiles import Arm, Profile, profile
 from lab.report import figures, judgements, tables
 from lab.runs import store
 from lab.runs.results import Archive
-from lab.runs.spec import RunSpec
 from vitlib.files import write_whole
 
 
@@ -35,13 +34,13 @@ from vitlib.files import write_whole
 class Page:
     """One notebook at one profile."""
 
-    number: str
+    notebook: Notebook
     profile: Profile
     experiment: Experiment | None  # None: this notebook trains nothing
     committed: Runs | None  # what the committed reference has of it
 
     @property
-    def arms(self) -> dict[str, RunSpec]:
+    def arms(self) -> dict[str, Arm]:
         """The arms to show: this profile's, or where it has none, those of the committed reference."""
         return self.experiment.arms or self.committed.experiment.arms
 
@@ -53,7 +52,7 @@ class Page:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
         train = os.environ.get("VITLIB_TRAIN") != "0"
         setting = self.experiment
-        runs = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else Runs(setting, judgements.finished(setting))
+        runs = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else setting.finished()
         display(Markdown(tables.provenance(runs)))
         return runs
 
@@ -103,13 +102,13 @@ class Page:
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries."""
-        mine = judgements.verdicts(self.profile.name, self.number)
+        mine = judgements.verdicts(self.profile, self.notebook.number)
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        family = judgements.tested_elsewhere(self.profile.name, self.number)
+        family = judgements.tested_elsewhere(self.profile, self.notebook.number)
         self.table(tables.verdicts(mine, family), "verdicts")
 
     def _path(self, folder: str, name: str) -> Path:
-        return paths.outputs() / self.profile.name / folder / f"{NOTEBOOKS[self.number][0]}{'_' if name else ''}{name}"
+        return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
 
 
 @functools.cache
@@ -132,9 +131,9 @@ def open_page(number: str, profile_name: str) -> Page:
     Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
     """
     tables.theme()
-    number, p = notebook_number(number), profile(profile_name)
-    trains = NOTEBOOKS[number][1] is not None
-    committed = Runs(experiment(number, "study"), archive().results(number)) if trains else None
-    page = Page(number, p, experiment(number, p.name) if trains else None, committed)
+    shown, p = notebook(number), profile(profile_name)
+    trains = shown.small is not None
+    committed = Runs(experiment(shown, profile("study")), archive().results(shown.number)) if trains else None
+    page = Page(shown, p, experiment(shown, p) if trains else None, committed)
     display(Markdown(tables.legend(p, reference_text())))
     return page

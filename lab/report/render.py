@@ -27,7 +27,7 @@ from lab import paths
 from lab.bench import cases, runner
 from lab.claims.ledger import ledger, ledger_hashes, part_hash
 from lab.cost.plan import cpu_seconds
-from lab.experiments.catalogue import NOTEBOOKS, all_specs, available
+from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
 from lab.report import judgements, tables
 from lab.runs import store
@@ -45,14 +45,14 @@ class NotebookFailed(RuntimeError):
     """A notebook raised an error or its kernel died; the message says which notebook, where it lies, and the error."""
 
 
-def source(number: str) -> Path:
+def source(notebook: Notebook) -> Path:
     """The committed notebook."""
-    return paths.NOTEBOOKS / f"{NOTEBOOKS[number][0]}.ipynb"
+    return paths.NOTEBOOKS / f"{notebook.file}.ipynb"
 
 
 def reproduce(
     p: Profile,
-    notebooks: Sequence[str],
+    notebooks: Sequence[Notebook],
     specs: Sequence[RunSpec],
     jobs: int,
     settings: Sequence[str],
@@ -70,19 +70,21 @@ def reproduce(
     if train:
         launch(specs, jobs, cpu_seconds, ledger_hashes())
     part = ledger()[cases.F3]
-    if part.notebook in notebooks and p.judged:  # timed alone on the machine, before kernels start
+    if (
+        part.notebook in [one.number for one in notebooks] and p.judged
+    ):  # timed alone on the machine, before kernels start
         cases.measured_evidence(p, part, part_hash(part.entry(p.name)))
     folder, last = paths.outputs() / p.name / "notebooks", [n for n in notebooks if collects(n)]
 
-    def one(number: str) -> str:
+    def one(notebook: Notebook) -> str:
         """Render one notebook where it is not current; what went wrong, or nothing."""
-        target = folder / source(number).name
-        key = _content_key(source(number), parameters[number], _evidence(p, number, specs))
+        target = folder / source(notebook).name
+        key = _content_key(source(notebook), parameters[notebook], _evidence(p, notebook, specs))
         if _is_current(target, key):
             print(f"{target.name}: unchanged")
             return ""
         try:
-            _render(source(number), target, parameters[number], key)
+            _render(source(notebook), target, parameters[notebook], key)
         except NotebookFailed as fault:
             return str(fault)
         print(f"{target.name}: rendered")
@@ -91,14 +93,14 @@ def reproduce(
     # One kernel per core.
     with kernel_environment(VITLIB_TRAIN=str(int(train))), ThreadPoolExecutor(cores()) as pool:
         failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
-    print(f"\n{tables.claims_text(p, judgements.verdicts(p.name))}\n\nexecuted notebooks: {folder}")
+    print(f"\n{tables.claims_text(p, judgements.verdicts(p))}\n\nexecuted notebooks: {folder}")
     if any(failed):
         raise NotebookFailed("; ".join(filter(None, failed)))
 
 
-def collects(number: str) -> bool:
+def collects(notebook: Notebook) -> bool:
     """Whether a notebook has no runs and no claims of its own, and shows what the others say."""
-    return NOTEBOOKS[number][1] is None and all(part.notebook != number for part in ledger().values())
+    return notebook.small is None and all(part.notebook != notebook.number for part in ledger().values())
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[str]) -> dict[str, object]:
@@ -123,9 +125,9 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
     return chosen
 
 
-def _evidence(p: Profile, number: str, specs: Sequence[RunSpec]) -> list:
+def _evidence(p: Profile, notebook: Notebook, specs: Sequence[RunSpec]) -> list:
     """What a notebook reads: the results of its runs and the timings; where it collects, those of all notebooks."""
-    specs = all_specs(p.name, available(p.name, list(NOTEBOOKS))[0]) if collects(number) else specs
+    specs = all_specs(p, available(p, NOTEBOOKS)[0]) if collects(notebook) else specs
     results = sorted([spec.hash, result.record()] for spec in specs if (result := store.find(spec)) is not None)
     return [results, [runner.read(runner.path_of(name, p)) for name in cases.BENCHES]]
 

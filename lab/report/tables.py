@@ -21,8 +21,8 @@ from lab.claims.ledger import ledger
 from lab.claims.statistics import difference, interval
 from lab.cost import plan
 from lab.data.cards import card
-from lab.experiments.catalogue import NOTEBOOKS, Experiment, Runs
-from lab.experiments.profiles import Profile
+from lab.experiments.catalogue import Experiment, Runs, notebook
+from lab.experiments.profiles import Arm, Profile
 from lab.experiments.small import PRIMARY_STEMS
 from lab.runs import store
 from lab.runs.execute import cores
@@ -147,11 +147,11 @@ def accuracies(runs: Runs, committed: Runs, reference: str, paper: Mapping[str, 
     return framed(rows, layout | {"trained_params": "{trained_params:,.0f}"}, always)
 
 
-def sequential(arms: Mapping[str, RunSpec], width: int, layer_scale: bool = False) -> str:
+def sequential(arms: Mapping[str, Arm], width: int, layer_scale: bool = False) -> str:
     """The first arm of one branch, with LayerScale or without, of this width where there is one."""
     ones = {
-        arm: spec.model.width for arm, spec in arms.items()
-        if spec.model.branches == 1 and (spec.model.layer_scale is not None) == layer_scale
+        label: arm.spec.model.width for label, arm in arms.items()
+        if arm.spec.model.branches == 1 and (arm.spec.model.layer_scale is not None) == layer_scale
     }  # fmt: skip
     return next((arm for arm, wide in ones.items() if wide == width), next(iter(ones)))
 
@@ -163,10 +163,8 @@ def gaps(runs: Runs, committed: Runs, size: str) -> pd.DataFrame:
     """
     here = bool(runs.results or not committed.results)
     shown = runs if here else committed
-    p, models = (
-        shown.experiment.profile,
-        {arm: s.model for arm, s in (shown.experiment.arms or committed.experiment.arms).items()},
-    )
+    p, arms = shown.experiment.profile, shown.experiment.arms or committed.experiment.arms
+    models = {label: arm.spec.model for label, arm in arms.items()}
     if size == "pairs":  # of the profile's own width, where there are some
         models = {arm: m for arm, m in models.items() if m.width == p.width} or models
     arms = {(getattr(m, size), m.branches): arm for arm, m in models.items()}
@@ -219,9 +217,9 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
 
 def _transfer(runs: Runs, measured: str) -> list[dict]:
     settings: dict[tuple, dict[str, str]] = {}
-    for arm, spec in runs.experiment.arms.items():
-        place = (spec.data, spec.images, spec.model.name.partition("/")[0])
-        settings.setdefault(place, {})[spec.strategy if spec.parent else "scratch"] = arm
+    for label, arm in runs.experiment.arms.items():
+        place = (arm.spec.data, arm.spec.training_images, arm.spec.model.name.partition("/")[0])
+        settings.setdefault(place, {})[arm.column] = label
     rows = []
     for place, arms in settings.items():
         results = {strategy: runs.results[arm] for strategy, arm in arms.items() if arm in runs.results}
@@ -235,7 +233,7 @@ def _transfer(runs: Runs, measured: str) -> list[dict]:
 
 def places(setting: Experiment) -> dict[tuple[str, str], str]:
     """(row, column) of the paper's table -> the arm that stands there."""
-    return {(arm.partition(" ")[0], arm.partition(" ")[2]): arm for arm in setting.arms}
+    return {(arm.row, arm.column): label for label, arm in setting.arms.items()}
 
 
 def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -276,7 +274,7 @@ def trainings(runs: Runs) -> pd.DataFrame:
         here = [arms.get((stem, training), "") for stem in PRIMARY_STEMS]
         if here[0] not in runs.results:
             continue
-        parent = runs.experiment.arms[here[0]].parent
+        parent = runs.experiment.arms[here[0]].spec.parent
         row = {"training": training, "predicts": TARGETS[parent.targets] if parent else None}
         for stem, arm in zip(PRIMARY_STEMS, here, strict=True):
             row |= summary(runs.results.get(arm, ()), prefix=f"{stem} ")
@@ -331,7 +329,7 @@ def stances(chosen: Sequence[Verdict]) -> pd.DataFrame:
         mine = [v for v in chosen if v.part.claim == claim]
         words = "; ".join(f"{v.part.id}: {v.text}" if len(mine) > 1 else v.text for v in mine)
         rows.append({"claim": claim, "says": mine[0].part.title, "parts": words, "stance": claim_stance(mine),
-                     "notebook": NOTEBOOKS[mine[0].part.notebook][0]})  # fmt: skip
+                     "notebook": notebook(mine[0].part.notebook).file})  # fmt: skip
     return framed(rows, {name: f"{{{name}}}" for name in ("claim", "says", "parts", "stance", "notebook")})
 
 
@@ -364,7 +362,7 @@ def provenance(runs: Runs) -> str:
     family = {member for spec in runs.experiment.specs() for member in spec.family()}
     results = [result for spec in family if (result := store.find(spec)) is not None]
     names = "; ".join(
-        card(name)["pretty_name"] for name in dict.fromkeys(s.data for s in runs.experiment.arms.values())
+        card(name)["pretty_name"] for name in dict.fromkeys(arm.spec.data for arm in runs.experiment.arms.values())
     )
     about = f"{names}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
     if not p.judged:
@@ -386,8 +384,8 @@ def claims_text(p: Profile, every: Sequence[Verdict]) -> str:
 
 def tuning_text(p: Profile, groups: Collection[str]) -> str:
     """Validation accuracy at every rate, margins, contrasts at the best rates; all of it is written as CSV too."""
-    rows = tuning.table(p.name, tuning.GROUPS)
-    whole = {"tuning": rows, "margins": tuning.margins(p.name), "best_rates": tuning.contrasts(p.name, rows)}
+    rows = tuning.table(p, tuning.GROUPS)
+    whole = {"tuning": rows, "margins": tuning.margins(p), "best_rates": tuning.contrasts(p, rows)}
     for name, table in whole.items():
         save(pd.DataFrame(table), paths.outputs() / p.name / f"{name}.csv")
     shown = [[row for row in rows if row["group"] in groups], whole["margins"], whole["best_rates"]]
