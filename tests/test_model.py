@@ -1061,9 +1061,13 @@ def test_a_model_whose_branches_are_not_those_of_its_configuration_is_not_fused(
 READ = [{"pool": "cls"}, {"pool": "mean", "pos": "all"}, {"pool": "cls", "pos": "relative"}]
 
 
-@pytest.mark.parametrize("read", READ, ids=str)
-@pytest.mark.parametrize("execution", ["seq", "par", "fused"])
-@pytest.mark.parametrize("arm", STEM_ARMS)
+EXECUTED = ("seq", "par", "fused")
+# every stem in every execution, every reading in every execution
+TRACED = [(arm, how, READ[(i + j) % 3]) for i, arm in enumerate(STEM_ARMS) for j, how in enumerate(EXECUTED)]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("arm", "execution", "read"), TRACED)
 def test_a_traced_model_takes_any_batch_size(arm, execution, read):
     vit = model("W64-1x2/4", torch.float32, **STEM_ARMS[arm], **read).eval()
     vit = fuse(vit) if execution == "fused" else set_execution(vit, execution)
@@ -1075,7 +1079,7 @@ def test_a_traced_model_takes_any_batch_size(arm, execution, read):
         assert vit(images(0, torch.float32)).shape == (0, 7)
 
 
-EXPORTED = [("hmlp-bn", "seq", 0), ("conv", "fused", 1), ("local", "par", 2)]
+EXPORTED = [("conv", "fused", 1), ("local", "par", 2)]
 
 
 @pytest.mark.parametrize(("arm", "execution", "read"), EXPORTED)
