@@ -15,7 +15,7 @@ from vitlib.train import PROTOCOLS, finetune, loop, tokenizers
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
 
-TRAINING_VERSION = 3  # raised whenever training changes its numbers; golden steps in tests/test_training.py notice
+TRAINING_VERSION = 3  # raised whenever training changes its numbers; golden steps in tests/test_loop.py notice
 
 # Seeds from here on are for development and tuning: they evaluate on validation images and are never judged.
 FIRST_TUNING_SEED = 1000

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -35,14 +35,6 @@ class Step:
     epoch: int  # from 0
     lr: float  # of the recipe; layer decay scales it down for what is not the head
     loss: float
-
-
-class Stateful(Protocol):
-    """A model, an optimizer, a schedule, an average of weights."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> object: ...
 
 
 class Checkpoints:
@@ -77,8 +69,8 @@ class Checkpoints:
     def due(self) -> bool:
         return self.writes and time.monotonic() - self.written >= self.every_s
 
-    def write(self, parts: Mapping[str, Stateful], history: list[Step]) -> None:
-        """Take the older file's place once this one is whole. Weights that are not finite are not worth keeping.
+    def write(self, parts: Mapping[str, Any], history: list[Step]) -> None:
+        """parts: a model, an optimizer, a schedule: all with `state_dict`. Weights that are not finite are not worth keeping.
 
         Raises UsageError where there is no room on the disk; the older file stays.
         """
@@ -100,7 +92,7 @@ class Checkpoints:
             raise UsageError(f"no room on disk for a checkpoint in {self.path.parent}: {kept}") from None
         self.step = len(history)
 
-    def read(self, parts: Mapping[str, Stateful]) -> list[Step]:
+    def read(self, parts: Mapping[str, Any]) -> list[Step]:
         """Bring `parts` to where the run was; its history so far, empty where there is no checkpoint.
 
         A file that is damaged, of another run or of another form is set aside with a warning.
@@ -116,7 +108,7 @@ class Checkpoints:
         self.step = len(history)
         return history
 
-    def _load(self, parts: Mapping[str, Stateful]) -> dict | None:
+    def _load(self, parts: Mapping[str, Any]) -> dict | None:
         try:
             if (part := zipfile.ZipFile(self.path).testzip()) is not None:  # torch does not look at the checksums
                 raise ValueError(f"the checksum of {part} is wrong")

@@ -24,11 +24,11 @@ from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model.weights import KINDS, Savable
-from vitlib.train.engine import CPU
+from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import codebook_use
 
-CHUNK = 2**24  # numbers that are drawn at a time; 128 MiB each time they are written down in 64 bits
+CHUNK = 2**24  # numbers drawn at a time: 128 MiB in 64 bits
 SMALLEST = 2.0**-54  # in place of a uniform number that is 0
 
 
@@ -37,17 +37,16 @@ class DVAEConfig:
     """The size of one tokenizer, and how it is annealed. A change of any field is another run."""
 
     image_size: int
-    patch_size: int  # one token a patch; DALL-E's are 8x8 pixels, in BEiT of an image at half the size
+    patch_size: int  # one token per patch; in BEiT 8x8 pixels of an image at half the model's size
     in_chans: int
     vocabulary: int = 128  # V; BEiT's 8192 belong to millions of larger images
     width: int = 64  # D: channels of every hidden map, and length of a codebook vector
     temperature: tuple[float, float] = (1.0, 1 / 16)  # first and last, on a cosine: Ramesh et al. 2021
-    # At 0.02, 96 to 98 % of 128 tokens are in use after 4 epochs of 18,000 Fashion-MNIST images at 16x16 (validation
-    # images, seeds 1000 to 1002); at 0 and a lower rate 7 %; at 0.03 as many, with 10 % more error. Ramesh et al. have another
-    # error and another weight.
+    # At 0.02, 96 to 98 % of 128 tokens are in use after 4 epochs of 18,000 Fashion-MNIST images at 16x16; at 0 and a lower
+    # rate 7 %; at 0.03 as many, with 10 % more error. Ramesh et al. have another error and another weight.
     kl_weight: float = 0.02
 
-    # What the loop and the plan ask of every model.
+    # What the loop asks of every model.
     drop_path: ClassVar[float] = 0.0
     pairs: ClassVar[int] = 0
 
@@ -90,16 +89,12 @@ class DVAE(nn.Module):
         self.decoder = nn.Sequential(Block(D), Block(D), nn.ReLU(), nn.Conv2d(D, C * P * P, 1), nn.PixelShuffle(P))
         # Training steps so far, which the temperature depends on; kept with the weights, as batch norm keeps its count.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        with torch.no_grad():
-            self._initialise(seed)
-
-    def _initialise(self, seed: int) -> None:
-        own = torch.Generator().manual_seed(key(seed, "init", "dvae") >> 1)
+        generator = torch.Generator().manual_seed(key(seed, "init", "dvae") >> 1)
         for tensor in () if self.codebook.is_meta else self.parameters():
             if tensor is self.codebook:
-                nn.init.normal_(tensor, generator=own)
+                nn.init.normal_(tensor, generator=generator)
             elif tensor.ndim > 1:
-                nn.init.kaiming_uniform_(tensor, nonlinearity="relu", generator=own)
+                nn.init.kaiming_uniform_(tensor, nonlinearity="relu", generator=generator)
             else:
                 nn.init.zeros_(tensor)
 
@@ -158,38 +153,28 @@ def gumbel(seed: int, epoch: int, index: np.ndarray, n: int, device: torch.devic
     """n standard Gumbel draws for each image, float32 (B, n): -log(-log u).
 
     Drawn where they are needed, a chunk of images at a time: at ImageNet's size a batch has 822 million, a minute's work
-    for the host.
+    for the host. In float64: in float32 a u near 1 would become 1, and its draw infinite.
     """
-    noise = torch.empty(len(index), n, device=device)
-    draw, images = _gumbel_on_host if noise.is_cpu else _gumbel_on_device, max(CHUNK // n, 1)
+    noise, images = torch.empty(len(index), n, device=device), max(CHUNK // n, 1)
     for start in range(0, len(index), images):
         part = slice(start, start + images)
-        noise[part] = draw(noise.device, seed, "gumbel", epoch, index[part], n)
+        u = draws.uniform_on(device, seed, "gumbel", epoch, index[part], n)
+        noise[part] = u.clamp_(min=SMALLEST).log_().neg_().log_().neg_()
     return noise
 
 
-def _gumbel_on_host(device: torch.device, *which) -> Tensor:
-    """float64. By numpy, as the runs so far: the last bit of its logarithms is not always that of torch's."""
-    return torch.from_numpy(-np.log(-np.log(np.maximum(draws.uniform(*which), SMALLEST))))
-
-
-def _gumbel_on_device(device: torch.device, *which) -> Tensor:
-    """float64 too: in float32 a u near 1 would become 1, and its draw infinite."""
-    return draws.uniform_on(device, *which).clamp_(min=SMALLEST).log_().neg_().log_().neg_()
-
-
 @torch.no_grad()
-def evaluate(model: DVAE, data: DataSet, batch_size: int = 500) -> dict[str, float]:
+def evaluate(model: DVAE, data: DataSet, engine: Engine = CPU) -> tuple[dict[str, float], None]:
     """With hard tokens: mean squared error of pixels between 0 and 1 (`recon_mse`), and how much of the codebook is used."""
-    std = data.std.to(model.codebook.device)
-    error, pixels, seen = 0.0, 0, []
-    for batch in data.evaluation_batches(batch_size):
-        images = batch.images.to(model.codebook.device)
+    device = model.codebook.device
+    std, error, pixels, seen = data.std.to(device), 0.0, 0, []
+    for batch in data.evaluation_batches(500):
+        images = batch.images.to(device)
         seen.append(model.tokens(images))
-        made = model.decode(model.codebook[seen[-1]])
-        error += F.mse_loss(made * std, images * std, reduction="sum").item()
+        decoded = model.decode(model.codebook[seen[-1]])
+        error += F.mse_loss(decoded * std, images * std, reduction="sum").item()
         pixels += images.numel()
-    return {"recon_mse": error / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary)
+    return {"recon_mse": error / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary), None
 
 
 def start(setting: Setting) -> tuple[DVAE, LossFunction]:
@@ -197,7 +182,5 @@ def start(setting: Setting) -> tuple[DVAE, LossFunction]:
     return DVAE(setting.model, setting.seed), DVAELoss(setting.seed, setting.steps)
 
 
-PROTOCOL = Protocol(
-    "tokenizer", start, lambda model, data, engine=CPU: (evaluate(model, data), None), DVAEConfig, classifies=False
-)
+PROTOCOL = Protocol("tokenizer", start, evaluate, DVAEConfig, classifies=False)
 KINDS["dvae"] = Savable(DVAE, DVAEConfig, lambda config, state: DVAE(config))

@@ -1,9 +1,9 @@
 """What a run is computed with: device, precision, parts of a batch, several processes.
 
 None of it changes what is drawn or which images meet in a batch. What changes is rounding, and the statistics of batch
-norm: they are those of what goes through the model at a time, a part of the batch with `accumulate`; several GPUs use
-SyncBatchNorm, whose statistics are those of all processes' parts together, so that they are of as many images on any
-number of GPUs (`own_parts`). LayerNorm and the linear stem know no such difference.
+norm: they are those of what goes through the model at a time, a part of the batch with `accumulate`. Several GPUs use
+SyncBatchNorm, whose statistics are of all processes' parts together, so that they are of as many images on any number
+of GPUs (`own_parts`). LayerNorm and the linear stem know no such difference.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ BACKEND = "inductor"  # of torch.compile
 
 @dataclass(frozen=True)
 class Engine:
-    """The fields are those of a `RunSpec`, and this process's place among the others."""
+    """How one process of a run computes."""
 
     device: str = "cpu"  # or "cuda": the GPU that is this process's current one
     precision: str = "float32"  # "bf16": forward pass and loss under autocast; weights and their gradients stay float32
     accumulate: int = 1  # parts of a batch of all processes
     compile: bool = False
-    checkpointing: bool = False
+    checkpointing: bool = False  # activations are computed again in the backward pass
     shard: Shard = WHOLE
 
     def place(self, model: nn.Module, batch_size: int) -> nn.Module:
@@ -50,7 +50,7 @@ class Engine:
             raise UsageError(f"a batch of {batch_size} images cannot be shared equally by {world} processes")
         if world > 1 and self.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif world > 1 and any(trains(m) for m in _batch_norms(model)):
+        elif world > 1 and trains_batch_norm(model):
             raise UsageError(
                 "batch norm does not train on several CPU processes, for torch synchronises it on GPUs only: allowed are "
                 "stem_norm 'ln' or 'none', one process, or GPUs"
@@ -70,14 +70,14 @@ class Engine:
 
     def parts(self, model: nn.Module) -> int:
         """Parts that this process's share of a batch goes through the model in."""
-        return own_parts(self.accumulate, self.shard.world, any(trains(m) for m in _batch_norms(model)))
+        return own_parts(self.accumulate, self.shard.world, trains_batch_norm(model))
 
     def move(self, batch: Batch) -> Batch:
         return batch.to(self.device)
 
     @contextmanager
     def forward(self, loss: nn.Module | None = None, last: bool = True) -> Iterator[None]:
-        """Around a forward pass. Gradients are averaged over processes once a step, with its last part.
+        """Around a forward pass. Gradients are averaged over processes once per step, with its last part.
 
         bfloat16 has the range of float32, so small gradients do not vanish and the loss needs no scaler.
         """
@@ -89,19 +89,28 @@ class Engine:
         """The mean over processes of a number that each of them has."""
         if self.shard.world > 1:
             dist.all_reduce(value)  # a sum: gloo has no mean
-            value = value / self.shard.world
-        return value.item()
+        return (value / self.shard.world).item()
 
     def gather(self, mine: object) -> list:
         """What every process has, in the order of ranks."""
-        if self.shard.world == 1:
-            return [mine]
-        everyones = [None] * self.shard.world
-        dist.all_gather_object(everyones, mine)
+        everyones = [mine] * self.shard.world
+        if self.shard.world > 1:
+            dist.all_gather_object(everyones, mine)
         return everyones
 
 
 CPU = Engine()
+
+
+class Loss(nn.Module):
+    """Model and loss function as one module: what wraps modules sees one forward pass, whatever the loss asks for."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Batch, draws: Tensor | None) -> Tensor:
+        return self.function(self.model, batch, draws)
 
 
 def own_parts(accumulate: int, processes: int, batch_norm: bool) -> int:
@@ -113,25 +122,12 @@ def own_parts(accumulate: int, processes: int, batch_norm: bool) -> int:
     return accumulate if batch_norm else math.ceil(accumulate / processes)
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, BatchNorm)]
-
-
-class Loss(nn.Module):
-    """A loss function and its model as one module: what wraps modules then sees one forward pass, whatever the loss
-    asks of the model.
-    """
-
-    def __init__(self, model: nn.Module, function: Callable[..., Tensor]):
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self, batch: Batch, draws: Tensor | None) -> Tensor:
-        return self.function(self.model, batch, draws)
-
-
 def trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
+
+
+def trains_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, BatchNorm) and trains(module) for module in model.modules())
 
 
 def resolve(device: str) -> str:
@@ -152,8 +148,8 @@ def this_shard() -> Shard:
 def joined(device: str) -> Iterator[Shard]:
     """Join the processes that torchrun started, as its environment says: NCCL between GPUs, gloo between CPUs."""
     if device == "cuda":
-        if (wanted := int(os.environ["LOCAL_WORLD_SIZE"])) > (there := torch.cuda.device_count()):
-            raise UsageError(f"{wanted} processes of one run need a GPU each, and this machine has {there}")
+        if (wanted := int(os.environ["LOCAL_WORLD_SIZE"])) > (present := torch.cuda.device_count()):
+            raise UsageError(f"{wanted} processes of one run need a GPU each, and this machine has {present}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     yield this_shard()

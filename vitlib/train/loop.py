@@ -37,48 +37,56 @@ def train(
     ema: ModelEmaV3 | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Step]:
-    """Train `model` in place on the images `rows` of `data`; the history, one entry a step.
+    """Train `model` in place on the images `rows` of `data`; the history, one entry per step.
 
     Bit for bit the same on one machine's CPU and one thread for the same seed, also where it goes on from a checkpoint.
-    `ema`, the moving average, follows every step. `on_step(step, steps)` is called behind every step. Raises NonFiniteLoss
-    at the first loss that is not finite.
+    `ema`, the moving average, follows every step. `on_step(step, steps)` is called after every step. Raises
+    NonFiniteLoss at the first loss that is not finite.
     """
+    # model, optimizer, schedule
     steps = count_steps(recipe, len(rows))
     model = engine.place(model, recipe.batch_size)
     optimizer, schedule = make_optimizer(model, recipe, steps)
     trained = [p for p in model.parameters() if p.requires_grad]
+    # go on from the last checkpoint, the same one in all processes
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if ema is not None:
         state["ema"] = ema.to(engine.device)
     history = checkpoints.read(state) if checkpoints else []
     if len(set(engine.gather(len(history)))) > 1:
-        raise UsageError(
-            "the processes of this run read different checkpoints: its store must be a folder that all share"
-        )
+        raise UsageError("the processes of this run read different checkpoints: all must see the same folder")
     loss_of = engine.loss_of(model, loss_function)
     set_train_mode(model)
     parts = engine.parts(model)
     for epoch in range(recipe.epochs * len(history) // steps, recipe.epochs):
+        # batches of this epoch that the checkpoint has seen are skipped, not computed
         done = len(history) - epoch * (steps // recipe.epochs)
         for batch in data.epoch_batches(rows, seed, epoch, recipe, engine.shard, skip=done):
+            # the learning rate of this step
             schedule.step_update(len(history))
+            # forward and backward, part by part; weighted by their images the parts' losses add up to the batch's mean
             optimizer.zero_grad()
             total = torch.zeros((), device=engine.device)
-            for part in engine.move(batch).parts(parts):
+            for part in engine.move(batch).parts(parts):  # images (B, C, H, W)
                 with engine.forward(loss_of, part.last):
                     loss = loss_of(part, drop_path_draws(model, seed, part)) * part.weight
                 loss.backward()
                 total = total + loss.detach()
+            # stop at a loss that is not finite, before it reaches the weights
             if not math.isfinite(value := engine.mean(total)):
                 where = f"step {len(history) + 1} of {steps} (epoch {epoch + 1}, seed {seed})"
                 raise NonFiniteLoss(f"the loss is {value} at {where}" + (f"; {checkpoints}" if checkpoints else ""))
+            # clip the gradient norm
             if recipe.clip is not None:
                 nn.utils.clip_grad_norm_(trained, recipe.clip)
+            # update the weights and their moving average
             optimizer.step()
             if ema is not None:
                 ema.update(model)
-            first = optimizer.param_groups[0]
-            history.append(Step(len(history) + 1, epoch, first["lr"] / first.get("lr_scale", 1.0), value))
+            # note the recipe's rate: layer decay scales it by parameter group
+            group = optimizer.param_groups[0]
+            history.append(Step(len(history) + 1, epoch, group["lr"] / group.get("lr_scale", 1.0), value))
+            # write a checkpoint where one is due
             if checkpoints is not None and checkpoints.due():
                 checkpoints.write(state, history)
             on_step(len(history), steps)
@@ -97,8 +105,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.
     """
     options = {
         "adamw": {"betas": recipe.betas, "fused": True},
-        "lamb": {"betas": recipe.betas},
-        "sgd": {"momentum": 0.9},
+        "lamb": {"betas": recipe.betas},  # clips the gradient norm to 1 by itself
+        "sgd": {"momentum": 0.9},  # Nesterov
     }
     optimizer = create_optimizer_v2(
         model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=layer_decay(model, recipe),
@@ -115,10 +123,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.
 def layer_decay(model: nn.Module, recipe: Recipe) -> float | None:
     """timm's factor from layer to layer for this model; None where the recipe has none.
 
-    A 12-layer model takes the recipe's, so that its stem learns at factor^13 of the head's rate. Depth counts layers, so
-    the same factor would give 12x1, its twin 6x2 and B13 stems at different rates (at 0.65: 0.0037, 0.049, 0.0024),
-    and a comparison of them would compare rates too. Every depth therefore takes the factor whose product down to the
-    stem is the same. Raises UsageError for a model that does not say what its layers are.
+    A 12-layer model takes the recipe's, so that its stem learns at factor^13 of the head's rate. The same factor would
+    give the stems of 12x1, its twin 6x2 and B13 different rates (at 0.65: 0.0037, 0.049, 0.0024), and a comparison of
+    them would compare rates too. Every depth therefore takes the factor whose product down to the stem is the same.
+    Raises UsageError for a model that does not say what its layers are.
     """
     if recipe.layer_decay is None:
         return None
@@ -140,7 +148,7 @@ def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
     config = model.config
     if config.drop_path == 0:
         return None
-    u = draws.uniform(seed, "drop-path", batch.epoch, batch.index, 2 * config.pairs)
+    u = draws.uniform(seed, "drop-path", batch.epoch, batch.index, 2 * config.pairs)  # (B, 2 pairs)
     draw = torch.from_numpy(u.T.reshape(config.pairs, 2, len(batch.index)).astype(np.float32))
     return draw.to(batch.images.device, non_blocking=True)
 
@@ -155,9 +163,12 @@ def evaluate(model: nn.Module, data: DataSet, batch_size: int = 500, engine: Eng
     correct, total = [np.zeros(0, bool)], 0.0
     for batch in data.evaluation_batches(batch_size, engine.shard):
         batch = engine.move(batch)
+        # images (B, C, H, W) -> logits (B, classes)
         with engine.forward():
             logits = model(batch.images)
+        # right or wrong for each image, and the sum of the losses
         correct.append((logits.argmax(dim=1) == batch.targets).cpu().numpy())
         total += nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
+    # all processes' parts in order
     everyones = engine.gather((np.concatenate(correct), total))
     return np.concatenate([correct for correct, _ in everyones]), sum(total for _, total in everyones) / len(data)

@@ -40,10 +40,6 @@ class Setting:
     device: str = "cpu"
 
 
-def whole(model: nn.Module) -> nn.Module:
-    return model
-
-
 @dataclass(frozen=True)
 class Protocol:
     """One way to train. What it needs and gives is said by attributes, so that nobody asks for its name."""
@@ -55,4 +51,6 @@ class Protocol:
     config: type = ViTConfig  # of its models
     classifies: bool = True
     needs_parent: bool = False
-    keeps: Callable[[nn.Module], nn.Module] = whole  # the part of the model whose weights later runs start from
+    keeps: Callable[[nn.Module], nn.Module] = lambda model: (
+        model
+    )  # the part of the model whose weights later runs start from

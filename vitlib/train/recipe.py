@@ -13,37 +13,23 @@ OPTIMIZERS = ("adamw", "lamb", "sgd")  # timm's names; sgd has Nesterov momentum
 LOSSES = ("cross_entropy", "bce")
 
 
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _number(least: float, below: float = math.inf, kind: type = float) -> Callable[[object], bool]:
+    """Numbers from `least` and less than `below`: neither infinite nor NaN."""
+    return lambda v: isinstance(v, (int, kind)) and not isinstance(v, bool) and least <= v < below
 
 
-def _number(least: float, below: float = math.inf) -> Callable[[object], bool]:
-    """Numbers from `least` that are less than `below`; neither infinite nor NaN."""
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below
-
-
-def _or_none(holds: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or holds(value)
-
-
-ABOVE_ZERO, ABOVE_ONE = math.ulp(0.0), math.nextafter(1, 2)  # the next number after 0, after 1
-ALLOWED = {  # field -> which values, in words and as a test
-    "epochs": ("whole numbers from 1", _count),
-    "batch_size": ("whole numbers from 1", _count),
-    "lr": ("numbers above 0", _number(ABOVE_ZERO)),
-    "weight_decay": ("numbers from 0", _number(0)),
-    "betas": ("two numbers in [0, 1)", lambda b: isinstance(b, tuple) and len(b) == 2 and all(map(_number(0, 1), b))),
-    "min_lr": ("numbers from 0", _number(0)),
-    "warmup": ("shares in [0, 1)", _number(0, 1)),
-    "clip": ("None (off) or numbers above 0", _or_none(_number(ABOVE_ZERO))),
-    "flip": ("True and False", lambda value: isinstance(value, bool)),
-    "mixup": ("numbers from 0", _number(0)),
-    "layer_decay": ("None (off) or factors in (0, 1]", _or_none(_number(ABOVE_ZERO, ABOVE_ONE))),
-    "cutmix": ("numbers from 0", _number(0)),
-    "smoothing": ("shares in [0, 1)", _number(0, 1)),
-    "repeats": ("whole numbers from 1", _count),
-    "ema": ("None (off) or decays in (0, 1)", _or_none(_number(ABOVE_ZERO, 1))),
-}
+AFTER_0, AFTER_1 = math.ulp(0.0), math.nextafter(1, 2)
+RULES = (  # fields, which values are allowed, in words and as a test; None too where that is the field's default
+    ("epochs batch_size repeats", "whole numbers from 1", _number(1, kind=int)),
+    ("lr clip", "numbers above 0", _number(AFTER_0)),
+    ("weight_decay min_lr mixup cutmix", "numbers from 0", _number(0)),
+    ("warmup smoothing", "shares in [0, 1)", _number(0, 1)),
+    ("layer_decay", "factors in (0, 1]", _number(AFTER_0, AFTER_1)),
+    ("ema", "decays in (0, 1)", _number(AFTER_0, 1)),
+    ("betas", "two numbers in [0, 1)", lambda b: isinstance(b, tuple) and len(b) == 2 and all(map(_number(0, 1), b))),
+    ("flip", "True and False", lambda value: isinstance(value, bool)),
+)
+OPTIONAL = ("clip", "layer_decay", "ema")
 
 
 @dataclass(frozen=True)
@@ -76,8 +62,10 @@ class Recipe:
         for field, allowed in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
             if getattr(self, field) not in allowed:
                 raise unknown(field, getattr(self, field), allowed)
-        for field, (words, holds) in ALLOWED.items():
-            if not holds(value := getattr(self, field)):
-                raise UsageError(f"{field} is {value!r}: allowed are {words}")
+        for names, words, holds in RULES:
+            for field in names.split():
+                value, off = getattr(self, field), "None (off) or " * (field in OPTIONAL)
+                if not (holds(value) or (off and value is None)):
+                    raise UsageError(f"{field} is {value!r}: allowed are {off}{words}")
         if self.smoothing and self.loss == "bce":  # Released code: targets.gt(0) would make every class positive
             raise UsageError(f"smoothing is {self.smoothing!r} with loss 'bce': allowed is 0, or cross_entropy")

@@ -1,21 +1,21 @@
-"""What masked pre-training predicts, behind one interface: fit on training images, targets by image index.
+"""What masked pre-training predicts for each patch: fit on training images, targets by image index.
 
-dvae     a patch's token in a discrete VAE trained on the training images, a run of its own (`dvae.py`): the paper's way
-tokens   the number of the nearest of V patch prototypes (k-means on the raw patches of the training images): the
-         light stand-in
-pixels   the patch's own pixels, normalised by its mean and deviation, as in MAE (He et al. 2021)
+dvae     its token in a discrete VAE trained on the training images by a run of its own (`dvae.py`): the paper's way
+tokens   the nearest of V prototypes, k-means on the training images' raw patches: the light stand-in
+pixels   its pixels, normalised by their mean and standard deviation, as in MAE (He et al. 2021)
 
-Images that are read as they are needed are another crop in every epoch: the dVAE then runs on each batch.
+Streamed images are cropped anew in every epoch: the dVAE then runs on each batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlib import draws
 from vitlib.data import Batch, DataSet
@@ -24,27 +24,19 @@ from vitlib.errors import UsageError, unknown
 VOCABULARY = 128  # scouted: at least as good as 256 on 4x4-pixel patches
 SAMPLED_PATCHES = 60_000
 ITERATIONS = 25
+LOOKED_UP = 500  # images at a time
 
 
 class Targets(Protocol):
-    """What is predicted for each patch."""
+    """What is predicted for each patch. B images, M masked patches of the batch."""
 
-    outputs: int  # width of the prediction
+    outputs: int  # width of a prediction
 
     def __call__(self, batch: Batch) -> Tensor:
         """Targets of a batch, (B, patches) or (B, patches, outputs), in the orientation in which it was drawn."""
 
     def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Mean over masked patches: (M, outputs) and the targets of the same patches."""
-
-
-class Tokenizer(Protocol):
-    """A trained model that gives every patch a token."""
-
-    outputs: int  # V, the size of its vocabulary
-
-    def look_up(self, images: Tensor, data: DataSet) -> Tensor:
-        """Tokens of uint8 images that come from `data`: (B, C, H, W) -> int64 (B, patches)."""
+        """Mean over masked patches: (M, outputs), and (M,) or (M, outputs) -> a scalar."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -53,93 +45,96 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 class Tokens:
-    """Token numbers, looked up once for every image in both orientations: int64 (2, N, patches)."""
+    """Token numbers, looked up once for every image in both orientations: int64 (2, N, patches).
 
-    def __init__(self, tokens: Tensor, vocabulary: int):
-        self.tokens, self.outputs = tokens, vocabulary
+    look_up: uint8 (B, C, H, W) -> int64 (B, patches). Raises UsageError where images are not held in memory.
+    """
+
+    loss = staticmethod(F.cross_entropy)
+
+    def __init__(self, data: DataSet, look_up: Callable[[Tensor], Tensor], vocabulary: int):
+        both = (data.pixels(), data.pixels().flip(-1))
+        tokens = [torch.cat([look_up(part) for part in images.split(LOOKED_UP)]) for images in both]
+        self.tokens, self.outputs = torch.stack(tokens), vocabulary
 
     def __call__(self, batch: Batch) -> Tensor:
         return self.tokens[batch.flipped.long(), torch.from_numpy(batch.index)].to(batch.images.device)
-
-    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(predicted, target)
 
 
 class PatchTokens(Tokens):
     """k-means tokens."""
 
     def __init__(self, data: DataSet, patch_size: int, seed: int, vocabulary: int = VOCABULARY):
-        patches = patchify(data.pixels(), patch_size) / 255
-        flat = patches.reshape(-1, patches.shape[-1])
-        sample = draws.order(seed, "k-means sample", 0, len(flat))[:SAMPLED_PATCHES]
-        self.prototypes = kmeans(flat[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
-        both = (patches, patchify(data.pixels().flip(-1), patch_size) / 255)
-        tokens = [nearest(p.reshape(-1, p.shape[-1]), self.prototypes).view(len(p), -1) for p in both]
-        super().__init__(torch.stack(tokens), len(self.prototypes))
+        points = patchify(data.pixels(), patch_size).flatten(0, 1) / 255  # (N * patches, C * P * P)
+        sample = draws.order(seed, "k-means sample", 0, len(points))[:SAMPLED_PATCHES]
+        self.patch_size = patch_size
+        self.prototypes = kmeans(points[torch.from_numpy(sample)], min(vocabulary, len(sample)), ITERATIONS, seed)
+        super().__init__(data, self.look_up, len(self.prototypes))
+
+    def look_up(self, images: Tensor) -> Tensor:
+        patches = patchify(images, self.patch_size) / 255
+        return nearest(patches.flatten(0, 1), self.prototypes).view(patches.shape[:2])
 
 
 class FreshTokens:
-    """Tokens of a frozen tokenizer, run on every batch as it comes: for images that are read as they are needed.
+    """Tokens of a trained tokenizer, run on every batch: for streamed images.
 
-    A random crop is another image in every epoch, so nothing can be looked up. The tokenizer sees `batch.view`, the same crop
-    at its own size (BEiT: 112 pixels for DALL-E's 8x8 patches beside 224 for 16x16), or else the images themselves.
+    A random crop is another image in every epoch, so nothing can be looked up. The tokenizer sees `batch.view`, the same
+    crop at its own size (BEiT: 112 pixels beside the model's 224), or else the images themselves.
     """
 
-    def __init__(self, tokenizer: Tokenizer, data: DataSet):
+    loss = staticmethod(F.cross_entropy)
+
+    def __init__(self, data: DataSet, tokenizer: nn.Module):
         self.tokenizer, self.data, self.outputs = tokenizer, data, tokenizer.outputs
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        device = batch.images.device
         seen = batch.view
-        if seen is None:
-            mean, std = self.data.mean.to(device), self.data.std.to(device)
+        if seen is None:  # back to uint8
+            mean, std = (statistic.to(batch.images.device) for statistic in (self.data.mean, self.data.std))
             seen = ((batch.images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return self.tokenizer.look_up(seen, self.data)
 
-    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(predicted, target)
-
 
 class NormalisedPixels:
-    """A patch's pixels minus their mean, divided by their deviation.
+    """A patch's pixels minus their mean, divided by their standard deviation.
 
     Released code of MAE: models_mae.py, unbiased variance, epsilon 1e-6, mean squared error.
     """
 
+    loss = staticmethod(F.mse_loss)
+
     def __init__(self, data: DataSet, patch_size: int):
-        self.patch_size = patch_size
-        self.outputs = data.channels * patch_size**2
+        self.patch_size, self.outputs = patch_size, data.channels * patch_size**2
 
     def __call__(self, batch: Batch) -> Tensor:
         pixels = patchify(batch.images, self.patch_size)
         return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
-    def loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(predicted, target)
-
 
 TARGETS = ("tokens", "pixels", "dvae")
-LOOKED_UP = 500  # images at a time
 
 
-def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer: Tokenizer | None = None) -> Targets:
-    """Raises UsageError for an unknown kind, for a learned one without its tokenizer, and for k-means on images that are
-    not in memory.
+def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer: nn.Module | None = None) -> Targets:
+    """tokenizer: for "dvae", a trained model with `outputs` and `look_up` (see `dvae.DVAE`).
+
+    Raises UsageError for an unknown kind, for "dvae" without a tokenizer, and for k-means on streamed images.
     """
     if kind not in TARGETS:
         raise unknown("targets", kind, TARGETS)
-    if kind == "dvae":
-        if tokenizer is None:
-            raise UsageError(f"targets {kind!r} need a tokenizer")
+    if kind == "pixels":
+        return NormalisedPixels(data, patch_size)
+    if kind == "tokens":
         if data.streamed:
-            return FreshTokens(tokenizer, data)
-        both = (data.pixels(), data.pixels().flip(-1))
-        tokens = [torch.cat([tokenizer.look_up(part, data) for part in images.split(LOOKED_UP)]) for images in both]
-        return Tokens(torch.stack(tokens), tokenizer.outputs)
-    if kind == "tokens" and data.streamed:
-        raise UsageError(f"targets 'tokens' need images in memory, {data.name} is streamed: allowed are dvae, pixels")
-    return PatchTokens(data, patch_size, seed) if kind == "tokens" else NormalisedPixels(data, patch_size)
+            raise UsageError(
+                f"targets 'tokens' need images in memory, {data.name} is streamed: allowed are dvae, pixels"
+            )
+        return PatchTokens(data, patch_size, seed)
+    if tokenizer is None:
+        raise UsageError(f"targets {kind!r} need a tokenizer")
+    if data.streamed:
+        return FreshTokens(data, tokenizer)
+    return Tokens(data, lambda images: tokenizer.look_up(images, data), tokenizer.outputs)
 
 
 def nearest(points: Tensor, prototypes: Tensor) -> Tensor:
@@ -170,16 +165,8 @@ def kmeans(points: Tensor, count: int, iterations: int, seed: int = 0) -> Tensor
     return prototypes
 
 
-def usage(tokens: np.ndarray | Tensor, vocabulary: int) -> Tensor:
-    """Share of each token, float (V,): how much of the vocabulary is in use."""
-    counts = torch.bincount(torch.as_tensor(tokens).flatten(), minlength=vocabulary)
-    return counts / counts.sum()
-
-
-def codebook_use(tokens: np.ndarray | Tensor, vocabulary: int) -> dict[str, float]:
-    """The share of the vocabulary that is in use at all, and its perplexity: so many tokens used equally often would
-    have the same entropy.
-    """
-    share = usage(tokens, vocabulary).double()
+def codebook_use(tokens: Tensor, vocabulary: int) -> dict[str, float]:
+    """The share of the vocabulary in use, and its perplexity: the number of equally frequent tokens of the same entropy."""
+    share = torch.bincount(tokens.flatten(), minlength=vocabulary).double() / tokens.numel()
     entropy = -torch.special.xlogy(share, share).sum()
     return {"tokens_used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
