@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 
+from lab.data.cards import load_resized
 from lab.runs import execute, launch, store
 from lab.runs.spec import RunSpec
 from vitlib.data import Batch, InMemory, Shard, subset

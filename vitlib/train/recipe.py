@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ def _number(least: float, below: float = math.inf, kind: type = float) -> Callab
     return lambda v: isinstance(v, (int, kind)) and not isinstance(v, bool) and least <= v < below
 
 
-AFTER_0, AFTER_1 = math.ulp(0.0), math.nextafter(1, 2)
+AFTER_0, AFTER_1 = sys.float_info.min, math.nextafter(1, 2)  # no denormal number: runs flush those to 0
 RULES = (  # fields, which values are allowed, in words and as a test; None too where that is the field's default
     ("epochs batch_size repeats", "whole numbers from 1", _number(1, kind=int)),
     ("lr clip", "numbers above 0", _number(AFTER_0)),
