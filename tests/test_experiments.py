@@ -192,20 +192,6 @@ def test_three_augment_is_an_option_that_changes_the_transforms_alone():
     assert replace(other, augment=own.augment) == own
 
 
-REFUSED = {
-    "smoothing is 0.1 with loss 'bce': allowed is 0": {"loss": "bce", "smoothing": 0.1},
-    "ema is 1.0: allowed are None": {"ema": 1.0},
-    "repeats from 1: .*'repeats': 0": {"repeats": 0},
-    "mixup and cutmix from 0": {"cutmix": -1.0},
-}
-
-
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_a_recipe_that_cannot_be_is_refused_in_one_sentence(sentence):
-    with pytest.raises(UsageError, match=sentence):
-        Recipe(epochs=1, batch_size=2, lr=1e-3, **REFUSED[sentence])
-
-
 def test_recipes_of_the_embedded_images_have_nothing_that_is_for_images_read_from_files():
     named = [r for value in vars(small).values() for r in (value.values() if isinstance(value, dict) else [value])]
     recipes = [r for r in named if isinstance(r, Recipe)]
