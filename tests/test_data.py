@@ -55,7 +55,7 @@ def opened(root):
     def open_(name="birds", split="train", **options):
         found = read_folder(root / name, split)  # all of them: `open_folder` would hold some out
         data = open_folder(root / name, "test", 16, streamed=True, **options)
-        return replace(data, split=split, rows=found.rows, labels=torch.from_numpy(found.labels))
+        return replace(data, split=split, found=found)
 
     return open_
 
@@ -772,7 +772,9 @@ def test_an_unreadable_image_stops_the_epoch_and_is_named(damaged, workers):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_unreadable_images_are_left_out_counted_and_named_if_the_caller_says_so(damaged, streamed):
-    with pytest.warns(UserWarning, match="2 of 7 images of birds train cannot be read .* first is .*001.JPEG"):
+    with pytest.warns(
+        UserWarning, match="2 of 7 images of birds train cannot be read and are left out, the first: .*001.JPEG"
+    ):
         data = open_folder(damaged, "train", 16, skip_unreadable=True, streamed=streamed)
     assert data.labels.tolist() == [0, 0, 1, 1, 2] and len(list(data.evaluation_batches(2))) == 3
     assert data.checksum != read_folder(damaged, "train").checksum()

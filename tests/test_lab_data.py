@@ -29,7 +29,7 @@ from lab.experiments import catalogue, profiles, small
 from lab.report import judgements, render
 from lab.runs import execute, results, store
 from lab.runs.spec import RunSpec
-from vitlib.data import Augment, subset
+from vitlib.data import Augment, Streamed, subset
 from vitlib.data.read import decode, read_parquet
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -422,8 +422,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def any_pickle(monkeypatch):
-    """torchvision refuses CIFAR files without the published MD5 sums, which a stand-in cannot have."""
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file())
+    """torchvision refuses files without the published MD5 sums, which a stand-in cannot have."""
+    for module in ("cifar", "flowers102"):
+        monkeypatch.setattr(
+            f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).is_file()
+        )
     published._cifar.cache_clear()
 
 
@@ -433,10 +436,9 @@ def opened(root, monkeypatch):
     monkeypatch.setenv("VITLIB_DATA", str(root))
     monkeypatch.setattr(published, "check_counts", lambda *of: None)
 
-    def open_(name, split="train", **options):
+    def open_(name, split="train"):
         monkeypatch.setitem(published.PUBLISHED, name, published.PUBLISHED.get(name, published.Published()))
-        known = cards.Facts(3, 3, 0, **cards.COLOUR, sizes={})
-        return cards._open_published(name, known, split, 16, options.get("augment"), 0)
+        return Streamed(name, split, published.read_published(name, split), 16, Augment())
 
     return open_
 
@@ -549,7 +551,7 @@ def test_a_missing_folder_of_imagenet_v2_moves_no_other_class(place):
 
 def test_the_paper_trains_on_flowers_train_and_valid(opened):
     data = opened("flowers-102")
-    numbers = [Path(data.rows.name(i)).stem for i in range(7)]
+    numbers = [Path(data.found.rows.name(i)).stem for i in range(7)]
     assert numbers == [f"image_{n:05d}" for n in (10, 2, 3, 9, 5, 6, 7)] and len(data.classes) == 102
 
 

@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +36,6 @@ from vitlib.errors import UsageError, unknown
 from vitlib.files import write_whole
 
 SPLITS = ("train", "validation", "test")
-COLOUR = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # of what is not measured
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,13 @@ class Source:
     name: str
     facts: Facts
     checksum: str
-    opener: Callable[[str, int, Augment | None, int], DataSet]
+    opener: Callable[[str, int, Augment, int], DataSet]
 
     def open(
-        self,
-        split: str,
-        image_size: int,
-        augment: Augment | None = None,
-        workers: int = 0,
-        num_classes: int | None = None,
-    ) -> DataSet:
+        self, split: str, image_size: int, augment: Augment | None = None, workers: int = 0, num_classes: int | None = None
+    ) -> DataSet:  # fmt: skip
         """A split at the size that the model reads. augment, workers, num_classes: as in `vitlib.data.open_folder`."""
-        data = self.opener(split, image_size, augment, workers)
+        data = self.opener(split, image_size, augment or Augment(), workers)
         if num_classes not in (None, len(data.classes)):
             raise UsageError(f"{self.name} {split} has {len(data.classes)} classes, {num_classes} are expected")
         return data
@@ -79,59 +73,50 @@ class Source:
 def source(name: str | Path, streamed: bool = False) -> Source:
     """A data set by the name of its card, or by the path of a folder.
 
-    streamed: images are opened one by one and augmented, where the card leaves the choice or the folder is small; the paper's
-    data sets have then the sizes and the checksum of what was published, so that a run has one name on every machine, with
-    the data or without it, and its result says which files it read.
+    streamed: images are opened one by one and augmented, where the card leaves the choice or the folder is small.
 
     Raises UsageError for a name without a card, and DataAbsent for data that must be measured and is not here.
     """
     if isinstance(name, Path) or os.sep in name:
         return _folder(Path(name), streamed)
-    about = card(name)
-    if streamed or about["vitlib"].get("streamed"):
+    if streamed or card(name)["vitlib"].get("streamed"):
         return _published(name)
-    return Source(name, known := facts(name), _digest(known.sha256[s] for s in SPLITS), functools.partial(_held, name))
-
-
-def _held(name: str, split: str, image_size: int, augment: Augment | None, workers: int) -> InMemory:
-    return load_resized(name, split, image_size)
+    known = facts(name)
+    return Source(
+        name, known, _digest(known.sha256[s] for s in SPLITS), lambda split, size, *_: load_resized(name, split, size)
+    )
 
 
 def _published(name: str) -> Source:
+    """The paper's data sets have the sizes and the checksum of what was published, so that a run has one name on every
+    machine, with the data or without it; its result says which files it read.
+    """
+    card(name)
     if name not in published.PUBLISHED:
         raise unknown("data set of the paper", name, published.PUBLISHED)
-    splits = {split: expected for split in ("train", "test") if (expected := published.expected(name, split))}
-    sizes, classes = {split: max(counts) for split, (counts, _) in splits.items()}, splits["test"][1]
-    known = Facts(3, classes, image_size=0, **COLOUR, sizes=sizes)
-    identity = json.dumps([name, classes, sizes], sort_keys=True)
-    return Source(name, known, _digest([identity]), functools.partial(_open_published, name, known))
-
-
-def _open_published(
-    name: str, known: Facts, split: str, image_size: int, augment: Augment | None, workers: int
-) -> Streamed:
-    found = published.read_published(name, split)
-    statistics = [torch.tensor(values).view(-1, 1, 1) for values in (known.mean, known.std)]
-    labels = torch.from_numpy(found.labels)
-    return Streamed(
-        name, split, labels, found.classes, *statistics, image_size, found.rows, augment or Augment(), workers
-    )
+    counted = {split: counts for split in ("train", "test") if (counts := published.expected(name, split))}
+    sizes, classes = {split: max(counts) for split, (counts, _) in counted.items()}, counted["test"][1]
+    return Source(
+        name, Facts(3, classes, 0, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, sizes),
+        _digest([json.dumps([name, classes, sizes], sort_keys=True)]),
+        lambda split, size, *how: Streamed(name, split, published.read_published(name, split), size, *how),
+    )  # fmt: skip
 
 
 def _folder(folder: Path, streamed: bool) -> Source:
     """A folder of one's own: its identity is the names, sizes and labels of its images."""
     found = {split: read_split(folder, split) for split in SPLITS}
-    sizes = {split: len(part.labels) for split, part in found.items()}
-    known = Facts(3, len(found["train"].classes), image_size=0, **COLOUR, sizes=sizes)
-    opener = functools.partial(_open_folder, folder, streamed or None)
-    return Source(str(folder), known, _digest(part.checksum() for part in found.values()), opener)
+    sizes, classes = {split: len(part.labels) for split, part in found.items()}, found["train"].classes
+    return Source(
+        str(folder), Facts(3, len(classes), 0, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, sizes),
+        _digest(part.checksum() for part in found.values()),
+        lambda split, size, augment, workers: open_folder(
+            folder, split, size, streamed=streamed or None, augment=augment, workers=workers
+        ),
+    )  # fmt: skip
 
 
-def _open_folder(folder, streamed, split, image_size, augment, workers) -> DataSet:
-    return open_folder(folder, split, image_size, streamed=streamed, augment=augment, workers=workers)
-
-
-def _digest(parts) -> str:
+def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 

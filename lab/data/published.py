@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from PIL import Image
+from torchvision import datasets
 
 from lab.paths import DATA_CARDS, PAPER, ROOT
 from vitlib.data import read
@@ -117,7 +118,7 @@ def read_any(folder: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -
 
     also: a second split that belongs to it.
     """
-    for reader in (read_cifar, read_cars, read_flowers, read_inaturalist, read_tar):
+    for reader in (read_torchvision, read_inaturalist, read_tar):
         if (found := reader(folder, names)) is not None:
             return found
     shards, more = (find_split(folder, words) for words in (names, also))
@@ -167,72 +168,45 @@ def read_inaturalist(folder: Path, names: tuple[str, ...]) -> Found | None:
     return read.files(folder, [p for p, _ in pairs], [k for _, k in pairs], [c["name"] for c in categories])
 
 
-def _matlab(path: Path) -> dict:
-    from scipy.io import loadmat
-
+def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
+    """What torchvision reads, in the folders that it unpacks: `cifar-10-batches-py`, `cifar-100-python`, `stanford_cars`,
+    `flowers-102`. It unpickles CIFAR's files, and reads those of Flowers, only if they have the published MD5 sums.
+    """
+    kind = next((k for k in ("cifar-10-batches-py", "cifar-100-python", "stanford_cars", "flowers-102")
+                 if (folder / k).is_dir() or (folder.name == k and (folder / "jpg").is_dir())), None)  # fmt: skip
+    if kind is None or names[0] not in ("train", "test"):
+        return None
+    root = folder if (folder / kind).is_dir() else folder.parent
     try:
-        return loadmat(path, squeeze_me=True)
-    except (OSError, ValueError, TypeError, NotImplementedError) as fault:
-        raise UsageError(f"{path} is missing or no MATLAB file ({type(fault).__name__})") from fault
-
-
-def read_cars(folder: Path, names: tuple[str, ...]) -> Found | None:
-    """Stanford Cars: `devkit/`, `cars_train/`, `cars_test/`, and the test images' labels in a file of their own."""
-    base = folder / "stanford_cars" if (folder / "stanford_cars").is_dir() else folder
-    lists = {
-        "train": ("devkit/cars_train_annos.mat",),
-        "test": ("cars_test_annos_withlabels.mat", "devkit/cars_test_annos_withlabels.mat"),
-    }.get(names[0], ())
-    file = next((base / file for file in lists if (base / file).is_file()), None)
-    if file is None:
-        return None
-    listed = np.atleast_1d(_matlab(file)["annotations"])
-    classes = np.atleast_1d(_matlab(base / "devkit" / "cars_meta.mat")["class_names"])
-    paths = [f"cars_{names[0]}/{name}" for name in listed["fname"]]
-    return read.files(base, paths, listed["class"].astype(np.int64) - 1, classes)  # MATLAB counts from 1
-
-
-def read_flowers(folder: Path, names: tuple[str, ...]) -> Found | None:
-    """Flowers-102: `jpg/`, `imagelabels.mat`, `setid.mat`. Paper: 2,040 training images, so `valid` belongs to them."""
-    from torchvision.datasets import Flowers102
-
-    base = folder / "flowers-102" if (folder / "flowers-102").is_dir() else folder
-    parts = {"train": ("trnid", "valid"), "test": ("tstid",)}.get(names[0])
-    if parts is None or not (base / "setid.mat").is_file():
-        return None
-    sets, labels = _matlab(base / "setid.mat"), np.atleast_1d(_matlab(base / "imagelabels.mat")["labels"])
-    chosen = np.concatenate([np.atleast_1d(sets[part]) for part in parts]).astype(np.int64)
-    labels = labels[chosen - 1].astype(np.int64) - 1  # image and class numbers count from 1
-    return read.files(base, [f"jpg/image_{i:05d}.jpg" for i in chosen], labels, Flowers102.classes)
+        if kind.startswith("cifar"):
+            data = _cifar(root, kind, names[0])
+            rows = Cells(
+                functools.partial(_as_ppm, root, kind, names[0]), np.arange(len(data.data)), f"{folder} {names[0]}"
+            )
+            return Found(rows, np.asarray(data.targets, np.int64), tuple(data.classes))
+        if kind == "stanford_cars":
+            cars = datasets.StanfordCars(root, names[0])
+            samples, classes = cars._samples, cars.classes
+        else:  # Paper: 2,040 training images, so `val` belongs to them
+            parts = [datasets.Flowers102(root, s) for s in (("train", "val") if names[0] == "train" else ("test",))]
+            samples = [pair for part in parts for pair in zip(part._image_files, part._labels, strict=True)]
+            classes = datasets.Flowers102.classes
+    except (RuntimeError, OSError, ValueError, TypeError, NotImplementedError) as fault:
+        raise UsageError(
+            f"{root / kind} is not complete, or a file does not have its MD5 sum ({read.printable(fault).splitlines()[0]})"
+        ) from fault
+    paths = [os.path.relpath(path, root) for path, _ in samples]
+    return read.files(root, paths, [label for _, label in samples], classes)
 
 
 @functools.lru_cache(maxsize=2)
-def _cifar(folder: Path, train: bool) -> object:
-    """torchvision unpickles the files only if they have the published MD5 sums."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = CIFAR10 if (folder / CIFAR10.base_folder).is_dir() else CIFAR100
-    try:
-        return kind(folder, train=train, download=False)
-    except RuntimeError as fault:
-        raise UsageError(
-            f"{folder / kind.base_folder} is not complete, or its files do not have the MD5 sums"
-        ) from fault
+def _cifar(root: Path, kind: str, split: str) -> object:
+    return (datasets.CIFAR10 if kind == "cifar-10-batches-py" else datasets.CIFAR100)(root, train=split == "train")
 
 
-def read_cifar(folder: Path, names: tuple[str, ...]) -> Found | None:
-    """CIFAR's pickles of arrays: `cifar-10-batches-py/`, `cifar-100-python/`."""
-    there = any((folder / base).is_dir() for base in ("cifar-10-batches-py", "cifar-100-python"))
-    if not there or names[0] not in ("train", "test"):
-        return None
-    data = _cifar(folder, names[0] == "train")
-    rows = Cells(functools.partial(_as_ppm, folder, names[0]), np.arange(len(data.data)), f"{folder.name} {names[0]}")
-    return Found(rows, np.asarray(data.targets, np.int64), tuple(data.classes))
-
-
-def _as_ppm(folder: Path, split: str) -> pa.ChunkedArray:
+def _as_ppm(root: Path, kind: str, split: str) -> pa.ChunkedArray:
     """Arrays as the simplest image files, a header before the pixels, so that they are read as all other tables."""
-    pixels = _cifar(folder, split == "train").data
+    pixels = _cifar(root, kind, split).data
     header = f"P6 {pixels.shape[2]} {pixels.shape[1]} 255\n".encode()
     return pa.chunked_array([pa.array([header + image.tobytes() for image in pixels], pa.binary())])
 

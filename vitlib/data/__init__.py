@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -14,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vitlib.data.augment import Augment
 from vitlib.data.memory import WHOLE, Batch, DataSet, InMemory, Shard, held_out, resize, subset
-from vitlib.data.read import Found, decode, read_folder, read_split, unreadable
+from vitlib.data.read import Found, decode, read_folder, read_split, readable
 from vitlib.data.stream import Streamed
 from vitlib.errors import UsageError
 
@@ -44,33 +42,15 @@ def open_folder(
     name, found = Path(folder).resolve().name, read_split(folder, split)
     if num_classes not in (None, len(found.classes)):
         raise UsageError(f"{name} {split} has {len(found.classes)} classes, {num_classes} are expected")
-    skipped: tuple[str, ...] = ()
-    if skip_unreadable and (faulty := unreadable(found.rows, workers)):
-        skipped = tuple(found.rows.name(i) for i in faulty)
-        what = f"{len(faulty)} of {len(found.labels)} images of {name} {split} cannot be read"
-        if len(faulty) == len(found.labels):
-            raise UsageError(f"{what}, the first is {skipped[0]}")
-        warnings.warn(f"{what} and are left out, the first is {skipped[0]}", stacklevel=2)
-        found = found.take(np.setdiff1d(np.arange(len(found.labels)), faulty))
-    labels = torch.from_numpy(found.labels)
-    statistics = [torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std)]
-    if streamed or (streamed is None and len(labels) * 3 * image_size**2 > HELD):
-        return Streamed(
-            name,
-            split,
-            labels,
-            found.classes,
-            *statistics,
-            image_size,
-            found.rows,
-            augment or Augment(),
-            workers,
-            skipped,
-        )
-    images = torch.empty(len(labels), 3, image_size, image_size, dtype=torch.uint8)
-    for i in range(len(labels)):
+    if skip_unreadable:
+        found = readable(found, f"{name} {split}")
+    count, statistics = len(found.labels), [torch.tensor(values).view(-1, 1, 1) for values in (mean, std)]
+    if streamed or (streamed is None and count * 3 * image_size**2 > HELD):
+        return Streamed(name, split, found, image_size, augment or Augment(), workers, *statistics)
+    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
+    for i in range(count):
         images[i] = middle(pil_to_tensor(decode(found.rows, i)), image_size)
-    return InMemory(name, split, images, labels, found.classes, *statistics, found.checksum())
+    return InMemory(name, split, images, torch.from_numpy(found.labels), found.classes, *statistics, found.checksum())
 
 
 def middle(image: Tensor, size: int) -> Tensor:

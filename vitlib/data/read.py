@@ -17,8 +17,8 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Protocol
@@ -176,22 +176,18 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
         ) from fault
 
 
-def unreadable(rows: Rows, threads: int = 1) -> list[int]:
-    """Every image that cannot be read, by decoding each of them once: about a third of an epoch's time."""
-
-    def faulty(part: np.ndarray) -> list[int]:
-        return [i for i in part.tolist() if not _decodes(rows, i)]
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        parts = pool.map(faulty, np.array_split(np.arange(len(rows)), len(rows) // 500 + 1))
-        return [i for part in parts for i in part]
-
-
-def _decodes(rows: Rows, i: int) -> bool:
-    try:
-        return decode(rows, i) is not None
-    except UsageError:
-        return False
+def readable(found: Found, what: str) -> Found:
+    """Without the images that cannot be decoded, which a warning counts. Decodes each of them once."""
+    faults = {}
+    for i in range(len(found.labels)):
+        try:
+            decode(found.rows, i)
+        except UsageError as fault:
+            faults[i] = fault
+    if faults:
+        said = f"{len(faults)} of {len(found.labels)} images of {what} cannot be read and are left out"
+        warnings.warn(f"{said}, the first: {next(iter(faults.values()))}", stacklevel=3)
+    return found.take(np.setdiff1d(np.arange(len(found.labels)), list(faults)))
 
 
 # ------------------------------------------------------------------------------------------------- folders

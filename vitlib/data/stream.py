@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target, one_hot
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,37 +23,46 @@ from torch.utils.data import DataLoader, Dataset
 from vitlib import draws
 from vitlib.data.augment import Augment, TestView, TrainView, own_draws
 from vitlib.data.memory import WHOLE, Batch, Batching, DataSet, Shard
-from vitlib.data.read import Found, Rows, decode
+from vitlib.data.read import Found, decode
 from vitlib.errors import UsageError
 
 View = Callable[[Image.Image, bool, int], tuple[Tensor, Tensor | None]]
 
 
+IMAGENET_MEAN, IMAGENET_STD = (
+    torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Streamed(DataSet):
-    """One split on disk, in colour. `labels` are at hand; an image is decoded when a batch asks for it and then forgotten."""
+    """One split on disk, in colour. Labels are at hand; an image is decoded when a batch asks for it and then forgotten."""
 
     name: str
     split: str
-    labels: Tensor
-    classes: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
+    found: Found
     image_size: int
-    rows: Rows
     augment: Augment  # its `test_crop` and `interpolation` are those of evaluation
     workers: int = 0  # processes that decode; 0 = this one
-    skipped: tuple[str, ...] = ()  # images left out because they cannot be read
+    mean: Tensor = IMAGENET_MEAN
+    std: Tensor = IMAGENET_STD
     streamed = True
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(self.found.labels)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.found.classes
 
     @functools.cached_property
     def checksum(self) -> str:
         """Over names, sizes and labels (`read.Found.checksum`). Asks for the size of every file when it is first wanted."""
-        return Found(self.rows, self.labels.numpy(), self.classes).checksum()
+        return self.found.checksum()
 
     def take(self, index: np.ndarray | Tensor) -> Streamed:
-        index = np.asarray(index)
-        return replace(self, rows=self.rows.take(index), labels=self.labels[torch.from_numpy(index)])
+        return replace(self, found=self.found.take(np.asarray(index)))
 
     def pixels(self) -> Tensor:
         raise UsageError(f"{self.name} is streamed, not held in memory: all of its pixels at once cannot be had")
@@ -135,7 +145,7 @@ class Batches(Dataset):
         return Batch(images[own], targets[own], numbers[own], flipped, self.epoch, weight=weight, view=view)
 
     def sample(self, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        image = decode(self.data.rows, int(number) % len(self.data))
+        image = decode(self.data.found.rows, int(number) % len(self.data))
         return self.view(image, bool(flipped), draws.key(self.seed, "augment", self.epoch, int(number)))
 
     def mix(self, images: Tensor, labels: Tensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
