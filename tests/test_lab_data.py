@@ -23,6 +23,7 @@ from scipy.io import savemat
 
 from lab import paths
 from lab.__main__ import main
+from lab.claims.ledger import ledger
 from lab.data import cards, published
 from lab.data.cards import load, load_resized, source
 from lab.experiments import catalogue, profiles, small
@@ -854,43 +855,42 @@ def test_runs_that_belong_together_and_read_other_files_are_named(stand_in, recw
 
 
 def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(place):
-    there, absent = catalogue.available("gpu", list(catalogue.NOTEBOOKS))
-    assert there == ["00", "21", "36", "51"] and len(absent) == 2
-    assert str(place / "cifar-10") in str(absent[0]) and "data_cards/cifar-10.md" in str(absent[0])
-    every = {verdict.part.id: verdict for verdict in judgements.verdicts("gpu")}
-    assert every["A1"].word == "not run" and "cifar-10" in every["A1"].note and every["P1"].word == "exact"
-    assert "tiny-imagenet" in str(absent[1]) and catalogue.available("cpu", ["31", "42"]) == (["31", "42"], [])
+    p = profiles.profile("gpu")
+    there, absent = catalogue.available(p, catalogue.NOTEBOOKS)
+    assert {one.number for one in there} >= {"00", "21", "36", "51"} and "41" not in {one.number for one in there}
+    absent = [str(fault) for fault in absent if isinstance(fault, cards.DataAbsent)]
+    assert len(absent) == 2 and "tiny-imagenet" in absent[1]
+    assert str(place / "cifar-10") in absent[0] and "data_cards/cifar-10.md" in absent[0]
+    (primary,) = (v for v in judgements.verdicts(p, "31") if v.part.id == "A1")
+    assert primary.word == "not run" and "cifar-10" in primary.note
+    mine = [catalogue.notebook("31"), catalogue.notebook("42")]
+    assert catalogue.available(profiles.profile("cpu"), mine) == (mine, [])
 
 
 def test_reproduce_names_absent_data_before_any_run_and_still_renders_the_others(place, monkeypatch, capsys):
     rendered = []
     monkeypatch.setattr(
-        render, "reproduce", lambda profile, notebooks, specs, *rest: rendered.append((notebooks, specs))
+        render, "reproduce", lambda profile, notebooks, specs, *rest: rendered.append((list(notebooks), list(specs)))
     )
     code = main(["reproduce", "--profile", "gpu", "--notebook", "31", "--notebook", "21"])
     said = capsys.readouterr().err.splitlines()
     assert code == 2 and "data set 'cifar-10' is not there" in said[0] and "1 data set(s) of profile gpu" in said[1]
-    assert rendered == [(["21"], [])]
+    assert [specs for _, specs in rendered] == [[]] and len(rendered[0][0]) == 1
 
 
 def test_every_arm_of_gpu_runs_where_there_is_a_gpu_and_the_ledgers_arms_are_there(place):
-    for name in ("cifar-10", "tiny-imagenet"):
+    for name, test in (("cifar-10", "test"), ("tiny-imagenet", "valid")):
         one_table(place / name / "train.parquet", 20)
-        one_table(place / name / f"{'test' if name == 'cifar-10' else 'valid'}.parquet", 2)
-    for part in (p.at_profile("gpu") for p in trained_parts()):
-        arms = catalogue.experiment(part.notebook, "gpu").arms
-        assert set(part.arms(max(12, part.min_pairs))) <= set(arms), part.id
-        assert {arms[arm].device for arm in part.contrast_at(max(12, part.min_pairs)) if arm in arms} <= {"auto"}
-    transfer = catalogue.experiment("42", "gpu").arms["W192 cifar-10 500 attn"]
-    assert (transfer.data, transfer.parent.data) == ("cifar-10", "tiny-imagenet")
-
-
-def trained_parts():
-    from lab.claims.ledger import ledger
-
-    return [
-        p for p in ledger().values() if p.belongs("gpu") and p.control and p.notebook != "21" and p.scope != "imagenet"
-    ]
+        one_table(place / name / f"{test}.parquet", 2)
+    p = profiles.profile("gpu")
+    for number in ("31", "41", "42", "52"):
+        arms = catalogue.experiment(catalogue.notebook(number), p).arms
+        assert arms and {member.device for arm in arms.values() for member in arm.spec.family()} == {"auto"}
+        for part in (entry.at_profile("gpu") for entry in ledger().values() if entry.notebook == number):
+            if part.belongs("gpu") and part.control and part.scope != "imagenet":
+                assert set(part.arms(max(12, part.min_pairs))) <= set(arms), part.id
+    transfer = [arm.spec for arm in small.transfer(p) if arm.spec.parent]
+    assert {(spec.data, spec.parent.data) for spec in transfer} == {("cifar-10", "tiny-imagenet")}
 
 
 PHOTOGRAPHS = paths.ROOT.parent / "shared" / "data"
@@ -906,7 +906,7 @@ def test_a_short_run_of_profile_gpu_on_photographs(place, monkeypatch, tmp_path)
             pq.write_table(first, place / name / f"{split}.parquet")
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     p = replace(profiles.profile("gpu"), seeds=(1000,), images=500, epochs=1, width=32, pairs=2)
-    spec = small.resolution(p)["attn"]
+    (spec,) = (arm.spec for arm in small.resolution(p) if arm.column == "attn")
     spec = replace(spec, images=200).with_seed(1000)
     for member in spec.family():
         result = execute.execute(member)
