@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import runpy
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,14 @@ def test_loaders_share_the_cores_that_a_process_may_use_with_the_others_of_its_r
         if processes:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert execute.loaders() == expected
+
+
+def test_without_the_module_resource_runs_are_trained_and_their_memory_is_not_measured(monkeypatch):
+    for name in ("resource", "fcntl", "termios", "pwd", "grp"):  # Windows has none of them
+        monkeypatch.setitem(sys.modules, name, None)
+    read = runpy.run_path(execute.__file__)
+    assert read["surroundings"]("cpu") == execute.surroundings("cpu") | {"mem_mb": 0}
+    runpy.run_path(launch.__file__)
 
 
 def test_tuning_seeds_see_validation_images_only_and_others_the_test_set():
