@@ -1,4 +1,7 @@
-"""The command line: `python -m lab --help`. Heavy imports happen inside the commands, so that help is quick."""
+"""The command line: `python -m lab --help`. Heavy imports happen inside the commands, so that help is quick.
+
+Names that a user gives (a profile, notebooks, parts of claims) become objects here, once; everything else receives those.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import lab
+from vitlib.__main__ import Parser
 from vitlib.errors import UsageError, unknown
 
 SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `launch.submit`
@@ -15,6 +20,7 @@ def main(words: list[str] | None = None) -> int:
     """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
     try:
         arguments = parser().parse_args(words)
+        look_up(arguments)
         return arguments.command(arguments) or 0
     except UsageError as fault:
         print(f"lab: {fault}", file=sys.stderr)
@@ -29,15 +35,8 @@ def main(words: list[str] | None = None) -> int:
         return 130
 
 
-class Parser(argparse.ArgumentParser):
-    """One sentence for a wrong word, like every other mistake."""
-
-    def error(self, message: str):
-        raise UsageError(message)
-
-
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="python -m lab", description=__import__("lab").__doc__.splitlines()[0])
+    top = Parser(prog="python -m lab", description=lab.__doc__.splitlines()[0])
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function, text: str, profile: str | None = None) -> argparse.ArgumentParser:
@@ -52,58 +51,66 @@ def parser() -> argparse.ArgumentParser:
     plan = add("plan", plan_, "runs, CPU seconds, memory and disk of a profile, before anything starts", "cpu")
     run = add("run", run_, "train what is missing, without rendering notebooks", "cpu")
     reproduce = add("reproduce", reproduce_, "train what is missing and render the notebooks", "cpu")
-    refresh = add("refresh", refresh_, "run the committed notebooks at smoke and keep their outputs")
-    for command in (plan, run, reproduce, refresh):
+    tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
+    bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
+    claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
+    exported = add("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)")
+    imported = add("import", import_, "merge a runs.jsonl into the run store")
+    for command in (plan, run, reproduce):
         command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
-        command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
+    for command in (plan, run, reproduce, tune):
+        command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one per core)")
     for command in (plan, run):
-        command.add_argument(
-            "--part", action="append", default=[], help="only what this part of a claim reads, e.g. H4-linear"
-        )
-    run.add_argument("--processes", type=int, default=1, help="that share each run, one a GPU, through torchrun")
-    run.add_argument("--slurm", metavar="FOLDER", help="submit a job a run to SLURM; its scripts and logs go there")
+        text = "only what this part of a claim reads, e.g. H4-linear; may be repeated"
+        command.add_argument("--part", action="append", default=[], help=text)
+    run.add_argument("--processes", type=int, default=1, help="that share each run, one per GPU, through torchrun")
+    run.add_argument("--slurm", metavar="FOLDER", help="submit one job per run to SLURM; its scripts and logs go there")
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
     run.add_argument("--gpus", type=int, default=1, help="of each machine of a SLURM job (default: 1)")
     run.add_argument("--nodes", type=int, default=1, help="machines of a SLURM job (default: 1)")
     run.add_argument("--cpus", type=int, default=16, help="CPU cores of each process of a SLURM job (default: 16)")
     run.add_argument("--memory-gb", type=int, default=60, help="of each machine of a SLURM job (default: 60)")
     run.add_argument("--hours", type=float, default=24.0, help="time limit of a SLURM job (default: 24)")
-    plan.add_argument(
-        "--device", default="", help="GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
-    )
+    text = "GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
+    plan.add_argument("--device", default="", help=text)
     plan.add_argument("--gpus", type=int, default=1, help="GPUs that share each run (default: 1)")
-    plan.add_argument(
-        "--rate", type=float, help="TFLOP/s that training reaches; else measured, else a share of the peak"
-    )
+    text = "TFLOP/s that training reaches; else measured, else a share of the peak"
+    plan.add_argument("--rate", type=float, help=text)
     plan.add_argument("--utilisation", type=float, help="that share of the maker's peak (default: 0.35)")
-    reproduce.add_argument("--finished", action="store_true", help="train nothing: render what is finished")
+    reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
-    tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
     tune.add_argument("--group", action="append", default=[], help="only this one, e.g. supervised; may be repeated")
-    tune.add_argument(
-        "--part", action="append", default=[], help="the margin of this part of a claim instead; may be repeated"
-    )
-    tune.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one a core)")
-    bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
+    text = "the margin of this part of a claim instead; may be repeated"
+    tune.add_argument("--part", action="append", default=[], help=text)
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
-    claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead: recomputed and compared")
-    for name, function, text in (
-        ("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)"),
-        ("import", import_, "merge a runs.jsonl into the run store"),
-    ):
-        add(name, function, text).add_argument("file", type=Path)
+    for command in (exported, imported):
+        command.add_argument("file", type=Path)
     return top
+
+
+def look_up(arguments: argparse.Namespace) -> None:
+    """Put the profile and the notebooks in the place of their names, the cheapest look-up first."""
+    if getattr(arguments, "jobs", 0) < 0:
+        raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one per core) and up")
+    if "profile" in arguments:
+        from lab.experiments.profiles import profile
+
+        arguments.profile = profile(arguments.profile)
+    if "notebook" in arguments:
+        from lab.experiments.catalogue import NOTEBOOKS, notebook
+
+        arguments.notebook = [notebook(name) for name in arguments.notebook or ()] or list(NOTEBOOKS)
 
 
 def check(_) -> None:
     """Raises UsageError with one sentence for a broken pair of torch and torchvision, or for damaged data."""
-    from vitlib import __main__ as vitlib
+    from vitlib.__main__ import check
 
-    vitlib.check()
+    check()
     from lab.data.cards import SPLITS, load, names
 
     for name in names():
@@ -111,24 +118,14 @@ def check(_) -> None:
         print(f"data set {name}: {', '.join(counts)} images, as its card says")
 
 
-def _notebooks(arguments) -> list[str]:
-    from lab.experiments.catalogue import NOTEBOOKS, notebook
-
-    return [notebook(name) for name in arguments.notebook] if arguments.notebook else list(NOTEBOOKS)
-
-
 def _specs(arguments) -> list:
-    from lab.claims import evidence
+    from lab.claims.evidence import part_specs, queue
     from lab.claims.ledger import part
     from lab.experiments.catalogue import experiments
-    from lab.experiments.profiles import profile
 
-    scale = profile(arguments.profile)
-    if arguments.jobs < 0:
-        raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one a core) and up")
-    if getattr(arguments, "part", None):
-        return evidence.part_specs([part(name) for name in arguments.part], scale)
-    return evidence.queue(experiments(scale, _notebooks(arguments)))
+    if parts := [part(name) for name in getattr(arguments, "part", ())]:
+        return part_specs(parts, arguments.profile)
+    return queue(experiments(arguments.profile, arguments.notebook))
 
 
 def plan_(arguments) -> None:
@@ -138,46 +135,40 @@ def plan_(arguments) -> None:
 
     specs = _specs(arguments)
     if not arguments.device:
-        print(tables.plan_text(specs, arguments.jobs))
-        return
-    todo = store.missing(specs)
-    cost = plan.gpu_cost(todo, arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
-    print(plan.gpu_text(cost))
+        return print(tables.plan_text(specs, arguments.jobs))
+    rate = (arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
+    print(plan.gpu_text(plan.gpu_cost(store.missing(specs), *rate)))
 
 
 def run_(arguments) -> None:
     from lab.claims.ledger import ledger_hashes
     from lab.cost.plan import cpu_seconds
-    from lab.runs import spec, store
+    from lab.runs import store
     from lab.runs.launch import distributed, launch, submit
 
-    specs = _specs(arguments)
+    specs, stamps = _specs(arguments), ledger_hashes()
     if arguments.slurm:
         sizes = {name: getattr(arguments, name) for name in SLURM_SIZES}
-        jobs = submit(specs, arguments.slurm, **sizes, stamps=ledger_hashes())
+        jobs = submit(specs, arguments.slurm, **sizes, stamps=stamps)
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:
         for spec, need_weights in store.missing(specs).items():
             print(spec.describe(), flush=True)
-            distributed(spec, arguments.processes, need_weights, stamps=ledger_hashes())
+            distributed(spec, arguments.processes, need_weights, stamps=stamps)
     else:
-        launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
+        launch(specs, arguments.jobs, cpu_seconds, stamps)
 
 
 def tune_(arguments) -> None:
     from lab.claims import tuning
     from lab.claims.ledger import ledger_hashes
     from lab.cost.plan import cpu_seconds
-    from lab.experiments.profiles import profile
     from lab.report import tables
     from lab.runs.launch import launch
 
-    p, chosen = profile(arguments.profile), {}
-    if arguments.part:
-        specs = tuning.control_specs(p, arguments.part)
-    else:
-        chosen = tuning.groups(arguments.group)
-        specs = tuning.specs(p, chosen.values())
+    p, parts = arguments.profile, arguments.part
+    chosen = {} if parts else tuning.groups(arguments.group)
+    specs = tuning.control_specs(p, parts) if parts else tuning.specs(p, chosen.values())
     print(tables.plan_text(specs, arguments.jobs))
     launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
     print(tables.tuning_text(p, chosen))
@@ -185,55 +176,43 @@ def tune_(arguments) -> None:
 
 def reproduce_(arguments) -> None:
     from lab.experiments.catalogue import available
-    from lab.experiments.profiles import profile
     from lab.report import render
 
-    p = profile(arguments.profile)
-    notebooks, absent = available(p, _notebooks(arguments))
+    p = arguments.profile
+    arguments.notebook, absent = available(p, arguments.notebook)
     for fault in absent:  # the other notebooks still run
         print(f"lab: {fault}", file=sys.stderr)
-    arguments.notebook = [one.number for one in notebooks]
-    if notebooks:
+    if arguments.notebook:
         specs = _specs(arguments)
-        render.reproduce(p, notebooks, specs, arguments.jobs, arguments.set, not arguments.finished)
+        render.reproduce(p, arguments.notebook, specs, arguments.jobs, arguments.set, not arguments.finished)
     if absent:
-        raise UsageError(f"{len(absent)} data set(s) of profile {arguments.profile} are not there, see above")
-
-
-def refresh_(arguments) -> int:
-    from tools import refresh
-
-    words = [word for name in arguments.notebook or () for word in ("--notebook", name)]
-    return refresh.main([*words, "--jobs", str(arguments.jobs)])
+        raise UsageError(f"{len(absent)} data set(s) of profile {p.name} are not there, see above")
 
 
 def bench_(arguments) -> None:
     from lab.bench import runner
     from lab.bench.cases import BENCHES
     from lab.claims.ledger import ledger, part_hash
-    from lab.experiments.profiles import profile
 
     if arguments.name not in BENCHES:
         raise unknown("benchmark", arguments.name, BENCHES)
-    bench, scale = BENCHES[arguments.name], profile(arguments.profile)
-    stamps = {part.id: part_hash(part.entry(scale.name)) for part in ledger().values()}
-    rows = runner.run(bench, scale, arguments.device, arguments.restarts, arguments.only, stamps)
-    print(runner.report(bench, scale, rows))
+    bench, p = BENCHES[arguments.name], arguments.profile
+    stamps = {part.id: part_hash(part.entry(p.name)) for part in ledger().values()}
+    rows = runner.run(bench, p, arguments.device, arguments.restarts, arguments.only, stamps)
+    print(runner.report(bench, p, rows))
 
 
 def claims_(arguments) -> int | None:
+    from lab.claims import evidence
     from lab.experiments.profiles import profile
+    from lab.paths import REFERENCE
     from lab.report import judgements, tables
 
-    p = profile(arguments.profile)
-    if arguments.pilot:
-        from lab.claims import evidence
-        from lab.paths import REFERENCE
-
-        said, same = evidence.recomputed_text(evidence.Archived(REFERENCE / "pilot", profile("study")))
-        print(said)
-        return 0 if same else 1
-    print(tables.claims_text(p, judgements.verdicts(p)))
+    if not arguments.pilot:
+        return print(tables.claims_text(arguments.profile, judgements.verdicts(arguments.profile)))
+    said, same = evidence.recomputed_text(evidence.Archived(REFERENCE / "pilot", profile("study")))
+    print(said)
+    return None if same else 1
 
 
 def export_(arguments) -> None:

@@ -92,7 +92,7 @@ def test_help_needs_no_heavy_import():
 
 def test_the_help_of_every_command_is_there(capsys):
     text = parser().format_help()
-    for command in ("check", "plan", "run", "reproduce", "refresh", "claims", "export", "import"):
+    for command in ("check", "plan", "run", "reproduce", "tune", "bench", "claims", "export", "import"):
         assert f"\n    {command}" in text
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
