@@ -626,10 +626,10 @@ def test_a_thin_image_costs_no_more_than_its_crop(tmp_path):
 
 LABELS = {
     "a null": ([0, 1, None], "1 empty cells"),
-    "an unlabelled row": ([0, 1, -1], "holds -1"),
+    "an unlabelled row": ([0, 1, -1], "holds -1 to 1"),
     "text": (["cat", "dog", "cat"], "cells of type string"),
     "fractions": ([0.0, 1.5, 1.0], "cells of type double"),
-    "counted from 1": ([1, 2, 2], "counts from 1"),
+    "counted from 1": ([1, 2, 2], "holds 1 to 2"),
     "nothing": ([], "holds nothing"),
 }
 
@@ -651,7 +651,7 @@ def test_class_names_are_in_the_table_or_those_of_the_training_images(tmp_path):
     pq.write_table(named, tmp_path / "b" / "train.parquet")
     assert read_folder(tmp_path / "b", "train").classes == ("cat", "dog", "owl")
     table(tmp_path / "b" / "test.parquet", [2, 3])
-    assert "holds 3, of 3 classes counted from 0" in refusal(tmp_path / "b", "test")
+    assert "holds 2 to 3, with 3 classes" in refusal(tmp_path / "b", "test")
 
 
 @pytest.mark.parametrize("names", [

@@ -254,10 +254,10 @@ def read_tar(folder: Path, names: tuple[str, ...]) -> Found | None:
                         labels[number, stem] = int(tar.extractfile(member).read())
         except (tarfile.TarError, ValueError, OSError) as fault:
             raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
-    if not images or images.keys() != labels.keys() or min(labels.values()) < 0:
-        raise UsageError(f"{shards[0]} and those beside it do not hold a .cls with a label from 0 for each image")
-    numbers = np.array([labels[key] for key in images], np.int64)
-    classes = tuple(read.numbers_of(numbers, ".cls", str(shards[0])))
+    if images.keys() != labels.keys():
+        raise UsageError(f"{shards[0]} and those beside it do not hold a .cls with a label for each image")
+    column = pa.chunked_array([pa.array([labels[key] for key in images], pa.int64())])
+    numbers, classes = read.labelled(column, (), f".cls in {shards[0]}")
     return Found(Members(shards, np.array(list(images.values()), np.int64)), numbers, classes)
 
 
@@ -284,10 +284,8 @@ def read_hub(name: str, names: tuple[str, ...]) -> Found:
         raise UsageError(f"{name} has no split {names[0]!r} on the Hub: there are {', '.join(_hub(name))}")
     table, source = _hub(name)[split], f"{name} {split}"
     image, label = read.image_and_label(table.column_names, source)
-    labels = read.whole_numbers(_hub_column(name, split, label), f"column {label} of {source}")
-    classes = getattr(table.features[label], "names", None) or read.numbers_of(labels, label, source)
+    names = getattr(table.features[label], "names", None) or ()
+    labels, classes = read.labelled(_hub_column(name, split, label), names, f"column {label} of {source}")
     return Found(
-        Cells(functools.partial(_hub_column, name, split, image), np.arange(len(labels)), source),
-        labels,
-        tuple(classes),
+        Cells(functools.partial(_hub_column, name, split, image), np.arange(len(labels)), source), labels, classes
     )

@@ -66,9 +66,9 @@ class Batch:
     view: Tensor | None = None  # uint8 (B, C, h, w): the same crops at another size, for a tokenizer
     last: bool = True  # no further part of this step's batch follows
 
-    def to(self, device: str, memory_format: torch.memory_format = torch.preserve_format) -> Batch:
+    def to(self, device: str) -> Batch:
         """What the model reads on `device`. `flipped` stays: it indexes tokens, which are in main memory."""
-        images = self.images.to(device, non_blocking=True, memory_format=memory_format)
+        images = self.images.to(device, non_blocking=True)
         view = None if self.view is None else self.view.to(device, non_blocking=True)
         return replace(self, images=images, targets=self.targets.to(device, non_blocking=True), view=view)
 
@@ -82,10 +82,12 @@ class Batch:
         if count == 1:
             yield self
             return
+        # Sizes differ by at most one, larger parts first: 10 images in 3 parts are 4, 3, 3.
         sizes = [len(own) for own in np.array_split(self.index, min(count, len(self.index)))]
         ends = np.cumsum(sizes).tolist()
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             own, view = slice(start, end), None if self.view is None else self.view[start:end]
+            # A part weighs as many images as it has, so that the gradients of all parts add up to that of the whole.
             yield replace(
                 self, images=self.images[own], targets=self.targets[own], index=self.index[own], view=view,
                 flipped=self.flipped[own], weight=self.weight * (end - start) / ends[-1], last=end == ends[-1],
@@ -197,7 +199,8 @@ class InMemory(DataSet):
 
     def _flipped(self, index: np.ndarray, seed: int, epoch: int, flip: bool) -> tuple[Tensor, Tensor]:
         """Half of the images mirrored, then normalised: float32 (B, C, S, S), and which they were, bool (B,)."""
-        images = self.images[torch.from_numpy(index)]
+        images = self.images[torch.from_numpy(index)]  # uint8 (B, C, S, S)
+        # The draw is made with `flip` off too: which images are mirrored does not depend on other draws.
         flipped = torch.from_numpy(draws.uniform(seed, "flip", epoch, index)[:, 0] < 0.5) & flip
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         return self.normalise(images), flipped
@@ -218,7 +221,9 @@ class InMemory(DataSet):
         weight = torch.tensor(drawn, dtype=torch.float32)
         # The partner as it is seen in this epoch, flip included.
         other, _ = self._flipped(partner, seed, epoch, recipe.flip)
+        # (B,) -> (B, 1, 1, 1): one weight for all pixels of an image.
         images = images * weight[:, None, None, None] + other * (1 - weight)[:, None, None, None]
+        # Soft labels in the same proportion; where both images are of one class they are one-hot again.
         classes = len(self.classes)
         own, theirs = one_hot(targets, classes), one_hot(self.labels[torch.from_numpy(partner)], classes)
         return images, own * weight[:, None] + theirs * (1 - weight)[:, None]
@@ -236,6 +241,7 @@ def resize(images: Tensor, size: int) -> Tensor:
         F.interpolate(part.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
         for part in images.split(4096)  # float64 of all images at once would take eight times their memory
     ]
+    # The small offset carries sums that rounding left just below a half over it.
     return torch.cat(parts).add_(0.5 + 1e-6).floor_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -256,11 +262,12 @@ def subset(data: DataSet, count: int | None, seed: int) -> np.ndarray:
         )
     # The order does not depend on `count`: a larger subset continues a smaller one.
     position = draws.uniform(seed, "subset", 0, np.arange(len(data)))[:, 0]
+    # Of each class the images whose draws come first.
     chosen = [
         rows[np.argsort(position[rows], kind="stable")][: count // classes]
         for rows in (np.flatnonzero(labels == c) for c in range(classes))
     ]
-    return np.sort(np.concatenate(chosen))
+    return np.sort(np.concatenate(chosen))  # int64 (count,), in the split's order
 
 
 def held_out(labels: np.ndarray, share: int = 10) -> np.ndarray:

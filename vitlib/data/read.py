@@ -326,18 +326,12 @@ def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     with _damage(shards[0]):
         schema = pq.read_schema(shards[0])
     image, label = image_and_label(schema.names, source)
-    labels = whole_numbers(_column(shards, label), f"column {label} of {source}")
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = (
-        info.get("info", {}).get("features", {}).get(label, {}).get("names")
-        or known
-        or numbers_of(labels, label, source)
-    )
-    if labels.max() >= len(names):
-        raise UsageError(f"column {label} of {source} holds {labels.max()}, of {len(names)} classes counted from 0")
+    names = info.get("info", {}).get("features", {}).get(label, {}).get("names") or known
+    labels, classes = labelled(_column(shards, label), names, f"column {label} of {source}")
     stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards)
     rows = Cells(functools.partial(_cells, stamps, image), np.arange(len(labels)), source)
-    return Found(rows, labels, tuple(names))
+    return Found(rows, labels, classes)
 
 
 def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
@@ -351,24 +345,28 @@ def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
     return image, label
 
 
-def whole_numbers(column: pa.ChunkedArray, what: str) -> np.ndarray:
-    """Labels as int64 (N,). Raises UsageError for any that is not a whole number from 0."""
-    fault = "nothing" if len(column) == 0 else f"{column.null_count} empty cells" if column.null_count else None
-    if fault is None and not pa.types.is_integer(column.type):
+def labelled(column: pa.ChunkedArray, names: Sequence[str], what: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels int64 (N,), and the names of their classes, or without names their numbers.
+
+    Raises UsageError for a label that is not a whole number from 0 to the number of classes.
+    """
+    fault = None
+    if len(column) == 0:
+        fault = "nothing"
+    elif column.null_count:
+        fault = f"{column.null_count} empty cells"
+    elif not pa.types.is_integer(column.type):
         fault = f"cells of type {column.type}"
-    if fault or (fault := f"{low}" if (low := pc.min(column).as_py()) < 0 else None):
+    else:
+        low, high = pc.min_max(column).as_py().values()
+        names = names or [str(k) for k in range(high + 1)] * (low == 0)
+        if low < 0 or high >= len(names):
+            fault = f"{low} to {high}" + (f", with {len(names)} classes" if names else "")
+    if fault:
         raise UsageError(
-            f"{what} holds {fault}, and not a label for each image: allowed are whole numbers from 0; classes with names "
-            "can be class folders"
+            f"{what} holds {fault}: allowed are whole numbers from 0, one for each image; classes with names can be class folders"
         )
-    return column.to_numpy().astype(np.int64)
-
-
-def numbers_of(labels: np.ndarray, label: str, source: str) -> list[str]:
-    """The classes of labels without names."""
-    if labels.min() > 0:
-        raise UsageError(f"column {label} of {source} counts from {labels.min()}: allowed are labels from 0")
-    return [str(k) for k in range(labels.max() + 1)]
+    return column.to_numpy().astype(np.int64), tuple(names)
 
 
 def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
