@@ -130,14 +130,13 @@ def _specs(arguments) -> list:
 
 def plan_(arguments) -> None:
     from lab.cost import plan
-    from lab.report import tables
     from lab.runs import store
 
     specs = _specs(arguments)
     if not arguments.device:
-        return print(tables.plan_text(specs, arguments.jobs))
+        return print(plan.cpu_text(specs, arguments.jobs))
     rate = (arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
-    print(plan.gpu_text(plan.gpu_cost(store.missing(specs), *rate)))
+    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), *rate)))
 
 
 def run_(arguments) -> None:
@@ -162,15 +161,15 @@ def run_(arguments) -> None:
 def tune_(arguments) -> None:
     from lab.claims import tuning
     from lab.claims.ledger import ledger_hashes
-    from lab.cost.plan import cpu_seconds
+    from lab.cost import plan
     from lab.report import tables
     from lab.runs.launch import launch
 
     p, parts = arguments.profile, arguments.part
     chosen = {} if parts else tuning.groups(arguments.group)
     specs = tuning.control_specs(p, parts) if parts else tuning.specs(p, chosen.values())
-    print(tables.plan_text(specs, arguments.jobs))
-    launch(specs, arguments.jobs, cpu_seconds, ledger_hashes())
+    print(plan.cpu_text(specs, arguments.jobs))
+    launch(specs, arguments.jobs, plan.cpu_seconds, ledger_hashes())
     print(tables.tuning_text(p, chosen))
 
 

@@ -106,6 +106,12 @@ def test_skipped_tokens_are_all_that_ours_multiplies_less_than_timm():
     assert found["par"] == found["fused"] == found["seq"]
 
 
+def test_par_multiplies_as_often_as_seq_in_a_training_step():
+    arms = {"seq": ("seq", ""), "par": ("par", "")}
+    found = cases.count_arms(task("W64-2x2/4", "training", arms, layer_scale=1e-4))
+    assert found["par"].macs == found["seq"].macs > 0
+
+
 @pytest.mark.parametrize("bench", cases.BENCHES)
 def test_every_case_for_a_gpu_is_counted_without_one(bench, monkeypatch):
     """One of those that differ in nothing but batch or in how the same operations are launched; two layers stand for all."""

@@ -102,7 +102,13 @@ def test_the_help_of_every_command_is_there(capsys):
 def test_the_plan_says_runs_seconds_memory_and_disk_before_anything_starts(capsys):
     assert main(["plan", "--profile", "cpu", "--jobs", "2"]) == 0
     line = capsys.readouterr().out
-    for word in ("60 runs, 60 of them to train", "CPU seconds", "minutes with 2 workers", "MB of memory", "MB of disk"):
+    for word in (
+        "60 runs, 60 of them to train",
+        "minutes of one CPU core",
+        "minutes with 2 workers",
+        "MB of memory",
+        "MB of disk",
+    ):
         assert word in line
 
 

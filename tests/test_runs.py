@@ -436,7 +436,7 @@ def test_the_plan_counts_runs_once_and_prefers_what_was_measured():
 def test_costs_grow_linearly_with_images_and_epochs():
     def seconds(images, epochs):
         spec = replace(TINY, images=images, recipe=replace(TINY.recipe, epochs=epochs))
-        return plan.formula_seconds(spec) - plan.SECONDS_A_RUN
+        return plan.formula_seconds(spec) - plan.SECONDS_PER_RUN
 
     assert seconds(2000, 3) == pytest.approx(2 * seconds(1000, 3)) == pytest.approx(6 * seconds(1000, 1))
 

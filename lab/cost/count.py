@@ -1,8 +1,7 @@
-"""What a model costs, counted and not timed: parameters, multiply-adds, and the bytes that training keeps.
+"""What a model and a run cost, counted and not timed: parameters, multiply-adds, and the bytes that training keeps.
 
 Exact, without data and without an accelerator: the operations run on the meta device, where tensors have shapes and
-no values, so that ViT-L is measured as quickly as a toy. `saved_bytes` also runs on real devices. `peak_bytes` alone
-asks the device.
+no values, so that ViT-L is counted as quickly as a toy. `saved_bytes` also runs on real devices.
 
 Paper: "FLOPs" are multiply-adds as fvcore counts them: matrix products, convolutions and norms, but no softmax,
 GELU, residual sum or LayerScale. That is the column `gmacs`; `gmacs_matmul` leaves the norms out.
@@ -26,15 +25,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.layers import FFN, MHSA, Residual
-from vitlib.model.parallel import set_execution
 from vitlib.model.stems import Stem
 from vitlib.model.vit import RelativeBias
+from vitlib.train.dvae import DVAE, DVAEConfig
 from vitlib.train.finetune import freeze
+from vitlib.train.tokenizers import VOCABULARY
 
 FLOAT32 = 4  # bytes
 ATTENTION, PRECISIONS, OPTIMIZERS = ("fused", "explicit"), ("float32", "amp"), ("adamw", "sgd")
@@ -67,7 +68,10 @@ def params_by_role(model: ViT) -> dict[str, int]:
     claim("head", model.head.parameters())
     claim("other", model.parameters())
     names = ("mhsa", "ffn", "norm", "layer_scale", "stem", "pos_embed", "cls_token", "head", "other")
-    return {name: sum(p.numel() for p, own in role.items() if own == name) for name in names}
+    return {name: sum(p.numel() for p, its_role in role.items() if its_role == name) for name in names}
+
+
+# ---------------------------------------------------------------------------------------------------- multiply-adds
 
 
 class Macs(NamedTuple):
@@ -80,7 +84,7 @@ class Macs(NamedTuple):
 def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     """Multiply-adds of one image, counted from the operations that run in eval mode.
 
-    A model is counted as it stands, fused or frozen, without being copied or changed. `image_size` (pixels) replaces
+    A model is counted as it is, fused or frozen, without being copied or changed. `image_size` (pixels) replaces
     a configuration's own; a model has its size built in, and only one without a `config` (timm's) must be told it.
     """
     if isinstance(model, ViTConfig):
@@ -92,32 +96,27 @@ def macs(model: ViTConfig | nn.Module, image_size: int | None = None) -> Macs:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     training = {module: module.training for module in model.modules()}
-    # On the meta device attention runs as two batched matrix products, N x N x D each, which are counted; the fused
-    # kernel of a CPU would not be.
-    counter = FlopCounterMode(display=False, custom_mapping=NORMS)
     skip = getattr(model, "skip_unread", None)
     try:
         if skip:
             model.skip_unread = False  # Paper: counted with every token in every layer
-        with torch.no_grad(), counter:
+        # On the meta device attention runs as two batched matrix products, N x N x D each, which are counted; the fused
+        # kernel of a CPU would not be.
+        with torch.no_grad(), _Counter() as counter:
             functional_call(model.eval(), state, torch.empty(1, channels, side, side, device="meta"))
     finally:
         if skip:
             del model.skip_unread
         for module, mode in training.items():
             module.training = mode
-    counts = counter.get_flop_counts()["Global"]
-    norms = sum(n for op, n in counts.items() if op in NORMS)
-    matmul = (counter.get_total_flops() - norms) // 2  # a multiply-add is two FLOPs
-    return Macs(matmul, matmul + norms)
+    matmul = sum(counter.macs.values())
+    return Macs(matmul, matmul + counter.norms)
 
 
 @functools.cache
 def _macs_of(config: ViTConfig) -> Macs:
     """Every layer of a configuration runs the same operations: a model of one layer, and what the second one adds."""
-    with torch.device("meta"):
-        one, two = (ViT(replace(config, depth=depth)) for depth in (1, 2))
-    first, both = macs(one), macs(two)
+    first, both = (macs(_on_meta(replace(config, depth=depth))) for depth in (1, 2))
     return Macs(*(a + (config.depth - 1) * (b - a) for a, b in zip(first, both, strict=True)))
 
 
@@ -135,25 +134,24 @@ class Step(NamedTuple):
         return sum(self)
 
 
-def step_macs(config: ViTConfig, strategy: str, execution: str = "seq") -> dict[str, Step]:
+@functools.cache
+def step_macs(config: ViTConfig, strategy: str) -> dict[str, Step]:
     """Multiply-adds of one image's training step by kind of layer, counted from the operations that run.
 
     Matrix products and convolutions, as `gmacs_matmul`, with every token in every layer. `mhsa` is qkv and proj,
-    `attention` the N x N products, `other` what no such layer does: 0 in seq. A layer that runs as `par` is not made of
-    its branches' modules, so that all its products are `other`. (What folds the norms into its matrices is a product of
-    a matrix with a vector, which does not grow with the batch and is not counted.)
-    Raises UsageError for an unknown strategy or execution.
+    `attention` the N x N products, `other` what no such layer does: 0. Raises UsageError for an unknown strategy.
     """
-    with torch.device("meta"):
-        model = set_execution(ViT(config).train(), execution)
-        images = torch.empty(1, config.in_chans, config.image_size, config.image_size)
+    if config.depth > 3:  # layers between the first and the last do the same
+        two, three = (step_macs(replace(config, depth=depth), strategy) for depth in (2, 3))
+        more = config.depth - 2
+        return {k: Step(*(a + more * (b - a) for a, b in zip(two[k], three[k], strict=True))) for k in KINDS}
+    model = _on_meta(config).train()
+    images = torch.empty(1, config.in_chans, config.image_size, config.image_size, device="meta")
     model.skip_unread = False
     freeze(model, strategy)
-    counter = _StepCounter()
+    counter = _Counter()
     for module in model.modules():
         kind = {MHSA: "mhsa", FFN: "ffn"}.get(type(module), "stem" if isinstance(module, Stem) else None)
-        if kind in ("mhsa", "ffn") and execution == "par" and config.branches > 1:
-            continue  # a layer with hooks inside of it would run as seq
         if kind or module is model.head:
             module.register_forward_pre_hook(lambda *_, kind=kind or "head": counter.enter(kind))
             module.register_forward_hook(lambda *_: counter.enter("other"))
@@ -162,14 +160,17 @@ def step_macs(config: ViTConfig, strategy: str, execution: str = "seq") -> dict[
     return {kind: Step(counter.macs[kind, "forward"], counter.macs[kind, "backward"]) for kind in KINDS}
 
 
-class _StepCounter(TorchDispatchMode):
-    """Counts products by kind of layer. A backward operation is of the kind of the forward one that it belongs to:
-    autograd numbers the operations that it records, and knows at any time which of them it is at.
+class _Counter(TorchDispatchMode):
+    """Counts products by kind of layer, and what norms do. A backward operation is of the kind of the forward one that
+    it belongs to: autograd numbers the operations that it records, and knows at any time which of them it is at.
+
+    (PyTorch's FlopCounterMode has hooks on all modules, with which branches run one after the other.)
     """
 
     def __init__(self):
         super().__init__()
         self.macs: Counter[tuple[str, str]] = Counter()
+        self.norms = 0
         self.kind = "other"  # where the forward pass is
         self.kinds: dict[int, str] = {}  # by autograd's number
 
@@ -178,27 +179,29 @@ class _StepCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            products = count(*args, **kwargs, out_val=out) // 2  # a multiply-add is two FLOPs
+        out, op = func(*args, **kwargs), func.overloadpacket
+        if op in NORMS:
+            self.norms += NORMS[op](*args, **kwargs, out_val=out)
+        elif op in flop_registry:
+            products = flop_registry[op](*args, **kwargs, out_val=out) // 2  # a multiply-add is two FLOPs
             node = torch._C._current_autograd_node()
             if node is not None:
                 self.macs[self.kinds[node._sequence_nr()], "backward"] += products
             else:
-                maps = self.kind == "mhsa" and func.overloadpacket is torch.ops.aten.bmm
-                kind = "attention" if maps else self.kind
+                kind = "attention" if self.kind == "mhsa" and op is torch.ops.aten.bmm else self.kind
                 self.macs[kind, "forward"] += products
                 # The first operation after a number was given out has it; one without gradients gets none.
                 self.kinds.setdefault(torch.autograd._get_sequence_nr() - 1, kind)
         return out
 
 
+@shape_wrapper
 def _layer_norm(x: torch.Size, shape: torch.Size, weight: torch.Size | None = None, *_, **__) -> int:
-    """fvcore, norm_flop_counter: 4 per element, and one for the affine part. Called with shapes."""
+    """fvcore, norm_flop_counter: 4 per element, and one for the affine part."""
     return (4 if weight is None else 5) * x.numel()
 
 
+@shape_wrapper
 def _batch_norm(x: torch.Size, weight: torch.Size | None = None, *_, **__) -> int:
     """fvcore, batchnorm_flop_jit in eval mode: one per element, and one for the affine part."""
     return (1 if weight is None else 2) * x.numel()
@@ -207,8 +210,11 @@ def _batch_norm(x: torch.Size, weight: torch.Size | None = None, *_, **__) -> in
 # The operations that nn.LayerNorm, and nn.BatchNorm2d in eval mode, come down to.
 NORMS = {
     torch.ops.aten.native_layer_norm: _layer_norm,
-    torch.ops.aten._native_batch_norm_legit_no_training: _batch_norm,
+    torch.ops.aten.native_batch_norm: _batch_norm,
 }
+
+
+# ---------------------------------------------------------------------------------------------------- bytes
 
 
 def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Tensor], attention: str = "fused") -> int:
@@ -279,7 +285,7 @@ class Memory(NamedTuple):
 
 def training_state(model: nn.Module, optimizer: str = "adamw") -> Memory:
     """What training holds without activations, float32: all weights, and for the trainable ones their gradients and
-    the optimizer's state: AdamW's two moments and one step count a tensor, or one momentum of SGD.
+    the optimizer's state: AdamW's two moments and one step count per tensor, or one momentum of SGD.
     """
     if optimizer not in OPTIMIZERS:
         raise unknown("optimizer", optimizer, OPTIMIZERS)
@@ -289,23 +295,18 @@ def training_state(model: nn.Module, optimizer: str = "adamw") -> Memory:
 
 
 def memory(
-    config: ViTConfig,
-    strategy: str,
-    attention: str = "fused",
-    batch: int = 1,
-    precision: str = "float32",
-    optimizer: str = "adamw",
-    skip_unread: bool = True,
-) -> Memory:
+    config: ViTConfig, strategy: str, attention: str = "fused", batch: int = 1, precision: str = "float32",
+    optimizer: str = "adamw", skip_unread: bool = True,
+) -> Memory:  # fmt: skip
     """What a training step on `batch` images holds under a fine-tuning strategy, counted without data or GPU.
 
     `attention` as in `saved_bytes`; the loss is cross-entropy with class numbers. "amp": weights, gradients and
     optimizer stay float32, and the forward pass casts to half precision what CUDA's autocast casts, by its own lists
     (products half, norms and softmax float32). What is kept of such casts counts as activations: of weights the half
-    copies, which do not grow with the batch, and of explicit attention's maps both, 4 + 2 bytes an entry.
+    copies, which do not grow with the batch, and of explicit attention's maps both, 4 + 2 bytes per entry.
     `skip_unread=False`: every token in the last layer, as in the released code (`ViT.skip_unread`).
 
-    From 2 images on, activations are exactly a fixed part and a part an image; explicit attention needs fewer copies
+    From 2 images on, activations are exactly a fixed part and a part per image; explicit attention needs fewer copies
     for a single one. Not counted: temporary tensors, above all the backward pass's own, and what allocator, libraries
     and CUDA add.
 
@@ -313,15 +314,28 @@ def memory(
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    with torch.device("meta"):
-        model = ViT(config).train()
-        images = torch.empty(batch, config.in_chans, config.image_size, config.image_size)
-        labels = torch.empty(batch, dtype=torch.long)
+    model = _on_meta(config)
+    freeze(model, strategy)
+    activations = _activations(config, strategy, attention, batch, precision, skip_unread)
+    return training_state(model, optimizer)._replace(activations=activations)
+
+
+@functools.cache
+def _activations(
+    config: ViTConfig, strategy: str, attention: str, batch: int, precision: str, skip_unread: bool
+) -> int:
+    """Layers between the first and the last keep the same: two layers, and what the third one adds."""
+    if config.depth > 3:
+        shallow = (replace(config, depth=depth) for depth in (2, 3))
+        two, three = (_activations(c, strategy, attention, batch, precision, skip_unread) for c in shallow)
+        return two + (config.depth - 2) * (three - two)
+    model = _on_meta(config).train()
     model.skip_unread = skip_unread
     freeze(model, strategy)
+    images = torch.empty(batch, config.in_chans, config.image_size, config.image_size, device="meta")
+    labels = torch.empty(batch, dtype=torch.long, device="meta")
     with _Autocast() if precision == "amp" else nullcontext():
-        saved = saved_bytes(model, images, lambda logits: F.cross_entropy(logits, labels), attention)
-    return training_state(model, optimizer)._replace(activations=saved)
+        return saved_bytes(model, images, lambda logits: F.cross_entropy(logits, labels), attention)
 
 
 class _Autocast(TorchFunctionMode):
@@ -376,9 +390,8 @@ def inference_memory(config: ViTConfig, batch: int = 1, attention: str = "explic
     """
     if attention not in ATTENTION:
         raise unknown("attention", attention, ATTENTION)
-    with torch.device("meta"):
-        model = set_execution(ViT(config).eval(), "seq")
-        images = torch.empty(batch, config.in_chans, config.image_size, config.image_size)
+    model = _on_meta(config).eval()
+    images = torch.empty(batch, config.in_chans, config.image_size, config.image_size, device="meta")
     model.skip_unread = False
     with torch.no_grad(), _Live(model) as live, AttentionAs(attention):
         model(images)
@@ -406,11 +419,113 @@ class _Live(TorchDispatchMode):
         return out
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device | str) -> int | None:
-    """The most bytes that tensors held on a GPU at any time of `step()`, with what was there before; elsewhere None."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device)
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+class _Relaxed(nn.Module):
+    """A discrete VAE as it trains: soft tokens, so that the product with the codebook is there."""
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        self.config, self.dvae = config, DVAE(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.dvae.decode(self.dvae.logits(images).softmax(dim=-1) @ self.dvae.codebook)
+
+
+def _on_meta(config: ViTConfig | DVAEConfig) -> nn.Module:
+    """The model that trains, without its values."""
+    with torch.device("meta"):
+        return ViT(config) if isinstance(config, ViTConfig) else _Relaxed(config)
+
+
+@functools.cache
+def _forward_macs(config: ViTConfig | DVAEConfig) -> int:
+    return macs(config if isinstance(config, ViTConfig) else _on_meta(config)).matmul
+
+
+@functools.cache
+def _encoder_macs(config: DVAEConfig) -> int:
+    encoder = _on_meta(config).dvae.encoder
+    encoder.config = config  # which tells `macs` the size of an image
+    return macs(encoder).matmul
+
+
+def _predicted(spec: RunSpec) -> int:
+    """Outputs per image of masked pre-training, which predicts something of each masked patch; 0 for other runs."""
+    if spec.targets == "none":
+        return 0
+    pixels = spec.model.in_chans * spec.model.patch_size**2
+    per_patch = (
+        spec.tokenizer.model.vocabulary if spec.tokenizer else pixels if spec.targets == "pixels" else VOCABULARY
+    )
+    return spec.masked * per_patch
+
+
+def _plain(config: ViTConfig | DVAEConfig) -> ViTConfig | DVAEConfig:
+    """Without what changes no multiply-add, so that equal counts are taken once."""
+    return replace(config, layer_scale=None, drop_path=0.0) if isinstance(config, ViTConfig) else config
+
+
+def forward_macs(spec: RunSpec) -> int:
+    """Multiply-adds of one image's forward pass in a run, as `gmacs_matmul`."""
+    if outputs := _predicted(spec):
+        return _forward_macs(_plain(replace(spec.model, num_classes=0))) + outputs * spec.model.width
+    return _forward_macs(_plain(spec.model))
+
+
+def training_macs(spec: RunSpec) -> int:
+    """Multiply-adds of one image's training step in a run: forward, and twice that backward.
+
+    With frozen parts exactly what is left (`step_macs`). Activation checkpointing adds a forward pass, masked
+    pre-training that of the tokenizer's encoder.
+    """
+    forward = forward_macs(spec)
+    step = 3 * forward
+    if spec.strategy != "full":
+        step = sum(kind.total for kind in step_macs(_plain(spec.model), spec.strategy).values())
+    return step + spec.checkpointing * forward + (_encoder_macs(spec.tokenizer.model) if spec.tokenizer else 0)
+
+
+def run_state(spec: RunSpec) -> Memory:
+    """What a run holds whatever the batch: no activations. LAMB holds what AdamW does."""
+    config, outputs = spec.model, _predicted(spec)
+    if outputs:  # the head is in the predictor's place
+        config = replace(config, num_classes=outputs // spec.masked)
+    return _state(config, spec.strategy, "sgd" if spec.recipe.optimizer == "sgd" else "adamw", outputs > 0)
+
+
+@functools.cache
+def _state(config: ViTConfig | DVAEConfig, strategy: str, optimizer: str, masked: bool) -> Memory:
+    model = _on_meta(config)
+    if masked:
+        model.mask_token = nn.Parameter(torch.empty(config.width, device="meta"))
+    freeze(model, strategy)
+    return training_state(model, optimizer)
+
+
+def run_memory(spec: RunSpec, batch: int) -> Memory:
+    """What a run holds with `batch` images in the model at once, the average of the weights (EMA) among the weights.
+
+    Under autocast if the run's precision is bf16. In closed form: the logits of masked pre-training (float32, and their
+    inputs in half precision). Activations of a tokenizer are counted in float32, those of activation checkpointing as
+    without.
+    """
+    held, config, outputs = run_state(spec), spec.model, _predicted(spec)
+    if isinstance(config, DVAEConfig):
+        activations = batch * _relaxed_activations(config)
+    else:
+        config = replace(config, num_classes=1 if outputs else config.num_classes, drop_path=0.0)
+        precision = "amp" if spec.precision == "bf16" else "float32"
+        activations = _activations(config, spec.strategy, "fused", batch, precision, True)
+        activations += batch * (FLOAT32 * outputs + 2 * spec.masked * config.width)
+    return held._replace(weights=held.weights * (1 if spec.recipe.ema is None else 2), activations=activations)
+
+
+@functools.cache
+def _relaxed_activations(config: DVAEConfig) -> int:
+    model, images = (
+        _on_meta(config),
+        torch.empty(1, config.in_chans, config.image_size, config.image_size, device="meta"),
+    )
+    return saved_bytes(model, images, lambda out: (out - images).square().mean())

@@ -26,6 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from lab import paths
 from lab.bench import cases, runner
 from lab.claims.ledger import ledger, ledger_hashes, part_hash
+from lab.cost import plan
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
@@ -66,7 +67,7 @@ def reproduce(
     kept under failed/, the others are rendered all the same, and then NotebookFailed is raised.
     """
     parameters = {n: _parameters(source(n), {"profile": p.name, "jobs": jobs}, settings) for n in notebooks}
-    print(tables.plan_text(specs, jobs))
+    print(plan.cpu_text(specs, jobs))
     if train:
         launch(specs, jobs, cpu_seconds, ledger_hashes())
     part = ledger()[cases.F3]

@@ -19,13 +19,11 @@ from lab.claims import tuning
 from lab.claims.judge import Verdict, claim_stance, verdict_table
 from lab.claims.ledger import ledger
 from lab.claims.statistics import difference, interval
-from lab.cost import plan
 from lab.data.cards import card
 from lab.experiments.catalogue import Experiment, Runs, notebook
 from lab.experiments.profiles import Arm, Profile
 from lab.experiments.small import PRIMARY_STEMS
 from lab.runs import store
-from lab.runs.execute import cores
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.files import write_whole
@@ -391,14 +389,4 @@ def tuning_text(p: Profile, groups: Collection[str]) -> str:
     shown = [[row for row in rows if row["group"] in groups], whole["margins"], whole["best_rates"]]
     return "\n\n".join(
         pd.DataFrame(table).to_markdown(index=False, tablefmt="simple", floatfmt=".4g") for table in shown if table
-    )
-
-
-def plan_text(specs: Sequence[RunSpec], jobs: int) -> str:
-    """What these runs cost, in one paragraph."""
-    workers = jobs or cores()
-    cost = plan.cost(specs, workers)
-    return (
-        f"{cost.runs} runs, {cost.missing} of them to train: about {cost.cpu_s:,.0f} CPU seconds, "
-        f"{cost.wall_s / 60:.0f} minutes with {workers} workers, {cost.mem_mb:,} MB of memory, {cost.disk_mb:.0f} MB of disk"
     )

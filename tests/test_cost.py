@@ -1,4 +1,4 @@
-"""Counts against the published ones and against sums done by hand."""
+"""Counts against the published ones and against sums done by hand; what runs will take, and where a rate is from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lab.bench import runner
+from lab.cost import count, plan
 from lab.cost.count import (
     Memory,
     inference_memory,
@@ -19,14 +21,20 @@ from lab.cost.count import (
     memory,
     params,
     params_by_role,
-    peak_bytes,
     saved_bytes,
     step_macs,
     training_state,
 )
+from lab.cost.plan import Rate, gpu_plan, gpu_text, rate_of, rates
+from lab.experiments import imagenet, profiles
+from lab.experiments import small as small_runs
+from lab.experiments.catalogue import NOTEBOOKS, all_specs, arms_of
+from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, vit_config
+from vitlib.train.dvae import DVAEConfig
 from vitlib.train.finetune import freeze
+from vitlib.train.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -451,14 +459,6 @@ def test_unknown_words_are_refused():
             memory(small(), **{"strategy": "full", **words})
 
 
-def test_a_peak_is_asked_of_a_gpu_and_of_nothing_else():
-    ran = []
-    assert peak_bytes(lambda: ran.append(1), "cpu") is None and peak_bytes(lambda: ran.append(1), "meta") is None
-    assert not ran
-    if torch.cuda.is_available():
-        assert peak_bytes(lambda: torch.zeros(2**20, device="cuda"), "cuda") >= 2**22
-
-
 # --- multiply-adds of a training step ---
 
 
@@ -502,8 +502,272 @@ def test_attention_only_spares_vit_b_a_third_of_the_ffns_multiply_adds_and_ffn_o
         assert f"{spared / total:.2f}" == share
 
 
-def test_par_multiplies_as_often_as_seq():
-    seq, par = (step_macs(small(layer_scale=1e-4), "full", execution) for execution in ("seq", "par"))
-    for direction in ("forward", "backward"):
-        assert getattr(par["other"], direction) == sum(getattr(seq[k], direction) for k in ("mhsa", "attention", "ffn"))
-    assert (par["stem"], par["head"]) == (seq["stem"], seq["head"])
+# --- multiply-adds of a run ---
+
+IMAGENET = 1_281_167
+PLAIN = Recipe(epochs=2, batch_size=8, lr=1e-3)
+LITTLE = vit_config("W64-5x2/4", image_size=16, num_classes=10, layer_scale=1e-4)
+FLOP = Rate(1e-12 / 3600, "given", "one FLOP per hour")  # so that hours are FLOPs
+
+
+@pytest.fixture(autouse=True)
+def no_benchmarks_of_this_checkout(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(plan.paths, "REFERENCE", tmp_path / "reference")
+
+
+def b12(**fields: object) -> RunSpec:
+    recipe = replace(imagenet.supervised_recipe("B"), ema=None)
+    return replace(RunSpec("supervised", vit_config("B12"), "imagenet-1k", recipe, precision="bf16"), **fields)
+
+
+def fine_tuned(strategy: str, **fields: object) -> RunSpec:
+    return replace(b12(), protocol="finetune", parent=b12(), strategy=strategy, **fields)
+
+
+def little(model: ViTConfig = LITTLE, **fields: object) -> RunSpec:
+    return replace(RunSpec("supervised", model, "fashion-mnist", PLAIN, images=100, precision="bf16"), **fields)
+
+
+def test_vit_b_for_300_epochs_takes_what_a_pencil_says():
+    # 17.564e9 multiply-adds forward, three times that per step, 2 FLOP each, 300 x 1,281,167 images, at 400 TFLOP/s
+    by_hand = 2 * 17.564e9 * (3 * 300 * 1_281_167 + 50_000) / 400e12 / 3600
+    cost = gpu_plan([b12(recipe=replace(b12().recipe, epochs=300))], "h100", rate=400)
+    assert cost.hours == pytest.approx(by_hand, rel=2e-5) == pytest.approx(28.13, abs=5e-3)
+
+
+def test_evaluation_is_one_forward_pass_and_with_an_average_of_weights_two():
+    def evaluation(**fields):
+        spec = b12(recipe=replace(b12().recipe, **fields))
+        return plan.gpu_hours(spec, FLOP) - 2 * spec.recipe.epochs * IMAGENET * count.training_macs(spec)
+
+    once = 2 * 50_000 * 17_563_828_224
+    assert evaluation() == pytest.approx(once, rel=1e-3) and evaluation(ema=0.9999) == pytest.approx(2 * once, rel=1e-3)
+
+
+def test_activation_checkpointing_adds_a_forward_pass():
+    more = count.training_macs(b12(checkpointing=True)) - count.training_macs(b12())
+    assert more == count.forward_macs(b12())
+
+
+def test_attention_alone_leaves_out_the_gradients_of_the_other_weights():
+    T, D, layers = 197, 768, 12
+    ffn, stem = layers * T * 8 * D * D, 196 * 768 * D  # a gradient by weights has as many multiply-adds as the forward
+    attn = fine_tuned("attn")
+    # The plain rule of three gives the stem a gradient by the images too, which nobody needs.
+    assert 3 * count.forward_macs(attn) - count.training_macs(attn) == ffn + 2 * stem
+
+
+def test_layer_scale_and_stochastic_depth_change_no_multiply_add():
+    other = b12(model=vit_config("B12", layer_scale=1e-4, drop_path=0.1))
+    assert count.training_macs(other) == count.training_macs(b12())
+
+
+TOKENIZER = RunSpec(
+    "tokenizer", DVAEConfig(in_chans=3, **imagenet.TOKENIZER_MODEL), "imagenet-1k", imagenet.TOKENIZER
+)  # fmt: skip
+P, W, V, PIXELS = 196, 256, 8192, 8 * 8 * 3
+ENCODER = P * (PIXELS * W + 2 * (9 * W * W + W * W) + W * V)
+DECODER = P * (2 * (9 * W * W + W * W) + W * PIXELS)
+
+
+def test_masked_pretraining_predicts_masked_patches_and_runs_the_tokenizers_encoder():
+    shared = {"recipe": imagenet.BEIT_PRETRAINING, "protocol": "masked", "masked": 75}
+    tokens, pixels = b12(**shared, targets="dvae", tokenizer=TOKENIZER), b12(**shared, targets="pixels")
+    trunk = 17_563_828_224 - 768 * 1000
+    assert count.forward_macs(tokens) == trunk + 75 * 768 * V
+    assert count.training_macs(tokens) == 3 * count.forward_macs(tokens) + ENCODER
+    assert count.training_macs(pixels) == 3 * (trunk + 75 * 768 * 768)
+
+
+def test_a_tokenizer_trains_with_the_product_of_soft_tokens_and_codebook():
+    assert count.training_macs(TOKENIZER) == 3 * (ENCODER + P * V * W + DECODER)
+
+
+# --- memory of a run ---
+
+
+@pytest.mark.parametrize("strategy", ["full", "attn"])
+@pytest.mark.parametrize("fields", [{}, {"pos": "relative", "pool": "mean"}, {"stem": "hmlp"}], ids=str)
+def test_memory_of_five_layers_is_that_of_the_whole_model_at_any_batch(strategy, fields):
+    config = small("W64-5x2/4", **fields)
+    for batch in (1, 7):
+        found = memory(config, strategy, batch=batch, precision="amp")
+        with torch.device("meta"):
+            model = ViT(config).train()
+            images, labels = torch.empty(batch, 3, 16, 16), torch.empty(batch, dtype=torch.long)
+        freeze(model, strategy)
+        with count._Autocast():
+            saved = saved_bytes(model, images, lambda y, t=labels: F.cross_entropy(y, t))
+        assert found == training_state(model)._replace(activations=saved)
+    tuned = little(config, protocol="finetune", parent=little(config), strategy=strategy)
+    assert count.run_memory(tuned, 7) == found
+
+
+def test_lamb_holds_what_adamw_does_sgd_half_of_it_and_an_average_the_weights_again():
+    def held(**fields):
+        return count.run_memory(little(recipe=replace(PLAIN, **fields)), 2)
+
+    adamw, sgd, averaged = held(), held(optimizer="sgd"), held(ema=0.99)
+    assert held(optimizer="lamb") == adamw
+    assert sgd.optimizer == adamw.weights and adamw.optimizer > 2 * adamw.weights
+    assert averaged == adamw._replace(weights=2 * adamw.weights)
+
+
+def test_masked_pretraining_holds_a_predictor_and_a_mask_token_in_place_of_the_head():
+    spec = little(protocol="masked", masked=6, targets="tokens")
+    with torch.device("meta"):
+        trunk = params(ViT(replace(LITTLE, num_classes=0)))
+    assert count.run_memory(spec, 1).weights == 4 * (trunk + LITTLE.width + (LITTLE.width + 1) * 128)
+    one, more = (count.run_memory(replace(spec, masked=masked), 1).activations for masked in (6, 7))
+    assert more - one == 4 * 128 + 2 * LITTLE.width
+
+
+def test_a_batch_goes_through_in_the_parts_of_its_spec_and_what_does_not_fit_is_said_in_one_sentence():
+    for gpus, accumulate, images in ((1, 1, 2048), (1, 8, 256), (4, 8, 256), (8, 8, 256), (16, 8, 128)):
+        spec = b12(accumulate=accumulate)
+        assert plan.images_at_once(spec, gpus) == images
+        assert gpu_plan([spec], "h100", gpus=gpus).rows[0].memory_gb * plan.GB == count.run_memory(spec, images).total
+    # Statistics of batch norm: of as many images on any number of GPUs, 2048 / 8.
+    assert plan.images_at_once(b12(accumulate=8, model=vit_config("B12", stem="hmlp")), 8) == 32
+    assert gpu_plan([b12(accumulate=8)], "h100").rows[0].fits and not gpu_plan([b12()], "h100").rows[0].fits
+    text = gpu_text(gpu_plan([b12(), b12(accumulate=8)], "h100"))
+    assert "note: 1 of the runs do not fit 90% of a h100's 80 GB" in text
+    assert "fit 90%" not in gpu_text(gpu_plan([b12(accumulate=8)], "h100"))
+
+
+PARTS = {  # by batch and image size: 2048 / 256, 1024 / 256, 512 / 128, 768 / 256, 512 / 512
+    (2048, 224): 8, (1024, 224): 4, (512, 384): 4, (768, 224): 3, (512, 112): 1,
+}  # fmt: skip
+
+
+def test_profile_imagenet_has_as_many_images_at_once_in_all_arms_and_fits_one_gpu_of_80_gb():
+    p = profiles.profile("imagenet")
+    for spec in plan.family(all_specs(p, NOTEBOOKS)):
+        assert spec.accumulate == PARTS[spec.recipe.batch_size, spec.model.image_size], spec.model.name
+    tables = (small_runs.resolution, small_runs.branches, small_runs.stems)
+    wide, deep, stems = ({label: arm.spec for label, arm in arms_of(table, p).items()} for table in tables)
+    largest = [wide["L full"], wide["full"], deep["36x1+LS"], deep["S60x1"], stems["local pretrained"].parent]
+    rows = gpu_plan(largest, "h100").rows
+    assert all(row.fits for row in rows) and max(row.memory_gb for row in rows) > 0.85 * 80
+
+
+# --- which runs ---
+
+
+def test_a_spec_that_two_ask_for_is_one_run_and_rows_are_kinds_of_run():
+    trunk = little(replace(LITTLE, in_chans=1), seed=1000, images=50)
+    tuned = replace(trunk, protocol="finetune", parent=trunk, strategy="attn")
+    both = [spec.with_seed(seed) for seed in (1000, 1001) for spec in (tuned, tuned)]
+    cost = gpu_plan(plan.family(both), "a100")
+    assert [(row.kind, row.runs) for row in cost.rows] == [("supervised", 2), ("finetune attn", 2)]
+    assert cost.hours == pytest.approx(2 * gpu_plan(plan.family([tuned]), "a100").hours)
+    assert gpu_plan(both, "a100").rows[0].runs == 2
+    # Tuning seeds are judged on validation images, of which there are fewer.
+    judged = plan.gpu_hours(trunk.with_seed(0), FLOP) - plan.gpu_hours(trunk, FLOP)
+    assert judged == pytest.approx(2 * (5000 - 2000) * count.forward_macs(trunk))
+    assert cost.disk_gb * plan.GB == sum(4 * params(ViT(trunk.model)) for _ in range(4))
+
+
+# --- the rate ---
+
+
+def bench_row(device="NVIDIA H100 80GB HBM3", **fields) -> dict:
+    row = {"case": "B12", "arm": "full", "time_s": 0.5, "gmacs": 100_000.0, "precision": "bfloat16", "kind": "cuda"}
+    return row | {"device": device, "date": "2026-01-01"} | fields
+
+
+def write_bench(folder, rows, name="finetune"):
+    runner.write(folder / "bench" / f"{name}.csv", rows)
+
+
+def test_a_rate_is_assumed_as_a_share_of_the_makers_peak_until_it_is_measured_or_given(tmp_path):
+    assumed = rate_of("h100")
+    assert (assumed.how, assumed.tflops) == ("assumed", pytest.approx(0.35 * 989)) and "35 %" in assumed.source
+    assert rate_of("h100", utilisation=0.5).tflops == 494.5
+    write_bench(tmp_path / "gpu", [bench_row(), bench_row(time_s=0.4), bench_row(time_s=10.0)])
+    measured = rate_of("h100")
+    assert (measured.how, measured.tflops) == ("measured", 400.0)  # 2 x 1e14 multiply-adds in the median 0.5 s
+    assert "H100 80GB" in measured.source and "2026-01-01" in measured.source
+    assert rate_of("a100").how == rate_of("h100", utilisation=0.35).how == "assumed"
+    assert rate_of("h100", rate=123.0) == plan.Rate(123.0, "given", "by the caller")
+
+
+def test_the_largest_step_counts_and_a_committed_one_where_there_is_no_other(tmp_path):
+    write_bench(tmp_path / "reference" / "gpu", [bench_row(case="small", gmacs=1000.0), bench_row()])
+    assert [rate.tflops for rate in rates("h100")] == [400.0, 4.0]
+    write_bench(tmp_path / "gpu", [bench_row(time_s=0.25)])
+    assert [rate.tflops for rate in rates("h100")] == [800.0, 400.0, 4.0]
+
+
+NO_STEP = {
+    "a processor": {"kind": "cpu"}, "float32": {"precision": "float32"}, "another library": {"arm": "12x1 timm"},
+    "a part of the weights": {"arm": "attn"}, "another device": {"device": "NVIDIA A100-SXM4-80GB"},
+    "not counted": {"gmacs": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", NO_STEP)
+def test_only_full_training_steps_in_half_precision_on_that_device_are_a_rate(tmp_path, why):
+    write_bench(tmp_path / "gpu", [bench_row(**NO_STEP[why])])
+    assert rates("h100") == []
+
+
+def test_devices_are_found_by_the_names_that_they_give_themselves(tmp_path):
+    write_bench(
+        tmp_path / "gpu", [bench_row(device="NVIDIA GeForce RTX 4090"), bench_row(device="Tesla V100-SXM2-32GB")]
+    )
+    assert len(rates("rtx4090")) == len(rates("v100")) == 1
+
+
+REFUSED = {
+    "unknown device 'h1000': allowed are v100, .*; did you mean 'h100'?": {"device": "h1000"},
+    "rate is 0: allowed is a positive": {"rate": 0},
+    "rate is -3.0: allowed": {"rate": -3.0},
+    "utilisation is 0: allowed is a share": {"utilisation": 0},
+    "utilisation is 1.5: allowed": {"utilisation": 1.5},
+    "gpus is 0: allowed": {"gpus": 0},
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_cannot_be_planned_with_is_refused_in_one_sentence(sentence):
+    with pytest.raises(UsageError, match=sentence):
+        gpu_plan([b12()], **({"device": "h100"} | REFUSED[sentence]))
+
+
+# --- the text ---
+
+
+def test_the_text_has_the_sum_each_kind_of_run_where_the_rate_is_from_and_the_formula(tmp_path):
+    cost = gpu_plan([b12(), b12(seed=1), fine_tuned("attn")], "h100", gpus=4)
+    text = gpu_text(cost)
+    assert text.startswith(f"3 runs: {cost.hours:,.0f} GPU-hours, {plan.span(900 * cost.hours)} on 4 h100 (assumed)")
+    assert "assumed: 35 % of 989 TFLOP/s, the maker's peak (dense, bf16)" in text and "346.1" in text
+    assert "GPU-hours (assumed)" in text and "finetune attn" in text
+    assert "GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600" in text
+    write_bench(tmp_path / "gpu", [bench_row()])
+    text = gpu_text(gpu_plan([b12()], "h100"))
+    assert "assumed" not in text and text.count("(measured)") == 2 and "measured: bench finetune" in text
+
+
+def test_a_precision_that_the_rate_does_not_hold_for_is_noted():
+    assert gpu_plan([b12(accumulate=8)], "h100").notes == ()
+    assert "1 of the runs are in float32" in gpu_text(gpu_plan([b12(precision="float32")], "h100"))
+    assert "1 of the runs are in bf16, which a v100" in gpu_text(gpu_plan([b12()], "v100"))
+
+
+def test_no_runs_cost_nothing():
+    cost = gpu_plan([], "h100")
+    assert (cost.hours, cost.rows, cost.disk_gb) == (0, (), 0) and "0 runs" in gpu_text(cost)
+
+
+def test_years_of_a_cpu_are_said_in_years_and_that_a_gpu_is_meant():
+    text = plan.cpu_text([b12(device="cuda")], 2)
+    assert "1 runs, 1 of them to train: about" in text and "years of one CPU core" in text and "meant for a GPU" in text
+    assert "GPU" not in plan.cpu_text([little()], 2)
+
+
+def test_a_time_is_said_in_words_that_a_person_reads():
+    found = [plan.span(seconds) for seconds in (0, 45, 720, 3 * 3600, 2.6 * 86400, 82_400_590_511)]
+    assert found == ["0 seconds", "45 seconds", "12 minutes", "3 hours", "2.6 days", "2,600 years"]
