@@ -69,8 +69,8 @@ def test_a_seed_gives_the_same_weights_bit_for_bit_and_another_seed_others(image
 
 
 def test_training_lowers_the_loss_of_every_optimizer(images):
-    for name, lr in (("adamw", 3e-3), ("lamb", 3e-2), ("sgd", 5e-2)):
-        _, history = train(small(), images, Recipe(epochs=3, batch_size=10, lr=lr, optimizer=name))
+    for name, lr, epochs in (("adamw", 5e-3, 2), ("lamb", 5e-2, 3), ("sgd", 1e-1, 2)):
+        _, history = train(small(), images, Recipe(epochs=epochs, batch_size=10, lr=lr, optimizer=name))
         assert np.mean([s.loss for s in history[-10:]]) < history[0].loss - 0.2, name
 
 
@@ -142,10 +142,10 @@ TABLE_7 += [{"stem": stem, "stem_norm": norm} for stem in ("conv", "hmlp") for n
 
 @pytest.mark.parametrize("fields", TABLE_7, ids=lambda fields: "-".join(fields.values()))
 def test_every_stem_of_table_7_trains_itself(images, fields):
-    model = ViT(vit_config("W64-2x1/4", image_size=16, in_chans=1, num_classes=10, **fields), 1000)
+    model = ViT(vit_config("W32-1x1/4", image_size=16, in_chans=1, num_classes=10, **fields), 1000)
     before = {name: p.clone() for name, p in model.stem.named_parameters()}
-    _, history = train(None, images, model=model, recipe=replace(RECIPE, epochs=4, lr=2e-3))
-    assert np.mean([s.loss for s in history[-20:]]) < np.mean([s.loss for s in history[:20]]) - 0.2
+    _, history = train(None, images, model=model, recipe=replace(RECIPE, epochs=2, lr=4e-3))
+    assert np.mean([s.loss for s in history[-10:]]) < np.mean([s.loss for s in history[:10]]) - 0.2
     assert not any(torch.equal(p, before[name]) for name, p in model.stem.named_parameters())
 
 

@@ -40,9 +40,9 @@ class Step:
 class Checkpoints:
     """Writes the run's state to `path` every `every_s` seconds of wall time, and reads it back.
 
-    run: the run's identity, e.g. a hash of all its settings; another run's checkpoint is not read. notes: what else
-    belongs to the run and was fixed at its first start; those of the checkpoint take their place. writes: False in all
-    processes of a run but one. The clocks begin here.
+    run: the run's identity, e.g. a hash of its settings; another run's checkpoint is not read. notes: what else was fixed
+    at the run's first start; those of the checkpoint take their place. writes: in one process of a run only. The clocks
+    begin here.
     """
 
     def __init__(

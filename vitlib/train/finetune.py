@@ -40,6 +40,7 @@ class Role:
     def suspects(self, name: str, module: nn.Module) -> bool:
         """By its name or class, `module` has this role, and is more than a list of layers that are known."""
         text = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        # a list `attns`, or an AttentionBlock with norms beside its attention, is read by what it holds
         holds_known = any(isinstance(m, self.classes) for m in module.modules())
         is_list = isinstance(module, CONTAINERS) or text.endswith(("block", "layer"))
         return any(word in text for word in self.words) and not (is_list and holds_known)
@@ -51,8 +52,9 @@ ROLES = {  # strategy -> what it trains beside head and positions
 }
 STRATEGIES = ("full", *ROLES, "head")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")  # timm's names
-HEADS = ("head", "head_dist", "fc")
+# timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
+POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
+HEADS = ("head", "head_dist", "fc")  # the second is distilled DeiT's
 WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
@@ -67,13 +69,16 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if strategy == "full":
         return names
-    # Parameters are told apart by identity, because torch.compile and DataParallel change their names.
+    # head: parameters are told apart by identity, because torch.compile and DataParallel change their names
     kept = {id(p) for head in heads(model, needed=strategy == "head") for p in head.parameters()}
+    # positions: timm's tables by their names, ours of relative positions by its class
     kept |= {id(p) for name, p in model.named_parameters() if POSITIONS.search(name)}
     kept |= {id(p) for m in model.modules() if isinstance(m, RelativeBias) for p in m.parameters()}
+    # attention or feed-forward networks of every branch, all of their parameters
     if role := ROLES.get(strategy):
         layers = [m for m in model.modules() if isinstance(m, role.classes)]
         kept |= {id(p) for layer in layers for p in layer.parameters()}
+        # what cannot be told apart is refused
         kind = type(unwrapped(model)).__name__
         known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
         if not layers:
@@ -97,7 +102,8 @@ def left_out(model: nn.Module, role: Role, kept: set[int]) -> str | None:
 def heads(model: nn.Module, needed: bool) -> list[nn.Module]:
     """The classifiers of a model: several in distilled ones. needed: they must have parameters."""
     model = unwrapped(model)
-    given = model.get_classifier() if hasattr(model, "get_classifier") else ()  # timm
+    # what timm says, a tuple for distilled models, then what is called as heads are
+    given = model.get_classifier() if hasattr(model, "get_classifier") else ()
     found = [*(given if isinstance(given, tuple) else (given,)), *(getattr(model, name, None) for name in HEADS)]
     found = [module for module in found if isinstance(module, nn.Module)]
     if not found or (needed and not any(True for module in found for _ in module.parameters())):
@@ -114,7 +120,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def freeze(model: nn.Module, strategy: str) -> list[str]:
     """Set `requires_grad` as the strategy says; the names that stay trainable. Raises UsageError as `trainable`."""
-    if isinstance(model, DistributedDataParallel):  # it waits for the gradients of what trained when it was made
+    # DDP waits for the gradients of what trained when it was made
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise UsageError("freeze the model before DistributedDataParallel wraps it: model.module is what it wraps")
     kept = trainable(model, strategy)
     chosen = set(kept)

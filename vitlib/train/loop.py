@@ -26,17 +26,10 @@ class NonFiniteLoss(RuntimeError):
 
 
 def train(
-    model: nn.Module,
-    recipe: Recipe,
-    data: DataSet,
-    rows: np.ndarray,
-    seed: int,
-    loss_function: LossFunction,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
-    engine: Engine = CPU,
-    ema: ModelEmaV3 | None = None,
+    model: nn.Module, recipe: Recipe, data: DataSet, rows: np.ndarray, seed: int, loss_function: LossFunction,
+    on_step: Callable[[int, int], None] = lambda step, steps: None, engine: Engine = CPU, ema: ModelEmaV3 | None = None,
     checkpoints: Checkpoints | None = None,
-) -> list[Step]:
+) -> list[Step]:  # fmt: skip
     """Train `model` in place on the images `rows` of `data`; the history, one entry per step.
 
     Bit for bit the same on one machine's CPU and one thread for the same seed, also where it goes on from a checkpoint.

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch, DataSet
+from vitlib.data import Batch
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model import ViT, ViTConfig, set_execution
 from vitlib.model.weights import KINDS, Savable
-from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import Targets, make_targets
 
@@ -142,12 +141,8 @@ def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
     return model, MaskedLoss(targets, setting.seed, setting.masked)
 
 
-def evaluate(model: MaskedViT, data: DataSet, engine: Engine = CPU) -> tuple[dict[str, float], None]:
-    """Nothing: a pre-trained model is judged by what its fine-tuned classifier reaches."""
-    return {}, None
-
-
-PROTOCOL = Protocol("masked", start, evaluate, classifies=False, keeps=lambda model: model.vit)
+# Not evaluated: a pre-trained model is judged by what its fine-tuned classifier reaches.
+PROTOCOL = Protocol("masked", start, lambda *_: ({}, None), classifies=False, keeps=lambda model: model.vit)
 KINDS["masked"] = Savable(
     MaskedViT, ViTConfig, lambda config, state: MaskedViT(config, len(state.get("predictor.bias", ())))
 )

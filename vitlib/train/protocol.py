@@ -1,6 +1,6 @@
 """What a training protocol is: how its model starts, what its loss is, how the trained model is evaluated.
 
-Each protocol stands beside its training code: `supervised.PROTOCOL`, `finetune.PROTOCOL`, `masked.PROTOCOL`,
+Each protocol is beside its training code: `supervised.PROTOCOL`, `finetune.PROTOCOL`, `masked.PROTOCOL`,
 `dvae.PROTOCOL`. The loop (`loop.train`) is the same for all of them.
 """
 
@@ -51,6 +51,5 @@ class Protocol:
     config: type = ViTConfig  # of its models
     classifies: bool = True
     needs_parent: bool = False
-    keeps: Callable[[nn.Module], nn.Module] = lambda model: (
-        model
-    )  # the part of the model whose weights later runs start from
+    # The part of the model whose weights later runs start from.
+    keeps: Callable[[nn.Module], nn.Module] = lambda model: model

@@ -18,12 +18,12 @@ from vitlib.train.recipe import Recipe
 
 
 def cross_entropy(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """Mean over images; targets are labels, or class shares under mixup and cutmix, of which `smoothing` is spread evenly."""
+    """Mean over images; targets are labels, or soft labels under mixup and cutmix; `smoothing` is spread over all classes."""
     return F.cross_entropy(model(batch.images, draws), batch.targets, label_smoothing=smoothing)
 
 
 def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Tensor:
-    """Procedure A2: one binary decision a class, mean over images and classes.
+    """Procedure A2: one binary decision per class, mean over images and classes.
 
     Released code: engine.py, targets.gt(0.0). Any share above zero counts as fully positive; label smoothing is
     off (`Recipe` refuses it), or every class would.
