@@ -365,7 +365,7 @@ if __name__ == "__main__":
 
 
 def test_workers_end_when_the_process_that_asked_is_killed_and_the_same_command_goes_on(run_store, tmp_path):
-    short, long = TINY, replace(TINY, recipe=replace(TINY.recipe, epochs=40), images=200)
+    short, long = TINY, replace(TINY, recipe=replace(TINY.recipe, epochs=20), images=200)
     specs = [short, short.with_seed(1001), long, long.with_seed(1001)]
     (tmp_path / "study.py").write_text(COMMAND)
     command = [sys.executable, str(tmp_path / "study.py"), json.dumps([asdict(spec) for spec in specs])]

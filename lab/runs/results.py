@@ -77,8 +77,8 @@ def _unpacked(packed: dict, metrics: dict[str, float], name: str) -> np.ndarray:
     return correct
 
 
-def read_runs(path: str | Path) -> Iterator[dict]:
-    """The runs of a `runs.jsonl`: {"spec": what was trained, "result": a `Result.record`}, each checked.
+def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
+    """What was trained (the record of a spec) and the result, for each run of a `runs.jsonl`.
 
     Raises UsageError for a line that is not a run or whose hash is not that of its spec.
     """
@@ -92,13 +92,13 @@ def read_runs(path: str | Path) -> Iterator[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             run = json.loads(line)
-            name = hash_of(run["spec"])
-            Result.from_record(run["result"])
+            spec, result = run["spec"], Result.from_record(run["result"])
+            name = hash_of(spec)
         except (ValueError, KeyError, TypeError) as fault:
             raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
-        if name != run["result"]["hash"]:
-            raise UsageError(f"line {number} of {path.name} says {run['result']['hash']}, but its spec is {name}")
-        yield run
+        if name != result.hash:
+            raise UsageError(f"line {number} of {path.name} says {result.hash}, but its spec is {name}")
+        yield spec, result
 
 
 def hash_of(record: dict) -> str:
@@ -116,42 +116,37 @@ class Archive:
     def __init__(self, folder: str | Path):
         """Raises UsageError for files that are absent or damaged, and for an arm that lacks a run or a seed."""
         self.folder = Path(folder)
-        runs = {run["result"]["hash"]: run for run in read_runs(self.folder / "runs.jsonl")}
-        self._records = {name: run["spec"] for name, run in runs.items()}
-        self._results = {name: Result.from_record(run["result"]) for name, run in runs.items()}
-        self._arms: dict[str, dict[str, dict[int, str]]] = {}  # notebook -> arm -> seed -> hash
+        self._runs = {result.hash: (record, result) for record, result in read_runs(self.folder / "runs.jsonl")}
+        self._arms: dict[tuple[str, str], dict[int, str]] = {}  # (notebook, arm) -> seed -> hash
+        table = self.folder / "arms.csv"
         try:
-            with (self.folder / "arms.csv").open(newline="", encoding="utf-8") as file:
+            with table.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    of_arm = self._arms.setdefault(row["notebook"], {}).setdefault(row["arm"], {})
-                    of_arm[int(row["seed"])] = row["run"]
+                    self._arms.setdefault((row["notebook"], row["arm"]), {})[int(row["seed"])] = row["run"]
         except (OSError, KeyError, ValueError) as fault:
-            raise UsageError(
-                f"{self.folder / 'arms.csv'} is no table of arms ({type(fault).__name__}: {fault})"
-            ) from fault
-        of_arms = [(n, arm, by_seed) for n, arms in self._arms.items() for arm, by_seed in arms.items()]
-        self.seeds = tuple(sorted({seed for _, _, by_seed in of_arms for seed in by_seed}))
-        for notebook, arm, by_seed in of_arms:
-            if lost := [seed for seed in self.seeds if by_seed.get(seed) not in runs]:
+            raise UsageError(f"{table} is no table of arms ({type(fault).__name__}: {fault})") from fault
+        self.seeds = tuple(sorted({seed for by_seed in self._arms.values() for seed in by_seed}))
+        for (notebook, arm), by_seed in self._arms.items():
+            if lost := [seed for seed in self.seeds if by_seed.get(seed) not in self._runs]:
                 raise UsageError(f"{self.folder} has no run of arm {arm!r} of notebook {notebook} at seed {lost[0]}")
 
     @property
     def notebooks(self) -> tuple[str, ...]:
-        return tuple(self._arms)
+        return tuple(dict.fromkeys(notebook for notebook, _ in self._arms))
 
     def results(self, notebook: str) -> dict[str, list[Result]]:
         """The results of each arm, in the order of `seeds`; no arms for a notebook that trains nothing."""
-        arms = self._arms.get(notebook, {})
-        return {arm: [self._results[by_seed[seed]] for seed in self.seeds] for arm, by_seed in arms.items()}
+        arms = {arm: by_seed for (of, arm), by_seed in self._arms.items() if of == notebook}
+        return {arm: [self._runs[by_seed[seed]][1] for seed in self.seeds] for arm, by_seed in arms.items()}
 
     def record(self, name: str) -> dict:
         """What was trained under this hash: the fields of its spec, parents and tokenizers by their hashes."""
-        if name not in self._records:
+        if name not in self._runs:
             raise UsageError(f"{self.folder} has no run {name!r}")
-        return self._records[name]
+        return self._runs[name][0]
 
     def family(self, name: str) -> list[Result]:
         """The results of the runs whose weights this one began with (those that are here), then its own."""
         record = self.record(name)
-        needs = [record[kind] for kind in ("tokenizer", "parent") if record.get(kind) in self._records]
-        return [*(result for need in needs for result in self.family(need)), self._results[name]]
+        needs = [record[kind] for kind in ("tokenizer", "parent") if record.get(kind) in self._runs]
+        return [*(result for need in needs for result in self.family(need)), self._runs[name][1]]

@@ -170,13 +170,12 @@ def import_runs(path: Path) -> tuple[int, int]:
     Raises UsageError, as `read_runs` does, before anything is written.
     """
     runs, new = list(read_runs(path)), 0
-    for run in runs:
-        name = run["result"]["hash"]
-        with held(name):
-            if not (paths.runs() / name / "result.json").is_file():
-                with _new_folder(name) as draft:
-                    for part in ("spec", "result"):
-                        _write_json(draft / f"{part}.json", run[part])
+    for record, result in runs:
+        with held(result.hash):
+            if not (paths.runs() / result.hash / "result.json").is_file():
+                with _new_folder(result.hash) as draft:
+                    _write_json(draft / "spec.json", record)
+                    _write_json(draft / "result.json", result.record())
                 new += 1
     return new, len(runs) - new
 
