@@ -181,9 +181,9 @@ def _part(name: str, table: object) -> Part:
     allowed = [f for f in fields(Part) if f.name not in ("id", "at")]
     for key, value in table.items():
         if key in PROFILES and isinstance(value, Mapping):
-            for own in value:
-                if own not in OVERRIDES:
-                    raise unknown(f"key in ledger entry {name}.{key}:", own, OVERRIDES)
+            for changed in value:
+                if changed not in OVERRIDES:
+                    raise unknown(f"key in ledger entry {name}.{key}:", changed, OVERRIDES)
             _check_types(f"{name}.{key}", value)
         elif key not in {f.name for f in allowed}:
             raise unknown(f"key in ledger entry {name}:", key, [f.name for f in allowed])
@@ -193,7 +193,7 @@ def _part(name: str, table: object) -> Part:
     _check_types(name, {key: value for key, value in table.items() if key not in PROFILES})
     at = {profile: table[profile] for profile in PROFILES if profile in table}
     values = _typed({key: value for key, value in table.items() if key not in at})
-    part = Part(id=name, at={profile: _typed(own) for profile, own in at.items()}, **values)
+    part = Part(id=name, at={profile: _typed(changed) for profile, changed in at.items()}, **values)
     for profile in ("", *at):
         _check_values(part.entry(profile))
     return part
@@ -243,12 +243,11 @@ def _check_types(name: str, table: Mapping[str, object]) -> None:
 
 def _check_values(part: Part) -> None:
     where = f"in ledger entry {part.id}:"
-    for what, given, allowed in (("kind", part.kind, KINDS), ("scope", part.scope, SCOPES)):
-        if given not in allowed:
+    one_of = [("kind", part.kind, KINDS), ("scope", part.scope, SCOPES), *(("check", c, CHECKS) for c in part.checks)]
+    one_of += [("expected", part.expected, EXPECTED), ("paper_confidence", part.paper_confidence, CONFIDENCE)]
+    for what, given, allowed in one_of:
+        if given is not None and given not in allowed:
             raise unknown(f"{what} {where}", given, allowed)
-    for check in part.checks:
-        if check not in CHECKS:
-            raise unknown(f"check {where}", check, CHECKS)
     if abs(sum(part.contrast.values())) > 1e-9:
         raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
     needed = {
@@ -261,10 +260,6 @@ def _check_values(part: Part) -> None:
     for key in needed:
         if not getattr(part, key):
             raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
-    if part.expected is not None and part.expected not in EXPECTED:
-        raise unknown(f"expected {where}", part.expected, EXPECTED)
-    if part.paper_confidence is not None and part.paper_confidence not in CONFIDENCE:
-        raise unknown(f"paper_confidence {where}", part.paper_confidence, CONFIDENCE)
     if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
         raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
     if part.kind in POINT_KINDS and "control learned" not in part.checks:

@@ -9,6 +9,7 @@ Other arms of the same notebooks (more branches, pairs, widths, images, other st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from lab.claims import statistics
 from lab.claims.ledger import POINT_KINDS, Part, ledger
 from lab.experiments import small
 from lab.experiments.catalogue import NOTEBOOKS, Arms, arms_of, experiment, notebook
-from lab.experiments.profiles import Profile, profile
+from lab.experiments.profiles import Arm, Profile, profile
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
 from vitlib.errors import UsageError, unknown
@@ -41,7 +42,7 @@ class Group:
 
     def specs(self, profile: Profile) -> list[tuple[str, float, RunSpec]]:
         """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
-        arms = arms_of(self.table, profile)
+        arms = _arms(self.table, profile)
         if missing := [arm for arm in self.arms if arm not in arms]:
             raise UsageError(
                 f"profile {profile.name} has no arm {missing[0]!r} to tune: the groups are those of profile study"
@@ -50,6 +51,12 @@ class Group:
             (arm, lr, replace(spec, recipe=replace(spec.recipe, lr=lr)).with_seed(seed))
             for seed in SEEDS for arm in self.arms for spec in [arms[arm].spec] for lr in self.rates
         ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4)
+def _arms(table: Arms, profile: Profile) -> dict[str, Arm]:
+    """Once per table, not once per group."""
+    return arms_of(table, profile)
 
 
 def _transfer() -> dict[str, Group]:

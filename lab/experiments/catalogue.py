@@ -31,6 +31,10 @@ class Notebook:
     small: Arms | None = None
     imagenet: Arms | None = None
 
+    @property
+    def has_runs(self) -> bool:
+        return bool(self.small or self.imagenet)
+
     def arms_at(self, profile: Profile) -> Arms | None:
         return self.imagenet if profile.paper else self.small
 
@@ -112,13 +116,11 @@ def experiment(notebook: Notebook, profile: Profile) -> Experiment:
 
 
 def _without(notebook: Notebook, profile: Profile) -> str:
-    if notebook.small is None:
+    if not notebook.has_runs:
         return f"notebook {notebook.file} has no runs of its own"
-    where = "lab/experiments/imagenet.py" if profile.paper else "lab/experiments/small.py"
-    return (
-        f"notebook {notebook.file} has no runs at profile {profile.name}: "
-        f"its record in lab/experiments/catalogue.py names no function of {where}"
-    )
+    where = f"lab/experiments/{'imagenet' if profile.paper else 'small'}.py"
+    record = "its record in lab/experiments/catalogue.py"
+    return f"notebook {notebook.file} has no runs at profile {profile.name}: {record} names no function of {where}"
 
 
 def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Notebook], list[UsageError]]:
@@ -126,11 +128,11 @@ def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Not
     there, absent = [], {}
     for one in notebooks:
         try:
-            if one.small:
+            if one.has_runs:
                 experiment(one, profile)
             there.append(one)
         except UsageError as fault:
-            if not isinstance(fault, DataAbsent) and one.arms_at(profile):
+            if one.arms_at(profile) and not isinstance(fault, DataAbsent):
                 raise
             absent[str(fault)] = fault
     return there, list(absent.values())
@@ -143,7 +145,7 @@ def experiments(profile: Profile, notebooks: Iterable[Notebook]) -> list[Experim
     """
     notebooks = list(notebooks)
     made = [experiment(one, profile) for one in notebooks if one.arms_at(profile)]
-    if not made and (elsewhere := [one for one in notebooks if one.small]):
+    if not made and (elsewhere := [one for one in notebooks if one.has_runs]):
         raise UsageError(_without(elsewhere[0], profile))
     return made
 

@@ -33,14 +33,10 @@ AT_ONCE = {112: 512, 224: 256, 384: 128}
 # rate for deeper models. B: the same rate in every layer.
 DROP_PATH = {"Ti": 0.0, "S": 0.05, "B": 0.1, "L": 0.4}
 PEAK_LR = {"Ti": 4e-3, "S": 4e-3, "B": 3e-3, "L": 3e-3}  # A; procedure A2's own is 5e-3 (E)
-RAND_AUGMENT_7 = Augment(
-    policy="rand-m7-mstd0.5-inc1",  # E: 2 operations, magnitude 7, standard deviation 0.5, increasing
-    crop_scale=(0.08, 1.0),  # E: its random resized crop's default
-    color_jitter=0.0,  # E: none
-    erasing=0.0,  # E: none
-    test_crop=0.95,  # E: resize to 236, crop 224
-    interpolation="bicubic",  # E
-)
+RAND_AUGMENT_7 = Augment(  # E: 2 operations, magnitude 7, standard deviation 0.5, increasing; no jitter, no erasing;
+    policy="rand-m7-mstd0.5-inc1", crop_scale=(0.08, 1.0), color_jitter=0.0, erasing=0.0,
+    test_crop=0.95, interpolation="bicubic",  # resize to 236, crop 224
+)  # fmt: skip
 # An option: DeiT III's 3-Augment (grey, solarised or blurred, one of three), `replace(recipe, augment=THREE_AUGMENT)`.
 # B: augment.py; jitter 0.3 from the README's commands; test crop 1.0.
 THREE_AUGMENT = Augment(policy="3-augment", color_jitter=0.3, test_crop=1.0)
@@ -55,26 +51,17 @@ def supervised_recipe(width: str, epochs: int = SHORT) -> Recipe:
     if width not in PEAK_LR:
         raise unknown("width", width, PEAK_LR)
     return Recipe(
-        epochs=epochs,  # A
-        batch_size=2048,  # E: 8 x 256
-        lr=PEAK_LR[width],  # A
-        optimizer="lamb",  # E
-        weight_decay=0.02,  # E: none on biases and norms
-        betas=(0.9, 0.999),  # E: LAMB's defaults
-        min_lr=1e-6,  # E
+        epochs=epochs, lr=PEAK_LR[width],  # A
+        loss="bce",  # A: targets above 0 count as 1, engine.py of B
+        batch_size=2048, optimizer="lamb", weight_decay=0.02, betas=(0.9, 0.999), min_lr=1e-6,  # E: 8 x 256; LAMB's defaults
         warmup=5 / epochs,  # E: 5 epochs
         # E: its config clips nothing. LAMB itself, timm's and mmpretrain's, divides by the norm of all gradients where
         # that is above 1 (`max_grad_norm`); so does ours.
         clip=None,
-        loss="bce",  # A: targets above 0 count as 1, engine.py of B
-        flip=True,  # E: 0.5
-        mixup=0.1,  # E: half of the time
-        cutmix=1.0,  # E: the other half
-        augment=RAND_AUGMENT_7,
+        flip=True, mixup=0.1, cutmix=1.0, augment=RAND_AUGMENT_7, ema=None,  # E: mixup and cutmix half of the time each
         smoothing=0.0,  # E; with any, targets above 0 would be all classes
         repeats=3,  # E: RepeatAugSampler; B: RASampler, 3
-        ema=None,  # E: none
-    )
+    )  # fmt: skip
 
 
 def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
@@ -119,15 +106,12 @@ DEIT_DROP_PATH = 0.1  # B: main.py's default, for every width
 def baselines(p: Profile) -> list[Arm]:
     """Tables 1 and 8: this recipe and DeiT's, both trained here. Paper: Ti 72.7, S 79.7, B 82.2; DeiT 72.2, 79.8, 81.8."""
     sizes = {"Ti": 12, "S": 12, "B": 12, "L": 24}
-    arms = [Arm(f"{w}{n}", _supervised(p, w, n), f"{w}{n}", "") for w, n in sizes.items()]
-    arms += [
-        Arm(f"{w}{n}+LS", _supervised(p, w, n, scale=LAYER_SCALE, epochs=LONG), f"{w}{n}", "+LS")
-        for w, n in sizes.items()
-    ]
-    for w in ("Ti", "S", "B"):
-        model = vit_config(f"{w}12", drop_path=DEIT_DROP_PATH)
-        arms.append(Arm(f"{w}12 DeiT", _spec(p, "supervised", model, DEIT), f"{w}12", "DeiT"))
-    return arms
+    specs = {f"{w}{n}": _supervised(p, w, n) for w, n in sizes.items()}
+    specs |= {f"{w}{n}+LS": _supervised(p, w, n, scale=LAYER_SCALE, epochs=LONG) for w, n in sizes.items()}
+    deit = {w: vit_config(f"{w}12", drop_path=DEIT_DROP_PATH) for w in ("Ti", "S", "B")}
+    specs |= {f"{w}12 DeiT": _spec(p, "supervised", model, DEIT) for w, model in deit.items()}
+    rows = {label: label.removesuffix("+LS").removesuffix(" DeiT") for label in specs}
+    return [Arm(label, spec, rows[label], label.removeprefix(rows[label]).strip()) for label, spec in specs.items()]
 
 
 def branches(p: Profile) -> list[Arm]:
@@ -198,10 +182,7 @@ RESOLUTION_DROP_PATH = {"S": 0.0, "B": 0.15, "L": 0.4}  # proxy: the same comman
 # anything: google-research/vision_transformer fine-tunes at 384 with 0.03 (batch 512, gradient norm 1). BCE's mean over
 # classes would make every gradient, and so SGD's rate, a thousand times smaller, which LAMB and AdamW do not feel:
 # cross entropy.
-RESOLUTION_SGD = Recipe(
-    epochs=20, batch_size=512, lr=1e-2, optimizer="sgd", weight_decay=1e-4, min_lr=1e-5, warmup=5 / 20, clip=None,
-    loss="cross_entropy", mixup=0.8, cutmix=1.0, smoothing=0.1, augment=RESOLUTION_ADAMW.augment, repeats=1,
-)  # fmt: skip
+RESOLUTION_SGD = replace(RESOLUTION_ADAMW, lr=1e-2, optimizer="sgd", weight_decay=1e-4)
 RESOLUTION_SGD_RATES = (3e-3, 1e-2, 3e-2)  # to tune on validation images
 
 
@@ -211,14 +192,13 @@ def resolution(p: Profile) -> list[Arm]:
     Paper, ViT-B with AdamW: full 84.3, attn 84.3, ffn 84.1.
     """
     arms = [Arm("trunk", _trunk(p, "B"), "", "trunk")]
-    for letter in ("B", "S", "L"):
+    for letter, name in (("B", ""), ("S", "S"), ("L", "L")):
         trunk = _trunk(p, letter)
         model = at_image_size(replace(trunk.model, drop_path=RESOLUTION_DROP_PATH[letter]), p.finetune_size)
         for optimizer, recipe in (("", RESOLUTION_ADAMW), ("SGD", RESOLUTION_SGD)):
-            row = f"{'' if letter == 'B' else letter} {optimizer}".strip()
             for strategy in STRATEGIES:
-                label = f"{'' if letter == 'B' else letter} {strategy} {optimizer}".strip()
                 spec = _spec(p, "finetune", model, recipe, parent=trunk, strategy=strategy)
+                label, row = f"{name} {strategy} {optimizer}".strip(), f"{name} {optimizer}".strip()
                 arms.append(Arm(label, spec, row, strategy))
     return arms
 
@@ -227,17 +207,14 @@ def resolution(p: Profile) -> list[Arm]:
 # model that the paper's is compared with. Both at 224 pixels, and what they do not name as for training on ImageNet, in
 # `DEIT`. facebookresearch/deit issue 45, for CIFAR-10 and Cars (we take it for CIFAR-100 and Flowers too): SGD, no
 # erasing. Whether 0.01 is meant before scaling by batch / 512 is not said; here it is the peak.
-_SMALL_SETS = Recipe(
-    epochs=1000, batch_size=768, lr=1e-2, optimizer="sgd", weight_decay=1e-4, min_lr=1e-5, warmup=5 / 1000, clip=None,
-    loss="cross_entropy", mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3,
-    augment=Augment(policy="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.0, test_crop=0.875),
+_SMALL_SETS = replace(
+    DEIT, epochs=1000, batch_size=768, lr=1e-2, optimizer="sgd", weight_decay=1e-4, warmup=5 / 1000, ema=None,
+    augment=replace(RAND_AUGMENT_9, erasing=0.0),
 )  # fmt: skip
 # facebookresearch/deit issues 105 and 141, for ViT-B: 7.5e-5 is the rate after scaling, erasing 0.1.
-_INATURALIST = Recipe(
-    epochs=360, batch_size=768, lr=7.5e-5, optimizer="adamw", weight_decay=0.05, min_lr=1e-5, warmup=5 / 360, clip=None,
-    loss="cross_entropy", mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=3,
-    augment=Augment(policy="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.1, test_crop=0.875),
-)  # fmt: skip
+_INATURALIST = replace(
+    DEIT, epochs=360, batch_size=768, lr=7.5e-5, warmup=5 / 360, ema=None, augment=replace(RAND_AUGMENT_9, erasing=0.1)
+)
 # Data set -> recipe and stochastic-depth rate. One rate for `full`, `attn` and `ffn`, tuned for none of them.
 TRANSFER = {
     "inaturalist-2018": (_INATURALIST, 0.1), "inaturalist-2019": (_INATURALIST, 0.1), "cifar-10": (_SMALL_SETS, 0.0),
@@ -267,37 +244,22 @@ def transfer(p: Profile) -> list[Arm]:
 # Table 7 (right). A: BEiT's code and procedure, 300 epochs, the tokenizer trained on ImageNet-1k, the mask after the stem.
 BEIT_PRETRAINING = Recipe(
     epochs=300,  # A, and D's default; D's README has 800
-    batch_size=2048,  # D: 16 x 128
-    lr=1.5e-3,  # D
-    optimizer="adamw",  # D; its epsilon 1e-8 is torch's
-    weight_decay=0.05,  # D
-    betas=(0.9, 0.98),  # D
-    min_lr=1e-5,  # D
+    batch_size=2048, lr=1.5e-3, optimizer="adamw",  # D: 16 x 128; its epsilon 1e-8 is torch's
+    weight_decay=0.05, betas=(0.9, 0.98), min_lr=1e-5, clip=3.0,  # D
     warmup=10 / 300,  # D: 10 epochs, 6,260 of 187,800 steps
-    clip=3.0,  # D
     # D: flip, random resized crop, the same crop at 112 pixels (Lanczos) for the tokenizer. Released code: jitter 0.4
     # before them, though not in every stored version of datasets.py.
     augment=Augment(color_jitter=0.4, view_size=112),
-)
+)  # fmt: skip
 BEIT_MASKED = 75  # D: of 196 patches, block-wise; `RunSpec.masked`
 BEIT_FINE_TUNING = Recipe(
     epochs=100,  # A
-    batch_size=1024,  # D: 8 x 128
-    lr=4e-3,  # D
-    optimizer="adamw",
-    weight_decay=0.05,  # D
-    betas=(0.9, 0.999),  # D: the optimizer's
-    min_lr=1e-6,  # D
+    batch_size=1024, lr=4e-3, optimizer="adamw", weight_decay=0.05, betas=(0.9, 0.999), min_lr=1e-6,  # D: 8 x 128
     warmup=20 / 100,  # D: 20 epochs, 25,040 of 125,200 steps
-    clip=None,  # D: the script's default
-    loss="cross_entropy",
-    mixup=0.8,  # D
-    cutmix=1.0,  # D
-    smoothing=0.1,  # D
+    clip=None, loss="cross_entropy", mixup=0.8, cutmix=1.0, smoothing=0.1, repeats=1,  # D; clip: the script's default
     layer_decay=0.65,  # D: of 12 layers; other depths by `loop.layer_decay`
     augment=RAND_AUGMENT_9,  # D: m9, jitter 0.4, erasing 0.25, test crop 224 / 256
-    repeats=1,  # D
-)
+)  # fmt: skip
 # The model in both phases, for `vit_config("B12", **BEIT_MODEL)`.
 BEIT_MODEL: dict[str, object] = {
     "layer_scale": 0.1,  # D, for the base size; 1e-5 for large

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vitlib.errors import unknown
@@ -69,26 +69,24 @@ class Profile:
         return self.judged and not self.every_arm
 
 
+_EMBEDDED = Profile(
+    name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16, finetune_size=20,
+    patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2, masked_epochs=4,
+    few_labels_epochs=24, every_arm=True, targets="dvae", transfer_widths=(32, 64),
+    transfer_images={"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)},
+)  # fmt: skip
 # smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer pre-training.
 PROFILES = {
-    "smoke": Profile(
-        name="smoke", data="fashion-mnist", seeds=(1000,), width=32, pairs=12, image_size=16, finetune_size=20,
-        patch_size=4, stem_pairs=6, images=500, finetune_images=500, few_labels=100, epochs=2, masked_epochs=1,
-        few_labels_epochs=8, every_arm=False, transfer_widths=(32,), transfer_images={"fashion-mnist-4": (200,)},
+    "smoke": replace(
+        _EMBEDDED, name="smoke", seeds=(1000,), width=32, images=500, finetune_images=500, few_labels=100, masked_epochs=1,
+        few_labels_epochs=8, every_arm=False, targets="tokens", transfer_widths=(32,),
+        transfer_images={"fashion-mnist-4": (200,)},
     ),
-    "cpu": Profile(
-        name="cpu", data="fashion-mnist", seeds=(0, 1, 2, 3, 4), width=64, pairs=12, image_size=16, finetune_size=20,
-        patch_size=4, stem_pairs=6, images=12000, finetune_images=4500, few_labels=500, epochs=2, masked_epochs=3,
-        few_labels_epochs=24, every_arm=False,
+    "cpu": replace(
+        _EMBEDDED, name="cpu", seeds=(0, 1, 2, 3, 4), images=12000, finetune_images=4500, masked_epochs=3, every_arm=False,
+        targets="tokens", transfer_widths=(), transfer_images={},
     ),
-    "study": Profile(
-        name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16,
-        finetune_size=20, patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2,
-        masked_epochs=4, few_labels_epochs=24, every_arm=True, targets="dvae", transfer_widths=(32, 64),
-        transfer_images={
-            "fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000),
-        },
-    ),
+    "study": _EMBEDDED,
     # float32: a GPU is bound by the number of kernels at this size, and bfloat16 needs more of them.
     "gpu": Profile(
         name="gpu", data="cifar-10", seeds=(20, 21, 22, 23, 24), width=192, pairs=12, image_size=24, finetune_size=32,
@@ -112,8 +110,6 @@ PROFILES = {
 
 
 MASKED_SHARE = 75 / 196  # of the patches. BEiT masks 75 of 196 (38 %); here 6 of 16
-
-
 LAYER_SCALE = 1e-4  # Released code: models_v2.py, init_scale; the paper states no value
 
 

@@ -132,7 +132,7 @@ def open_page(number: str, profile_name: str) -> Page:
     """
     tables.theme()
     shown, p = notebook(number), profile(profile_name)
-    trains = shown.small is not None
+    trains = shown.has_runs
     committed = Runs(experiment(shown, profile("study")), archive().results(shown.number)) if trains else None
     page = Page(shown, p, experiment(shown, p) if trains else None, committed)
     display(Markdown(tables.legend(p, reference_text())))

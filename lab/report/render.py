@@ -101,7 +101,7 @@ def reproduce(
 
 def collects(notebook: Notebook) -> bool:
     """Whether a notebook has no runs and no claims of its own, and shows what the others say."""
-    return notebook.small is None and all(part.notebook != notebook.number for part in ledger().values())
+    return not notebook.has_runs and all(part.notebook != notebook.number for part in ledger().values())
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[str]) -> dict[str, object]:
