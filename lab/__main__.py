@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     add("check", check, "is the installation whole: torch and torchvision of one family, data undamaged")
-    plan = add("plan", plan_, "runs, CPU seconds, memory and disk of a profile, before anything starts", "cpu")
+    plan = add("plan", plan_, "runs, time, memory and disk of a profile, before anything starts", "cpu")
     run = add("run", run_, "train what is missing, without rendering notebooks", "cpu")
     reproduce = add("reproduce", reproduce_, "train what is missing and render the notebooks", "cpu")
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")

@@ -194,7 +194,7 @@ def test_a_sequential_model_with_a_position_for_every_token_equals_timms(layer_s
         torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-10)
 
 
-# --- published sizes: paper-facts.md, section 2, patch 16, 224 pixels, 1000 classes (multiply-adds: test_measure.py) ---
+# --- published sizes: paper-facts.md, section 2, patch 16, 224 pixels, 1000 classes (multiply-adds: test_cost.py) ---
 
 # models of one size: parameters with the linear stem, + LayerScale, hMLP (batch norm), hMLP + LayerScale
 PARAMETERS = {

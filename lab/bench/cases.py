@@ -108,7 +108,7 @@ def _full(profile: Profile) -> RunSpec:
 
 def _finetune(config: ViTConfig, batch: int, execution: str, threads: int, part: str = "", run: str = "") -> Case:
     arms = {strategy: (execution, strategy) for strategy in STRATEGIES}
-    task = {"model": asdict(config), "batch": batch, "mode": "training", "arms": arms}
+    task = {"model": asdict(config), "batch": batch, "mode": "training", "arms": arms, "seconds": 2.0}
     title = f"{config.name} at {config.image_size} px, batch {batch}"
     return Case(title, "lab.bench.cases:time_arms", task, "full", RESTARTS, threads=threads, part=part, run=run)
 
@@ -126,7 +126,7 @@ def time_arms(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]
         else:
             half = functools.partial(fresh, dtype=dtype)
             arms[name] = Arm(half, _inference(arm_of(model, *kind).to(dtype), task["mode"], half))
-    seconds = take_turns(arms, device)
+    seconds = take_turns(arms, device, task.get("seconds", runner.SECONDS_PER_ARM))
     more = {name: _memory(config, kind[1], task["batch"]) for name, kind in task["arms"].items()}
     if device == "cuda" and len(arms) == 1:
         ((name, arm),) = arms.items()
