@@ -205,10 +205,10 @@ def claims_(arguments) -> int | None:
     from lab.claims import evidence
     from lab.experiments.profiles import profile
     from lab.paths import REFERENCE
-    from lab.report import judgements, tables
+    from lab.report import tables
 
     if not arguments.pilot:
-        return print(tables.claims_text(arguments.profile, judgements.verdicts(arguments.profile)))
+        return print(tables.claims_text(arguments.profile))
     said, same = evidence.recomputed_text(evidence.Archived(REFERENCE / "pilot", profile("study")))
     print(said)
     return None if same else 1

@@ -19,7 +19,7 @@ from lab.bench import cases, runner
 from lab.bench.runner import Arm, Case, Reading
 from lab.claims.ledger import ledger, part_hash
 from lab.experiments.profiles import PROFILES
-from lab.report import judgements
+from lab.report import tables
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -293,7 +293,7 @@ def test_p7_is_judged_on_a_gpus_rows_alone(outputs):
             runner.path_of("branches", PROFILES["cpu"]),
             timed(case.name, ("seq", "par"), seconds={"par": par}, **columns),
         )
-        return next(v for v in judgements.verdicts(PROFILES["cpu"], "36") if v.part.id == case.part).word
+        return next(v for v in tables.judged(PROFILES["cpu"], "36") if v.part.id == case.part).word
 
     assert case.restarts == 5 and (case.reference, case.part) == ("seq", "P7-S2")
     assert word("cuda", par=0.7) == "same direction" and word("cuda", par=1.4) == "opposite direction"

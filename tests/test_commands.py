@@ -10,7 +10,7 @@ from lab import paths
 from lab.__main__ import main, parser
 from lab.experiments.catalogue import experiment, notebook
 from lab.experiments.profiles import profile
-from lab.report import judgements
+from lab.report import tables
 from lab.runs import launch
 from vitlib import __main__ as vitlib_main
 from vitlib.errors import UsageError
@@ -141,7 +141,7 @@ def test_the_claims_table_names_every_claim_and_reads_not_run_without_runs(capsy
     ):
         assert f"\n{claim} " in table
     assert "not run" in table and "reproduced" not in table
-    assert all(v.word in ("exact", "fails", "not run") for v in judgements.verdicts(profile("cpu")))
+    assert all(v.word in ("exact", "fails", "not run") for v in tables.judged(profile("cpu")))
 
 
 def test_a_broken_pair_of_torch_and_torchvision_is_one_sentence(monkeypatch):

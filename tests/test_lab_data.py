@@ -27,7 +27,7 @@ from lab.claims.ledger import ledger
 from lab.data import cards, published
 from lab.data.cards import load, load_resized, source
 from lab.experiments import catalogue, profiles, small
-from lab.report import judgements, render
+from lab.report import render, tables
 from lab.runs import execute, results, store
 from lab.runs.spec import RunSpec
 from vitlib.data import Augment, Streamed, subset
@@ -861,7 +861,7 @@ def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(p
     absent = [str(fault) for fault in absent if isinstance(fault, cards.DataAbsent)]
     assert len(absent) == 2 and "tiny-imagenet" in absent[1]
     assert str(place / "cifar-10") in absent[0] and "data_cards/cifar-10.md" in absent[0]
-    (primary,) = (v for v in judgements.verdicts(p, "31") if v.part.id == "A1")
+    (primary,) = (v for v in tables.judged(p, "31") if v.part.id == "A1")
     assert primary.word == "not run" and "cifar-10" in primary.note
     mine = [catalogue.notebook("31"), catalogue.notebook("42")]
     assert catalogue.available(profiles.profile("cpu"), mine) == (mine, [])

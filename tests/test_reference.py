@@ -12,7 +12,7 @@ from lab import paths
 from lab.claims.ledger import ledger
 from lab.experiments.catalogue import experiment, notebook
 from lab.experiments.profiles import profile as scale
-from lab.report import judgements
+from lab.report import tables
 from lab.runs import results, store
 from lab.runs.results import Result
 from tools import reference
@@ -67,7 +67,7 @@ def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
     for profile in set(reference.studies()) & {"study"}:  # other profiles' data is not here
         store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
-        again = {v.part.id: v for v in judgements.verdicts(scale(profile))}
+        again = {v.part.id: v for v in tables.judged(scale(profile))}
         for id, row in committed(profile).iterrows():
             if ledger()[id].kind != "ratio":
                 assert again[id].text == row["verdict"], id

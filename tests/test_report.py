@@ -15,7 +15,7 @@ from lab.data.cards import load_resized
 from lab.experiments import catalogue, profiles, small
 from lab.experiments.catalogue import NOTEBOOKS, Runs
 from lab.paper import paper_table
-from lab.report import counted, figures, judgements, paper, render, tables
+from lab.report import counted, figures, paper, render, tables
 from lab.runs import execute, results, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
@@ -31,7 +31,8 @@ def experiment(number: str, name: str) -> catalogue.Experiment:
 
 
 def verdicts(name: str, number: str | None = None) -> list:
-    return judgements.verdicts(profiles.profile(name), number)
+    every = tables.judged(profiles.profile(name), number or "")
+    return [verdict for verdict in every if number in (None, verdict.part.notebook)]
 
 
 def runs_of(notebook: str, profile: str) -> Runs:

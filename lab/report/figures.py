@@ -26,17 +26,18 @@ from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.train import masked, tokenizers
 
+BOUNDS = ("points", "low", "high")
+
 
 def whiskers(table: pd.DataFrame, prefix: str = "") -> np.ndarray:
     """How far each interval reaches below and above its mean, (2, rows); 0 with one seed."""
-    points, low, high = (table[f"{prefix}{name}"].to_numpy(float) for name in ("points", "low", "high"))
+    points, low, high = (table[f"{prefix}{name}"].to_numpy(float) for name in BOUNDS)
     return np.nan_to_num(np.stack([points - low, high - points]))
 
 
-def with_bounds(table: pd.DataFrame, prefix: str = "") -> pd.DataFrame:
+def with_bounds(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that have a difference, with columns for its interval where no row has one."""
-    columns = [f"{prefix}{name}" for name in ("points", "low", "high")]
-    return table.reindex(columns=[*table.columns, *(c for c in columns if c not in table)]).dropna(subset=columns[:1])
+    return table.reindex(columns=list(dict.fromkeys([*table, *BOUNDS]))).dropna(subset=["points"])
 
 
 def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
@@ -44,24 +45,20 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
 
     Without these runs: only that sentence.
     """
-    arms = [arm for arm in runs.results if arm != reference]
-    if reference not in runs.results or not arms:
+    arms, base = [arm for arm in runs.results if arm != reference], runs.results.get(reference)
+    if not (base and arms):
         figure = plt.figure(figsize=(6, 0.6))
         figure.text(0.5, 0.5, f"no runs at {runs.experiment.profile.name}", ha="center", va="center")
         return figure
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    by_seed = pd.DataFrame([
-        {"arm": arm, "points": a.metrics["top1"] - b.metrics["top1"]}
-        for arm in arms for a, b in zip(runs.results[arm], runs.results[reference], strict=True)
-    ])  # fmt: skip
-    sns.stripplot(by_seed, x="arm", y="points", order=arms, ax=axes, color="0.55", size=5, jitter=False)
-    table = with_bounds(pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)]))
-    table = table.dropna(subset=["low"])
+    for x, arm in enumerate(arms):
+        by_seed = [a.metrics["top1"] - b.metrics["top1"] for a, b in zip(runs.results[arm], base, strict=True)]
+        axes.plot([x] * len(by_seed), by_seed, "o", color="0.55", markersize=5)
+    table = with_bounds(pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)])).dropna()
     axes.errorbar(table["x"], table["points"], whiskers(table), fmt="D", capsize=4, color=sns.color_palette()[0])
     axes.axhline(0, color="0.2", linewidth=1)
-    axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points")
-    if len(arms) > 6:
-        axes.tick_params(axis="x", labelrotation=30)
+    axes.set_xticks(range(len(arms)), arms, rotation=30 if len(arms) > 6 else 0)
+    axes.set(xlabel=xlabel, ylabel=f"top-1 minus {reference}, points", xlim=(-0.5, len(arms) - 0.5))
     return figure
 
 
@@ -98,30 +95,27 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
 
     A line per width. Solid: this run; dashed: the committed reference.
     """
-    table = with_bounds(
-        table.reindex(columns=list(dict.fromkeys([*table.columns, "data set", "images", "model", "points"])))
-    )
-    data = list(dict.fromkeys(table["data set"]))
+    table = with_bounds(table)
+    data = list(table["data"].unique()) if len(table) else []
     size = (3.4 + 2.7 * len(data), 3.2)
     figure, (panels,) = plt.subplots(1, 1 + len(data), figsize=size, layout="constrained", squeeze=False)
     for i, (model, rows) in enumerate(paper.transfer().groupby("model", sort=False)):
         panels[0].plot(rows["images"], rows["points"], "Dos"[i], color=sns.color_palette()[7 + i], label=model)
     for panel, name in zip(panels[1:], data, strict=True):
-        models = list(dict.fromkeys(table["model"]))
-        for (model, measured), rows in table[table["data set"] == name].groupby(["model", "measured"]):
+        here, models = table[table["data"] == name], sorted(table["model"].unique())
+        for (model, measured), rows in here.groupby(["model", "measured"]):
             i, style = models.index(model), "--" if measured.startswith("committed") else "-"
             panel.errorbar(
                 rows["images"], rows["points"], whiskers(rows), fmt="os"[i % 2] + style, capsize=4,
                 color=sns.color_palette()[i], label=f"{model.split('-')[0]}, {measured}",
             )  # fmt: skip
-    for panel, name in zip(panels, ["the paper's six data sets", *data], strict=True):
-        panel.axhline(0, color="0.2", linewidth=1)
+        ticks = sorted({int(n) for n in here["images"]})
         panel.set_xscale("log")
-        panel.set(title=name, xlabel="training images")
-    for panel, name in zip(panels[1:], data, strict=True):
-        ticks = sorted({int(n) for n in table[table["data set"] == name]["images"]})
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
         panel.minorticks_off()
+    for panel, name in zip(panels, ["the paper's six data sets", *data], strict=True):
+        panel.axhline(0, color="0.2", linewidth=1)
+        panel.set(title=name, xlabel="training images", xscale="log" if panel is panels[0] else panel.get_xscale())
     panels[0].set_ylabel("top-1 of attn minus full, points")
     panels[0].legend(fontsize="small")
     if data:
@@ -132,18 +126,17 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
 def throughput_figure(p: Profile) -> Figure:
     """How many times as fast at once as one after the other, over the batch: the paper's V100 and what was measured."""
     figure, axes = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
-    for i, (model, group) in enumerate(paper.throughput().groupby("model", sort=False)):
-        color = sns.color_palette()[i]
-        axes.plot(group["batch"], group["ratio"], color=color, marker="o", label=f"{model}, paper, V100")
+    for model, group in paper.throughput().groupby("model", sort=False):
+        axes.plot(group["batch"], group["ratio"], marker="o", label=f"{model}, paper, V100")
     measured = pd.DataFrame([
-        {"label": f"{row['case'].split('/')[0]}, {source}, {row['device']}", "ratio": row["ratio"]}
+        {"label": f"{row['case'].split('/')[0]}, {place}, {row['device']}", "ratio": row["ratio"]}
         | {"batch": int(row["case"].split("batch ")[1].split(",")[0])}
-        for source, rows in bench_rows("branches", p) for row in rows
+        for place, rows in bench_rows("branches", p).items() for row in rows
         if row["arm"] == "par" and row["case"].endswith("eager")
     ], columns=["label", "batch", "ratio"])  # fmt: skip
-    for i, (label, rows) in enumerate(measured.groupby("label", sort=False)):
+    for label, rows in measured.groupby("label", sort=False):
         middle = rows.groupby("batch")["ratio"].median()
-        axes.plot(middle.index, middle, color=sns.color_palette()[2 + i], marker="D", linestyle="--", label=label)
+        axes.plot(middle.index, middle, marker="D", linestyle="--", label=label)
     axes.axhline(1, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="batch", ylabel="par over seq, images per second")
@@ -157,36 +150,36 @@ def stem_figure(table: pd.DataFrame, name: str) -> Figure:
     `table` is `tables.table7`, `name` its profile's. One point per stem. First the paper's own Table 7, on axes of its own;
     then all labels; then the few labels that fine-tuning has. Above the diagonal a stem gains more by pre-training.
     """
-    table = table.set_index("stem")
-    linear, stems = table.loc["linear"], table.drop("linear")
-    across = [c for c in ("supervised", "scratch") if {f"{c} points", "pretrained points"} <= {*table.columns}]
+    for training in TITLES:
+        table = table.reindex(columns=list(dict.fromkeys([*table, *(f"{training} {c}" for c in ("paper", *BOUNDS))])))
+    linear, stems = table[table["stem"] == "linear"].iloc[0], table[table["stem"] != "linear"]
+    across = [c for c in ("supervised", "scratch") if stems[f"{c} points"].notna().any()]
     size = (3 * (1 + len(across)) + 1.4, 3.4)
     figure, (axes,) = plt.subplots(1, 1 + len(across), figsize=size, layout="constrained", squeeze=False)
     colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
-    for i, (stem, row) in enumerate(stems.iterrows()):
+    for i, (_, row) in enumerate(stems.iterrows()):
         look = {"color": colours[i], "marker": "os^vDP*Xp"[i % 9], "linestyle": "none"}
-        x, y = (row.get(f"{c} paper", np.nan) - linear.get(f"{c} paper", np.nan) for c in ("supervised", "pretrained"))
-        axes[0].plot(x, y, label=stem, **look)
+        axes[0].plot(
+            *(row[f"{c} paper"] - linear[f"{c} paper"] for c in ("supervised", "pretrained")), label=row["stem"], **look
+        )
         for panel, training in zip(axes[1:], across, strict=True):
-            both = [with_bounds(row.to_frame().T, f"{c} ") for c in (training, "pretrained")]
-            if all(map(len, both)):
-                (x, y), (xerr, yerr) = zip(
-                    *(
-                        (t[f"{c} points"].astype(float), whiskers(t, f"{c} "))
-                        for t, c in zip(both, (training, "pretrained"), strict=True)
-                    ),
-                    strict=True,
-                )
+            one = row.to_frame().T
+            (x, xerr), (y, yerr) = (
+                (one[f"{c} points"].astype(float), whiskers(one, f"{c} ")) for c in (training, "pretrained")
+            )
+            if x.notna().all() and y.notna().all():
                 panel.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, **look)
-    titles = {"supervised": "all labels", "scratch": "the same few labels"}
     for panel, training in zip(axes, ("supervised", *across), strict=True):
         panel.axhline(0, color="0.2", linewidth=0.8)
         panel.axvline(0, color="0.2", linewidth=0.8)
         panel.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title="paper, ImageNet" if panel is axes[0] else f"{name}, {titles[training]}")
+        panel.set(title="paper, ImageNet" if panel is axes[0] else f"{name}, {TITLES[training]}")
         panel.set(xlabel=f"{training}, minus linear, points", ylabel="pretrained, minus linear, points")
     figure.legend(loc="outside right center", title="stem", fontsize="small")
     return figure
+
+
+TITLES = {"supervised": "all labels", "scratch": "the same few labels", "pretrained": ""}
 
 
 def leak_figure() -> Figure:

@@ -16,15 +16,17 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from lab import paths
+from lab.claims.judge import Verdict
 from lab.claims.ledger import ledger_hashes
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
 from lab.experiments.profiles import Arm, Profile, profile
-from lab.report import figures, judgements, tables
+from lab.report import figures, tables
 from lab.runs import store
 from lab.runs.results import Archive
 from vitlib.files import write_whole
@@ -51,8 +53,7 @@ class Page:
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
         train = os.environ.get("VITLIB_TRAIN") != "0"
-        setting = self.experiment
-        runs = setting.run(jobs, cpu_seconds, ledger_hashes()) if train else setting.finished()
+        runs = self.experiment.run(jobs, cpu_seconds, ledger_hashes()) if train else self.experiment.finished()
         display(Markdown(tables.provenance(runs)))
         return runs
 
@@ -100,12 +101,16 @@ class Page:
             self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
             display(Markdown(f"*{caption}*"))
 
+    def judged(self) -> list[Verdict]:
+        """The verdicts on all claims at this profile, from what is finished."""
+        return tables.judged(self.profile)
+
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries."""
-        mine = judgements.verdicts(self.profile, self.notebook.number)
+        every = tables.judged(self.profile, self.notebook.number)  # all that Holm's correction is over
+        mine = [v for v in every if v.part.notebook == self.notebook.number]
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        family = judgements.tested_elsewhere(self.profile, self.notebook.number)
-        self.table(tables.verdicts(mine, family), "verdicts")
+        self.table(tables.verdicts(mine, every), "verdicts")
 
     def _path(self, folder: str, name: str) -> Path:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
@@ -125,15 +130,14 @@ def reference_text() -> str:
     return f"pilot, n = {len(known.seeds)}, first study, made {tables.span(days)}"
 
 
-def open_page(number: str, profile_name: str) -> Page:
+def open_page(name: str, profile_name: str) -> Page:
     """A notebook's page; says its scale and what its columns are.
 
     Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
     """
-    tables.theme()
-    shown, p = notebook(number), profile(profile_name)
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
+    shown, p = notebook(name), profile(profile_name)
     trains = shown.has_runs
     committed = Runs(experiment(shown, profile("study")), archive().results(shown.number)) if trains else None
-    page = Page(shown, p, experiment(shown, p) if trains else None, committed)
     display(Markdown(tables.legend(p, reference_text())))
-    return page
+    return Page(shown, p, experiment(shown, p) if trains else None, committed)

@@ -6,7 +6,7 @@ import pandas as pd
 
 from lab.experiments.small import STEM_ARMS, stem_pairs
 from lab.paper import paper_numbers, paper_table
-from lab.report.tables import framed
+from lab.report.tables import columns, framed
 from vitlib.model import ViTConfig, vit_config
 
 Cell = dict[str, object]  # a printed number: paper (its value), digits (after the point), chart (a mark, or "")
@@ -79,51 +79,47 @@ def rows(name: str, **where: list[str]) -> list:
 
 # ---------------------------------------------------------------------------------------------------- frames
 
-ACCURACIES = {"top1": "{top1:.1f}", "top1_v2": "{top1_v2:.1f}"}
+ACCURACIES = columns(top1=".1f", top1_v2=".1f")
 
 
 def baselines() -> pd.DataFrame:
     """Table 1: accuracies and throughput of the baselines."""
-    layout = {"model": "{printed_name}", "epochs": "{epochs}", "LayerScale": "{layer_scale}"} | ACCURACIES
-    return framed(paper_numbers("table1"), layout | {"images_per_s": "{images_per_s}"})
+    layout = {"model": "{printed_name}"} | columns("epochs") | {"LayerScale": "{layer_scale}"} | ACCURACIES
+    return framed(paper_numbers("table1"), layout | columns("images_per_s"))
 
 
 def forms() -> pd.DataFrame:
     """Table 3: accuracy and memory of more pairs and of more width."""
-    sizes = {"params_m": "{params_m:.1f}", "gflops": "{gflops:.1f}", "peak_mem_mb": "{peak_mem_mb}"}
-    return framed(paper_numbers("table3"), {"model": "{model}", "LayerScale": "{layer_scale}"} | sizes | ACCURACIES)
+    layout = columns("model") | {"LayerScale": "{layer_scale}"} | columns(params_m=".1f", gflops=".1f", peak_mem_mb="")
+    return framed(paper_numbers("table3"), layout | ACCURACIES)
 
 
 def procedures() -> pd.DataFrame:
     """Table 8: top-1 of the same models by five training procedures, epochs in brackets."""
-    table = paper_numbers("table8")
-    wide = table.pivot(index="procedure", columns="model", values=["top1", "top1_sd", "epochs"]).loc[
-        table["procedure"].unique()
-    ]
+    table, layout = paper_numbers("table8"), columns("procedure")
+    wide = table.pivot(index="procedure", columns="model", values=["top1", "top1_sd", "epochs"])
     wide.columns = [f"{model} {quantity}" for quantity, model in wide.columns]
-    layout: dict[str, str | tuple[str, ...]] = {"procedure": "{procedure}"}
     for model in table["model"].unique():
-        top1, epochs = f"{{{model} top1:.1f}}", f"({{{model} epochs:.0f}} ep)"
+        top1, epochs = f"{{{model} top1:.1f}}", f"({{{model} epochs}} ep)"
         layout[model] = (f"{top1} ± {{{model} top1_sd:.2f}} {epochs}", f"{top1} {epochs}")
-    return framed(wide.reset_index(), layout)
+    return framed(wide.loc[table["procedure"].unique()].reset_index(), layout)
 
 
 def layer_scale() -> pd.DataFrame:
     """Table 2: 36 pairs of ViT-B, and what two branches gain over one in each row, in points."""
     table = paper_numbers("table2").pivot(index=["epochs", "layer_scale"], columns="model", values=["top1", "top1_v2"])
-    table.columns = [f"{model} {column}" for column, model in table.columns]
-    layout = {"epochs": "{epochs}", "LayerScale": "{layer_scale}"}
-    layout |= {c.replace(" ", ", "): f"{{{c}:.1f}}" for c in table}
+    table.columns = [f"{model}, {column}" for column, model in table.columns]
+    layout = columns("epochs") | {"LayerScale": "{layer_scale}"} | columns(**dict.fromkeys(table, ".1f"))
     for column in ("top1", "top1_v2"):
-        table[f"gap {column}"] = table[f"B18x2 {column}"] - table[f"B36x1 {column}"]
-        layout[f"x2 - x1, {column}"] = f"{{gap {column}:+.1f}}"
+        table[f"x2 - x1, {column}"] = table[f"B18x2, {column}"] - table[f"B36x1, {column}"]
+        layout |= columns(**{f"x2 - x1, {column}": "+.1f"})
     return framed(table.reset_index(), layout)
 
 
 def figure1() -> pd.DataFrame:
     """Figure 1 as the paper has it, read off the chart: top-1 on ImageNet by number of branches."""
     table = paper_numbers("figure1").pivot(index="branches", columns="model_family", values="top1")
-    layout = {"branches": "{branches}"} | {f"{family}, chart ± 0.1": f"{{{family}:.1f}}" for family in table}
+    layout = columns("branches") | {f"{family}, chart ± 0.1": f"{{{family}:.1f}}" for family in table}
     return framed(table.reset_index(), layout)
 
 
@@ -134,17 +130,16 @@ def gaps(name: str, size: str) -> pd.DataFrame:
     wide = table.pivot(index=["model_family", size, "layer_scale"], columns="branches", values="top1").reset_index()
     wide = wide.sort_values(["model_family", size] if size == "pairs" else size)
     wide = wide.rename(columns={1: "one", 2: "two"}).assign(points=wide[2] - wide[1])
-    layout = {"model_family": "{model_family}", size: f"{{{size}}}", "LayerScale": "{layer_scale}"}
+    layout = columns(f"model_family {size}") | {"LayerScale": "{layer_scale}"}
     return framed(wide, layout | {"x1, chart": "{one:.1f}", "x2, chart": "{two:.1f}", "x2 - x1": "{points:+.1f}"})
 
 
 def transfer() -> pd.DataFrame:
     """Table 6, a row per data set and model, data sets by their training images (Table 9)."""
-    table = paper_numbers("table6")
-    table["images"] = table["dataset"].map(paper_numbers("table9").set_index("dataset")["train_images"])
-    table = table.assign(points=table["attn"] - table["full"]).sort_values(["images", "dataset"], kind="stable")
-    layout = {"data set": "{dataset}", "images": "{images:,}", "model": "{model}"}
-    layout |= {strategy: f"{{{strategy}:.1f}}" for strategy in ("full", "attn", "ffn")}
+    table, images = paper_numbers("table6"), paper_numbers("table9").set_index("dataset")["train_images"]
+    table = table.assign(images=table["dataset"].map(images), points=table["attn"] - table["full"])
+    layout = {"data set": "{dataset}"} | columns(images=",") | columns("model", full=".1f", attn=".1f", ffn=".1f")
+    table = table.sort_values(["images", "dataset"], kind="stable")
     return framed(table, layout | {"attn - full": "{points:+.1f}"})
 
 
@@ -152,5 +147,4 @@ def throughput() -> pd.DataFrame:
     """Table 4: images per second on one V100, and the same as a ratio."""
     table = paper_numbers("table4")
     table["ratio"] = table["par_images_per_s"] / table["seq_images_per_s"]
-    layout = {name: f"{{{name}}}" for name in ("model", "batch", "seq_images_per_s", "par_images_per_s")}
-    return framed(table, layout | {"par over seq": "{ratio:.2f}"})
+    return framed(table, columns("model batch seq_images_per_s par_images_per_s") | {"par over seq": "{ratio:.2f}"})

@@ -30,7 +30,7 @@ from lab.cost import plan
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
-from lab.report import judgements, tables
+from lab.report import tables
 from lab.runs import store
 from lab.runs.execute import cores
 from lab.runs.launch import launch
@@ -52,13 +52,8 @@ def source(notebook: Notebook) -> Path:
 
 
 def reproduce(
-    p: Profile,
-    notebooks: Sequence[Notebook],
-    specs: Sequence[RunSpec],
-    jobs: int,
-    settings: Sequence[str],
-    train: bool = True,
-) -> None:
+    p: Profile, notebooks: Sequence[Notebook], specs: Sequence[RunSpec], jobs: int, settings: Sequence[str], train: bool = True
+) -> None:  # fmt: skip
     """Train what is missing, render `notebooks` into outputs/<profile>/notebooks, print the claims table.
 
     train=False: render what is finished; what is not reads `not run`.
@@ -71,8 +66,8 @@ def reproduce(
     if train:
         launch(specs, jobs, cpu_seconds, ledger_hashes())
     part = ledger()[cases.F3]
-    if (
-        part.notebook in [one.number for one in notebooks] and p.judged
+    if p.judged and any(
+        n.number == part.notebook for n in notebooks
     ):  # timed alone on the machine, before kernels start
         cases.measured_evidence(p, part, part_hash(part.entry(p.name)))
     folder, last = paths.outputs() / p.name / "notebooks", [n for n in notebooks if collects(n)]
@@ -94,7 +89,7 @@ def reproduce(
     # One kernel per core.
     with kernel_environment(VITLIB_TRAIN=str(int(train))), ThreadPoolExecutor(cores()) as pool:
         failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
-    print(f"\n{tables.claims_text(p, judgements.verdicts(p))}\n\nexecuted notebooks: {folder}")
+    print(f"\n{tables.claims_text(p)}\n\nexecuted notebooks: {folder}")
     if any(failed):
         raise NotebookFailed("; ".join(filter(None, failed)))
 
