@@ -115,8 +115,8 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
         panel.minorticks_off()
     for panel, name in zip(panels, ["the paper's six data sets", *data], strict=True):
         panel.axhline(0, color="0.2", linewidth=1)
-        panel.set(title=name, xlabel="training images", xscale="log" if panel is panels[0] else panel.get_xscale())
-    panels[0].set_ylabel("top-1 of attn minus full, points")
+        panel.set(title=name, xlabel="training images")
+    panels[0].set(xscale="log", ylabel="top-1 of attn minus full, points")
     panels[0].legend(fontsize="small")
     if data:
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
