@@ -532,6 +532,31 @@ def test_a_split_that_a_folder_lacks_is_found_in_another(tmp_path):
     assert "has no split 'test'" in refusal(tmp_path / "flat", "test")
 
 
+def test_a_class_of_one_image_is_not_held_out_as_a_whole(tmp_path):
+    for i, name in enumerate(("cat", "cat", "dog")):
+        write(tmp_path / "train" / name / f"{i}.jpg", i)
+    for split in ("train", "validation"):
+        assert "has one training image of class dog" in refusal(tmp_path, split)
+    write(tmp_path / "train" / "dog" / "4.jpg", 4)
+    assert open_folder(tmp_path, "train", 16).labels.tolist() == [0, 1]
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    write(tmp_path / "test" / "cat" / "0.jpg", 0)
+    write(tmp_path / "test" / "dog" / "1.jpg", 1)
+    named(table(tmp_path / "train.parquet", [0, 1]), ["dog", "cat"])
+    assert "the classes of test and train differ in their order" in refusal(tmp_path, "test")
+    named(tmp_path / "train.parquet", ["cat", "dog"])
+    assert read_folder(tmp_path, "test").classes == ("cat", "dog")
+
+
+def named(path, names):
+    """The names of the classes, as `datasets` writes them into a parquet file."""
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(about), path)
+
+
 def test_images_of_all_sizes_and_modes_are_held_in_colour_at_one_size(tmp_path):
     place, plain = tmp_path / "train" / "cat", picture(3, (32, 24))
     place.mkdir(parents=True)
@@ -602,9 +627,9 @@ def test_names_that_are_not_utf8_are_read_and_printed_and_unicode_has_one_form(t
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    write(tmp_path / "train" / "cat" / "0.png", 0)
+    write(write(tmp_path / "train" / "cat" / "0.png", 0).with_name("1.png"), 1)
     monkeypatch.setattr(read, "MAX_PIXELS", 24 * 20 - 1)
-    assert "0.png has 480 pixels: allowed are at most 479" in refusal(tmp_path, "validation")
+    assert "1.png has 480 pixels: allowed are at most 479" in refusal(tmp_path, "validation")
 
 
 def test_a_thin_image_costs_no_more_than_its_crop(tmp_path):
@@ -644,11 +669,7 @@ def test_labels_that_are_no_numbers_from_0_are_refused_with_what_is_allowed(tmp_
 def test_class_names_are_in_the_table_or_those_of_the_training_images(tmp_path):
     parquet(tmp_path / "a", splits=(("train", [0, 1, 2]), ("test", [0, 1, 1])))
     assert read_folder(tmp_path / "a", "test").classes == ("0", "1", "2")
-    table(tmp_path / "b" / "train.parquet", [0, 1])
-    named = pq.read_table(tmp_path / "b" / "train.parquet")
-    features = {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}
-    named = named.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(named, tmp_path / "b" / "train.parquet")
+    named(table(tmp_path / "b" / "train.parquet", [0, 1]), ["cat", "dog", "owl"])
     assert read_folder(tmp_path / "b", "train").classes == ("cat", "dog", "owl")
     table(tmp_path / "b" / "test.parquet", [2, 3])
     assert "holds 2 to 3, with 3 classes" in refusal(tmp_path / "b", "test")

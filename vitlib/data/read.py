@@ -210,10 +210,12 @@ def read_folder(folder: Path | str, split: str | Sequence[str]) -> Found:
         )
     known = () if train in (None, place) else classes_of(train)
     found = read_parquet(place, known) if isinstance(place, list) else read_class_folders(place)
-    if known and (differ := sorted(set(found.classes) ^ set(known))):
+    if known and found.classes != tuple(known):
+        differ = sorted(set(found.classes) ^ set(known))
+        said = f"{len(differ)} names, the first is {differ[0]}" if differ else "their order"
         raise UsageError(
-            f"{folder}: the class folders or names of {names[0]} and train differ in {len(differ)} names, the first is "
-            f"{differ[0]}: both must have the same, for a class is known by its rank"
+            f"{folder}: the classes of {names[0]} and train differ in {said}: both must have the same, for a class is known "
+            "by its rank"
         )
     return found
 
@@ -222,15 +224,21 @@ def read_split(folder: Path | str, split: str) -> Found:
     """train, validation or test of a folder that need not have all three.
 
     Without test images, the validation images are the test split. Without validation images, or where they are the test
-    split, of each class the last tenth of the training images is held out.
+    split, of each class the last tenth of the training images is held out. Raises UsageError where that leaves none.
     """
     folder = Path(folder)
-    three = all(find_split(folder, SPLITS[name]) is not None for name in ("validation", "test"))
-    if split == "test" or three or split not in SPLITS:
-        there = split != "test" or find_split(folder, SPLITS["test"]) or not find_split(folder, SPLITS["validation"])
-        return read_folder(folder, split if there else "validation")
+    validation, test = (find_split(folder, SPLITS[name]) is not None for name in ("validation", "test"))
+    if split == "test":
+        return read_folder(folder, "validation" if validation and not test else "test")
+    if split not in SPLITS or (validation and test):
+        return read_folder(folder, split)
     found = read_folder(folder, "train")
     held = held_out(found.labels)
+    if lone := set(found.labels.tolist()) - set(found.labels[~held].tolist()):
+        raise UsageError(
+            f"{folder} has one training image of class {found.classes[min(lone)]}, and no validation images: allowed are "
+            "two and more, of which one is held out, or validation images of its own"
+        )
     return found.take(np.flatnonzero(held if split == "validation" else ~held))
 
 
