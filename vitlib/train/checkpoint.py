@@ -46,13 +46,8 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        path: Path,
-        every_s: float = 300.0,
-        notes: dict[str, str] | None = None,
-        writes: bool = True,
-        run: str = "",
-    ):
+        self, path: Path, every_s: float = 300.0, notes: dict[str, str] | None = None, writes: bool = True, run: str = ""
+    ):  # fmt: skip
         self.path, self.every_s, self.notes, self.writes, self.run = path, every_s, notes or {}, writes, run
         self.step = 0  # that the file on disk belongs to; 0 = there is none
         self.written = time.monotonic()
@@ -70,9 +65,10 @@ class Checkpoints:
         return self.writes and time.monotonic() - self.written >= self.every_s
 
     def write(self, parts: Mapping[str, Any], history: list[Step]) -> None:
-        """parts: a model, an optimizer, a schedule: all with `state_dict`. Weights that are not finite are not worth keeping.
+        """Replace the older file once this one is whole. Weights that are not finite are not kept.
 
-        Raises UsageError where there is no room on the disk; the older file stays.
+        parts: the model, the optimizer, the schedule, the moving average. Raises UsageError where there is no room on the
+        disk; the older file stays.
         """
         self.written = time.monotonic()
         if not all(t.isfinite().all() for t in parts["model"].state_dict().values()):

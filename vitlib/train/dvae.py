@@ -139,10 +139,13 @@ class DVAELoss:
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     def __call__(self, model: DVAE, batch: Batch, draws: Tensor | None = None) -> Tensor:
+        # encoder: (B, C, H, W) -> (B, patches, V)
         logits = model.logits(batch.images)
+        # relaxed samples of the tokens, decoded from their mixtures of codebook vectors
         noise = gumbel(self.seed, batch.epoch, batch.index, logits[0].numel(), logits.device).view_as(logits)
         sample = ((logits + noise) / self.temperature(model)).softmax(dim=-1)
         error = F.mse_loss(model.decode(sample @ model.codebook), batch.images)
+        # divergence of each patch's distribution from the uniform one
         log_q = logits.log_softmax(dim=-1)
         kl = math.log(model.config.vocabulary) + (log_q.exp() * log_q).sum(-1).mean()
         model.step += batch.last  # a batch may come in parts
