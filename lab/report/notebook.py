@@ -69,11 +69,9 @@ class Page:
         display(Markdown(text))
 
     def accuracies(self, runs: Runs, reference: str, paper: Mapping[str, Mapping]) -> None:
-        """The paper | the committed reference | this run, and one blocked model for the whole table; nothing without arms."""
+        """The paper | the committed reference | this run; nothing where no profile that is shown has arms."""
         if self.arms:
             self.table(tables.accuracies(runs, self.committed, reference, paper))
-        if note := tables.blocked_model(runs):
-            display(Markdown(note))
 
     def figure(self, figure: Figure, alt: str, name: str = "") -> None:
         """Show a figure with alternative text; SVG and PNG go beside."""

@@ -170,26 +170,6 @@ def gaps(runs: Runs, committed: Runs, size: str) -> pd.DataFrame:
     return framed(rows, columns(size) | {"contrast": "{two} - {one}"} | points | columns("n measured"))
 
 
-def blocked_model(runs: Runs) -> str:
-    """One blocked model for the whole table, accuracy ~ arm + seed, in one sentence; shown beside, decides nothing."""
-    from statsmodels.formula.api import ols
-    from statsmodels.stats.anova import anova_lm
-
-    seeds = runs.experiment.profile.seeds
-    if len(runs.results) < 2 or len(seeds) < 2:
-        return ""
-    table = pd.DataFrame([
-        {"arm": arm, "seed": seed, "top1": result.metrics["top1"]}
-        for arm, results in runs.results.items() for seed, result in zip(seeds, results, strict=True)
-    ])  # fmt: skip
-    fit = ols("top1 ~ C(arm) + C(seed)", table).fit()
-    arms = anova_lm(fit).loc["C(arm)"]
-    return (
-        f"Blocked model, top-1 ~ arm + seed (shown beside, decides nothing): F({arms['df']:.0f}, {fit.df_resid:.0f}) = "
-        f"{arms['F']:.1f}, p = {arms['PR(>F)']:.2g} for any difference between arms; residual {fit.mse_resid**0.5:.2f} points."
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- Tables 6 and 7
 
 
