@@ -83,7 +83,7 @@ def verdict(source: Source, entry: Part) -> Verdict:
 
 
 def _labels(part: Part, p: Profile) -> list[str]:
-    """Every arm that a verdict may read: at the profile's own number of pairs, and at the least that the part asks for."""
+    """Every arm that a verdict may read: at the profile's number of pairs, and at the fewest that the part asks for."""
     labels = [arm for pairs in (p.pairs, part.min_pairs or p.pairs) for arm in (*part.arms(pairs), part.parent) if arm]
     return list(dict.fromkeys(labels))
 
@@ -113,13 +113,13 @@ class Stored:
         results = setting.finished(labels).results
         specs = {arm: setting.arms[arm].spec for arm in results}
         families = {arm: [m for spec in setting.seeds_of(arm) for m in spec.family()] for arm in results}
-        found = {spec: store.find(spec) for spec in {m for family in families.values() for m in family}}
-        found = {spec: result for spec, result in found.items() if result is not None}
-        store.warn_of_other_files({spec: result.files for spec, result in found.items()})
+        members = {member for family in families.values() for member in family}
+        finished = {spec: result for spec in members if (result := store.find(spec)) is not None}
+        store.warn_of_other_files({spec: result.files for spec, result in finished.items()})
         return Evidence(
             results, {arm: spec.images for arm, spec in specs.items()},
             {arm: spec.model.num_classes for arm, spec in specs.items()},
-            {arm: [found[m].ledger for m in family if m in found] for arm, family in families.items()},
+            {arm: [finished[m].ledger for m in family if m in finished] for arm, family in families.items()},
         )  # fmt: skip
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:

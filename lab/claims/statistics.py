@@ -32,7 +32,7 @@ class Estimate:
 
     @property
     def sd(self) -> float:
-        """Sample deviation over seeds of a seed's mean difference."""
+        """Sample standard deviation over seeds of the mean difference of each seed."""
         return math.sqrt(self.mean_squares[0] / self.images)
 
     @property
@@ -90,7 +90,7 @@ def interval(D: np.ndarray, level: float = 0.95) -> Estimate:
 
 
 def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
-    """Student's t over one value a seed (or a process restart): (S,), in the unit of the values."""
+    """Student's t over one value per seed (or process restart): (S,), in the unit of the values."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
         raise UsageError(f"Student's t needs one value for each of two seeds or more, not shape {values.shape}")
@@ -98,12 +98,12 @@ def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Est
 
 
 def slope(values: np.ndarray, sizes: Sequence[float], level: float = 0.95) -> Estimate:
-    """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 a seed."""
+    """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 per seed."""
     return over_seeds(change(values, sizes), level)
 
 
 def change(values: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
-    """What a slope is of, one value a seed: values (S, K) to (S,). Raises UsageError for other shapes."""
+    """What a slope is of, one value per seed: values (S, K) to (S,). Raises UsageError for other shapes."""
     values, x = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
     if values.ndim != 2 or values.shape[1] != len(x) or len(set(x)) < 2:
         raise UsageError(f"a slope needs values (seeds, sizes) at two or more sizes, not {values.shape} at {len(x)}")
@@ -173,7 +173,7 @@ def seeds_needed(estimate: Estimate, paper: float) -> int | str:
 
 
 def difference(correct: Mapping[str, np.ndarray], contrast: Mapping[str, float]) -> np.ndarray:
-    """D = sum over arms of c_a x correct[a], of the arms' own shape."""
+    """D = sum over arms of c_a x correct[a], of the shape of its arms."""
     shapes = {arm: np.shape(correct[arm]) for arm in contrast}
     if len(set(shapes.values())) != 1:
         raise UsageError(f"the arms of one contrast must have the same seeds and images, not {shapes}")

@@ -41,7 +41,7 @@ class Group:
         return next(one.number for one in NOTEBOOKS if one.small is self.table)
 
     def specs(self, profile: Profile) -> list[tuple[str, float, RunSpec]]:
-        """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their own recipe."""
+        """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their recipe."""
         arms = _arms(self.table, profile)
         if missing := [arm for arm in self.arms if arm not in arms]:
             raise UsageError(
@@ -94,14 +94,14 @@ def groups(names: Sequence[str]) -> dict[str, Group]:
 
 def controls(profile: Profile) -> dict[str, list[tuple[str, RunSpec]]]:
     """Part -> the runs (arm, tuning seed) whose validation error gives its margin: its control, of a slope one a size."""
-    found = {}
+    runs = {}
     for part in _parts(profile):
         shown = notebook(part.notebook)
         arms = experiment(shown, profile).arms if part.control and shown.arms_at(profile) else {}
         named = [arm for arm in part.controls(max(profile.pairs, part.min_pairs)) if arm in arms]
         if named:
-            found[part.id] = [(arm, arms[arm].spec.with_seed(seed)) for arm in named for seed in SEEDS]
-    return found
+            runs[part.id] = [(arm, arms[arm].spec.with_seed(seed)) for arm in named for seed in SEEDS]
+    return runs
 
 
 def _parts(profile: Profile) -> list[Part]:
@@ -119,7 +119,7 @@ def control_specs(profile: Profile, parts: Sequence[str]) -> list[RunSpec]:
 
 
 def margins(profile: Profile) -> list[dict]:
-    """One row a part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
+    """One row per part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
     rows = []
     for part, family in controls(profile).items():
         results = [store.find(spec) for _, spec in family]
@@ -146,11 +146,11 @@ def table(profile: Profile, chosen: dict[str, Group]) -> list[dict]:
     """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
     rows = []
     for name, group in chosen.items():
-        found: dict[tuple[str, float], list[float]] = {}
+        top1: dict[tuple[str, float], list[float]] = {}
         for arm, lr, spec in group.specs(profile):
             if result := store.find(spec):
-                found.setdefault((arm, lr), []).append(result.metrics["top1"])
-        whole = {key: values for key, values in found.items() if len(values) == len(SEEDS)}
+                top1.setdefault((arm, lr), []).append(result.metrics["top1"])
+        whole = {key: values for key, values in top1.items() if len(values) == len(SEEDS)}
         taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
         rows += [
             {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
@@ -162,7 +162,7 @@ def table(profile: Profile, chosen: dict[str, Group]) -> list[dict]:
 
 
 def contrasts(profile: Profile, rows: Sequence[dict]) -> list[dict]:
-    """One row a part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its own best.
+    """One row per part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its best.
 
     `rows` are those of `table`. In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the
     second says whether it is the rate's.
@@ -172,7 +172,7 @@ def contrasts(profile: Profile, rows: Sequence[dict]) -> list[dict]:
         if row["chosen"] is not None:  # its whole group is finished
             tried.setdefault((row["notebook"], row["arm"]), []).append(row)
     common = {key: next(row for row in mine if row["chosen"]) for key, mine in tried.items()}
-    own = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
+    best_of = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
     shown = []
     for part in _parts(profile):
         at_sizes = part.contrasts(max(profile.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
@@ -181,8 +181,8 @@ def contrasts(profile: Profile, rows: Sequence[dict]) -> list[dict]:
             shown.append({
                 "part": part.id, "n": len(SEEDS),
                 "at_the_common_rate": _points(part, at_sizes, {arm: common[key] for arm, key in keys.items()}),
-                "at_each_best": _points(part, at_sizes, {arm: own[key] for arm, key in keys.items()}),
-                "best_rates": ", ".join(f"{arm}: {own[key]['lr']:g}" for arm, key in keys.items()),
+                "at_each_best": _points(part, at_sizes, {arm: best_of[key] for arm, key in keys.items()}),
+                "best_rates": ", ".join(f"{arm}: {best_of[key]['lr']:g}" for arm, key in keys.items()),
             })  # fmt: skip
     return shown
 

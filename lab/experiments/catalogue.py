@@ -1,7 +1,7 @@
 """Which experiment each notebook shows, and its runs at each profile.
 
 An experiment is a table of arms, each a run without its seed; `specs()` lists all its runs with the seeds outermost, so that a
-stop leaves complete pairs. A notebook of one's own is one more record in `NOTEBOOKS`.
+stop leaves complete pairs. A new notebook is one more record in `NOTEBOOKS`.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Experiment:
 
     def finished(self, labels: Collection[str] | None = None) -> Runs:
         """What is finished of all arms or of these; an arm with a seed missing is left out."""
-        found = {a: [store.find(s) for s in self.seeds_of(a)] for a in self.arms if labels is None or a in labels}
-        return Runs(self, {arm: results for arm, results in found.items() if all(results)})
+        asked = self.arms if labels is None else [label for label in self.arms if label in labels]
+        results = {label: [store.find(spec) for spec in self.seeds_of(label)] for label in asked}
+        return Runs(self, {label: of_arm for label, of_arm in results.items() if all(of_arm)})
 
     def seeds_of(self, label: str) -> list[RunSpec]:
         """The runs of one arm, in the order of the profile's seeds."""

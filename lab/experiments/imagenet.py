@@ -32,7 +32,7 @@ AT_ONCE = {112: 512, 224: 256, 384: 128}
 # Stochastic depth, of the model's configuration. A: by width, at 12 pairs for Ti, S and B and 24 for L; it states no
 # rate for deeper models. B: the same rate in every layer.
 DROP_PATH = {"Ti": 0.0, "S": 0.05, "B": 0.1, "L": 0.4}
-PEAK_LR = {"Ti": 4e-3, "S": 4e-3, "B": 3e-3, "L": 3e-3}  # A; procedure A2's own is 5e-3 (E)
+PEAK_LR = {"Ti": 4e-3, "S": 4e-3, "B": 3e-3, "L": 3e-3}  # A; procedure A2 has 5e-3 (E)
 RAND_AUGMENT_7 = Augment(  # E: 2 operations, magnitude 7, standard deviation 0.5, increasing; no jitter, no erasing;
     policy="rand-m7-mstd0.5-inc1", crop_scale=(0.08, 1.0), color_jitter=0.0, erasing=0.0,
     test_crop=0.95, interpolation="bicubic",  # resize to 236, crop 224
@@ -115,7 +115,7 @@ def baselines(p: Profile) -> list[Arm]:
 
 
 def branches(p: Profile) -> list[Arm]:
-    """Figure 1: ViT-B36, and under their own names S36 and S60. Paper (chart): 82.9, 83.4, 82.6, 82.4."""
+    """Figure 1: ViT-B36, and S36 and S60, labelled so. Paper (chart): 82.9, 83.4, 82.6, 82.4."""
     forms = [("B", 36, k, None) for k in (1, 2, 3, 4)] + [("B", 36, k, LAYER_SCALE) for k in (1, 2)]
     forms += [("S", n, k, None) for n in (36, 60) for k in (1, 2, 3, 4)]
     return [
@@ -137,7 +137,7 @@ def widths(p: Profile) -> list[Arm]:
 
 
 def pairs(p: Profile) -> list[Arm]:
-    """Figure 3: ViT-B, and under their own names S24 and S48. Paper, ViT-B: -1.2, -0.2, +0.5 at 12, 24, 36 pairs."""
+    """Figure 3: ViT-B, and S24 and S48, labelled so. Paper, ViT-B: -1.2, -0.2, +0.5 at 12, 24, 36 pairs."""
     return [
         Arm(f"{'' if w == 'B' else w}{n // k}x{k}", _supervised(p, w, n // k, k), f"{w}{n}", str(k))
         for w, n in (("B", 12), ("B", 24), ("B", 36), ("S", 24), ("S", 48)) for k in (1, 2)
@@ -264,7 +264,7 @@ BEIT_FINE_TUNING = Recipe(
 BEIT_MODEL: dict[str, object] = {
     "layer_scale": 0.1,  # D, for the base size; 1e-5 for large
     # D: pre-training 0.1 in one stored README and 0 in another; fine-tuning 0.1. Released code: a linear ramp; here
-    # constant, as in the paper's own code.
+    # constant, as in the paper's code.
     "drop_path": 0.1,
     # D: relative position bias, shared by all layers, no absolute positions. D gives each layer a copy when it
     # fine-tunes; here it stays shared.
