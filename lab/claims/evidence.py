@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,10 @@ from lab.claims.statistics import Estimate, difference, interval, over_seeds
 from lab.experiments.profiles import Profile
 from lab.runs.results import Archive, Result
 from vitlib.errors import UsageError, unknown
+
+if TYPE_CHECKING:  # both need torch
+    from lab.experiments.catalogue import Experiment
+    from lab.runs.spec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Stored:
         return over_seeds(difference(seconds, part.contrast)), f"{rows[0]['device']}, {rows[0]['case']}"
 
 
-def known_arms(part: Part, setting) -> None:
+def known_arms(part: Part, setting: Experiment) -> None:
     """Raises UsageError where a part names an arm that its notebook does not have, at a profile that has every arm."""
     p, there = setting.profile, part.at_profile(setting.profile.name)
     if p.every_arm and (p.paper or (setting.arms and part.scope != "imagenet")):
@@ -148,26 +152,25 @@ def known_arms(part: Part, setting) -> None:
                 )
 
 
-def part_specs(parts: Sequence[Part], profile: Profile) -> list:
-    """The runs that the verdicts on these parts are read from, part by part, seeds outermost: a list of `RunSpec`.
+def part_specs(parts: Sequence[Part], profile: Profile) -> list[RunSpec]:
+    """The runs that the verdicts on these parts are read from, part by part, seeds outermost.
 
     Raises UsageError for a part that has no runs at this profile.
     """
     from lab.experiments.catalogue import experiment, in_order, notebook
 
-    queue = []
+    specs: dict[RunSpec, None] = {}
     for part in parts:
-        setting = None
-        if part.belongs(profile.name) and notebook(part.notebook).arms_at(profile):
-            setting = experiment(notebook(part.notebook), profile)
-        read = _read(part, setting) if setting else []
+        shown = notebook(part.notebook)
+        has_runs = part.belongs(profile.name) and shown.arms_at(profile)
+        read = _read(part, experiment(shown, profile)) if has_runs else []
         if not read:
             raise UsageError(f"part {part.id} has no runs at profile {profile.name}")
-        queue += in_order(read, profile.seeds)
-    return list(dict.fromkeys(queue))
+        specs |= dict.fromkeys(in_order(read, profile.seeds))
+    return list(specs)
 
 
-def queue(experiments: Sequence) -> list:
+def queue(experiments: Sequence[Experiment]) -> list[RunSpec]:
     """The runs of several experiments of one profile, each once, seeds outermost.
 
     Where every arm is run, which takes hours: what each part of a claim reads, the cheapest part first, then the rest,
@@ -188,7 +191,7 @@ def queue(experiments: Sequence) -> list:
     return list(dict.fromkeys(spec for block in (*blocks, rest) for spec in in_order(block, p.seeds)))
 
 
-def _read(part: Part, setting) -> list:
+def _read(part: Part, setting: Experiment) -> list[RunSpec]:
     """The runs, without seeds, that the verdict on a part is read from."""
     p = setting.profile
     there = part.at_profile(p.name)
