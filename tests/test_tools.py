@@ -5,6 +5,7 @@ from __future__ import annotations
 import nbformat
 import pytest
 
+from lab import paths
 from lab.report import render
 from tools import refresh
 from tools.compare import agree, differences, moved, rule
@@ -145,3 +146,17 @@ def test_a_notebook_whose_kernel_is_killed_is_named_left_as_it_was_and_the_other
         render._render(bad, tmp_path / "out" / "n.ipynb", {}, "key")
     assert [p.name for p in (tmp_path / "out").rglob("*.ipynb")] == ["n.ipynb"]
     assert (tmp_path / "out" / "failed" / "n.ipynb").is_file()
+
+
+def test_the_template_of_a_notebook_runs_as_it_is(monkeypatch, tmp_path, capsys):
+    """Its cells, with a notebook's number filled in, on an empty run store: nothing is trained, every call is there."""
+    monkeypatch.setenv("VITLIB_TRAIN", "0")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+    cells = nbformat.read(paths.ROOT / "tools" / "template.ipynb", 4).cells
+    assert [cell.metadata.get("tags") for cell in cells].count(["parameters"]) == 1
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace("NUMBER", "31"), names)
+    assert names["page"].notebook.number == "31" and names["reference"] in names["page"].arms
