@@ -30,9 +30,9 @@ BOUNDS = ("points", "low", "high")
 
 
 def whiskers(table: pd.DataFrame, prefix: str = "") -> np.ndarray:
-    """How far each interval reaches below and above its mean, (2, rows); 0 with one seed."""
+    """How far each interval reaches below and above its mean, (2, rows); NaN, and not drawn, with one seed."""
     points, low, high = (table[f"{prefix}{name}"].to_numpy(float) for name in BOUNDS)
-    return np.nan_to_num(np.stack([points - low, high - points]))
+    return np.stack([points - low, high - points])
 
 
 def with_bounds(table: pd.DataFrame) -> pd.DataFrame:
@@ -64,17 +64,11 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
 
 def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
     """Two branches minus one over the width or the pairs: `tables.gaps`, and the paper's chart (`paper.gaps`)."""
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     measured = with_bounds(table)
     count = f"n = {measured['n'].iloc[0]}" if len(measured) else "not run"
-    axes.errorbar(
-        measured[size],
-        measured["points"],
-        whiskers(measured),
-        fmt="D-",
-        capsize=4,
-        label=f"{table['measured'].iloc[0]}, {count}",
-    )
+    look = {"fmt": "D-", "capsize": 4, "label": f"{table['measured'].iloc[0]}, {count}"}
+    axes.errorbar(measured[size], measured["points"], whiskers(measured), **look)
     for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family")):
         name = f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"
         axes.plot(
