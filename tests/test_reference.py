@@ -14,7 +14,7 @@ from lab.experiments.catalogue import experiment, notebook
 from lab.experiments.profiles import profile as scale
 from lab.report import tables
 from lab.runs import results, store
-from lab.runs.results import Result
+from lab.runs.results import Archive, Result
 from tools import reference
 from vitlib.errors import UsageError
 
@@ -126,17 +126,21 @@ def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypat
     with pytest.raises(UsageError, match="no run of profile study is in"):
         reference.copy(study)
     assert not (tmp_path / "reference").exists()
-    spec = experiment(notebook("41"), scale("study")).arms["trunk"].spec.with_seed(10)
-    run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
-    (tmp_path / "runs" / spec.hash).mkdir(parents=True)
-    for name, record in (("spec", spec.record()), ("result", run.record())):
-        (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    trunks = experiment(notebook("41"), study).seeds_of("trunk")
+    for spec in trunks:
+        run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
+        (tmp_path / "runs" / spec.hash).mkdir(parents=True)
+        for name, record in (("spec", spec.record()), ("result", run.record())):
+            (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr(reference, "NOTEBOOKS", [notebook(number) for number in ("31", "41")])
     assert reference.main(["--profile", "study"]) == 0
     kept = tmp_path / "reference" / "study"
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [
-        "31_x.csv", "31_x.md", "31_x.png", "claims.csv", "runs.jsonl",
+        "31_x.csv", "31_x.md", "31_x.png", "arms.csv", "claims.csv", "claims.toml", "runs.jsonl",
     ]  # fmt: skip
+    archive = Archive(kept)  # pages can read it
+    assert archive.seeds == study.seeds
+    assert [result.hash for result in archive.results("41")["trunk"]] == [spec.hash for spec in trunks]
     assert "|" in (kept / "tables" / "31_x.md").read_text() and "1.50" in (kept / "tables" / "31_x.md").read_text()
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme

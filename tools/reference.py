@@ -1,6 +1,6 @@
 """The committed reference: what was run at a profile, as files, a page and the README's claims table.
 
-    outputs/reference/<profile>/  runs.jsonl  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/<profile>/  runs.jsonl  arms.csv  claims.toml  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
     outputs/reference/README.md   what held, what did not, what stays open and what it would take
     README.md                     the claims table, between two marks
 
@@ -22,7 +22,7 @@ import pandas as pd
 from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import ledger
-from lab.experiments.catalogue import NOTEBOOKS, all_specs, available, notebook
+from lab.experiments.catalogue import NOTEBOOKS, available, experiments, notebook
 from lab.experiments.profiles import Profile, profile
 from lab.report.tables import span
 from lab.runs import store
@@ -53,10 +53,18 @@ def copy(p: Profile) -> list[Path]:
     notebooks, absent = available(p, NOTEBOOKS)
     if absent:  # the names of its runs depend on the data
         raise absent[0]
-    names = {member.hash for spec in all_specs(p, notebooks) for member in spec.family()}
+    settings = experiments(p, notebooks)
+    names = {member.hash for one in settings for spec in one.specs() for member in spec.family()}
     if not any((paths.runs() / name / "result.json").is_file() for name in names):
         raise UsageError(f"no run of profile {p.name} is in {paths.runs()}: nothing was written")
     store.export_runs(kept / "runs.jsonl", names)
+    arms = [
+        {"notebook": one.notebook.number, "arm": arm, "seed": seed, "run": result.hash}
+        for one in settings for arm, results in one.finished().results.items()
+        for seed, result in zip(p.seeds, results, strict=True)
+    ]  # fmt: skip
+    pd.DataFrame(arms, columns=["notebook", "arm", "seed", "run"]).to_csv(kept / "arms.csv", index=False)
+    shutil.copyfile(paths.PAPER / "claims.toml", kept / "claims.toml")  # as it was when these runs were judged
     for file in ("claims.csv", "tuning.csv", "margins.csv", "best_rates.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)

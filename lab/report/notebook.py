@@ -134,8 +134,9 @@ def open_page(name: str, profile_name: str) -> Page:
     Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
     """
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
-    shown, p = notebook(name), profile(profile_name)
-    trains = shown.has_runs
-    committed = Runs(experiment(shown, profile("study")), archive().results(shown.number)) if trains else None
+    shown, p, study = notebook(name), profile(profile_name), profile("study")
     display(Markdown(tables.legend(p, reference_text())))
-    return Page(shown, p, experiment(shown, p) if trains else None, committed)
+    if not shown.has_runs:
+        return Page(shown, p, None, None)
+    known = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
+    return Page(shown, p, experiment(shown, p), Runs(known, archive().results(shown.number)))
