@@ -41,9 +41,12 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
     Adapters (LoRA), quantized layers and parametrizations are other classes; old weight norms and user code are hooks,
     on the module or on all modules, or a `forward` of the instance; quantized weights may be tensor subclasses.
     """
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    as_it_was = not any(hooks) and not _has_any_global_hook() and "forward" not in module.__dict__
-    return type(module) in kinds and as_it_was and not hasattr(getattr(module, "weight", None), "__tensor_flatten__")
+    if type(module) not in kinds or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    weight = module._parameters.get("weight")  # a Tensor where torch.func puts its own in the place of a parameter
+    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -154,20 +154,30 @@ def _keep(branch: Residual, draws: Tensor | None, part: int, x: Tensor) -> Tenso
     return ((draws[:, part] >= branch.drop_path).to(x.dtype) / (1 - branch.drop_path)).T
 
 
+PLAIN = (nn.LayerNorm, MHSA, FFN, nn.Linear)
+
+
 def obstacle(layer: ParallelLayer) -> str | None:
-    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can."""
-    for name, module in layer.named_modules():
-        if module is not layer and not is_plain(module, nn.ModuleList, Residual, nn.LayerNorm, MHSA, FFN, nn.Linear):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            return f"{name} is an adapter, a quantized layer or one with hooks ({kind})"
-    for r in (*layer.mhsa, *layer.ffn):
-        no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f.children())
-        if no_bias or r.norm.bias is None or r.norm.eps != EPS:
-            return "a bias is missing or a norm is another one"
-    if len({_form(r) for r in layer.mhsa}) > 1 or len({_form(r) for r in layer.ffn}) > 1:
-        return "the branches are not alike"
+    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can.
+
+    Asked at each call of `par`, so that nothing is missed that was put in since, and therefore quick.
+    """
+    for part, branches in (("mhsa", layer.mhsa), ("ffn", layer.ffn)):
+        for k, r in enumerate(branches):
+            inside = {"": r} if not is_plain(r, Residual) else {"norm": r.norm, "f": r.f} | r.f._modules
+            for name, module in inside.items():
+                if not is_plain(module, *PLAIN):
+                    at = f"{part}.{k}" + (f".{name}" if name in ("norm", "f") else f".f.{name}" if name else "")
+                    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                    return f"{at} is an adapter, a quantized layer or one with hooks ({kind})"
+            no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f._modules.values())
+            if no_bias or r.norm.bias is None or r.norm.eps != EPS:
+                return "a bias is missing or a norm is another one"
+        if any(_form(r) != _form(branches[0]) for r in branches):
+            return "the branches are not alike"
     return None
 
 
 def _form(r: Residual) -> tuple:
-    return (*(p.shape for p in r.parameters()), getattr(r.f, "heads", None), r.drop_path, r.training)
+    sizes = [tuple(p.shape) for m in (r.norm, *r.f._modules.values()) for p in m._parameters.values() if p is not None]
+    return sizes, getattr(r.f, "heads", None), r.gamma is None, r.drop_path, r.training
