@@ -133,15 +133,15 @@ def transfer_rates(data: str, **of: float) -> dict[str, float]:
 def test_what_is_planted_in_the_transfer_runs_is_found_and_swapped_arms_turn_it(monkeypatch, data):
     def said(**rates):
         make_up(monkeypatch, "42", transfer_rates(data, **rates), profile="study")
-        every = words("42", "study")
-        assert {word for id, word in every.items() if data not in id} == {"not run"}
-        return [every[id] for id in (f"F5-{data}", f"F6-{data}", f"F6-{data}-slope")]
+        parts = [ledger()[id] for id in (f"F5-{data}", f"F6-{data}", f"F6-{data}-slope")]
+        return [v.text for v in evidence.verdicts(evidence.Stored(profiles.profile("study")), parts)]
 
     assert said(w32_full=0.8) == ["not inferior by m", "same direction", "same direction"]
     assert said(w32_attn=0.8) == ["not inferior by m", "opposite direction", "opposite direction"]
     assert said(w32_full=0.8, w64_full=0.8)[1:] == ["same direction", "equivalent within m"]
     assert said()[1:] == ["equivalent within m"] * 2
     assert said(w64_attn_few=0.7)[0] == "inferior by more than m" and said(w64_full_few=0.7)[0] == "not inferior by m"
+    assert {word for id, word in words("42", "study").items() if data not in id} == {"not run"}
 
 
 def test_a_slope_over_two_widths_is_the_fitted_line_of_claims(monkeypatch):

@@ -137,7 +137,7 @@ def test_a_notebook_whose_kernel_is_killed_is_named_left_as_it_was_and_the_other
     before = bad.read_text(encoding="utf-8")
     monkeypatch.setattr(refresh, "launch", lambda *_: None)
     monkeypatch.setattr(refresh, "all_specs", lambda *_: [])
-    monkeypatch.setattr(refresh, "source", dict(zip(("31", "32"), (bad, good), strict=True)).get)
+    monkeypatch.setattr(refresh, "source", lambda notebook: {"31": bad, "32": good}[notebook.number])
     assert refresh.main(["--notebook", "31", "--notebook", "32"]) == 1
     said = capsys.readouterr()
     assert said.err == "bad.ipynb stopped: its kernel died; it is left as it was\n" and "good.ipynb: " in said.out
