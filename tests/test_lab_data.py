@@ -30,7 +30,7 @@ from lab.experiments import catalogue, profiles, small
 from lab.report import render, tables
 from lab.runs import execute, results, store
 from lab.runs.spec import RunSpec
-from vitlib.data import Augment, Streamed, subset
+from vitlib.data import Augment, Streamed, open_folder, subset
 from vitlib.data.read import decode, read_parquet
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
@@ -644,6 +644,14 @@ def test_webdataset_shards_have_images_of_any_kind_capitals_and_dots_in_their_na
     assert "do not hold a .cls with a label" in refusal("imagenet-1k")
 
 
+def test_a_folder_of_webdataset_shards_is_opened_as_any_folder_of_ones_own(tmp_path):
+    webdataset(tmp_path / "birds")
+    shard(tmp_path / "birds" / "birds-test-0000.tar", [("0.png", encoded(0, "PNG")), ("0.cls", b"0")])
+    train, test = (open_folder(tmp_path / "birds", split, 16) for split in ("train", "test"))
+    assert [len(train), len(test)] == [4, 1]  # of each class one image is held out
+    assert test.classes == train.classes == ("0", "1", "2")  # those of the training images
+
+
 def test_damaged_containers_are_named(place):
     inaturalist(place / "inaturalist-2018")
     (place / "inaturalist-2018" / "train2018.json").write_text('{"images": []}')
@@ -717,7 +725,7 @@ def test_parquet_files_shards_and_class_folders_give_the_same_images(place, monk
 @pytest.mark.parametrize("name", ["cifar-10", "cifar10"])
 def test_images_in_memory_and_images_read_from_files_are_those_of_one_folder(place, name):
     """Profiles photos and imagenet; the card has both names."""
-    with pytest.raises(cards.DataAbsent, match=f"looked for {place / 'cifar-10'} or {place / 'cifar10'} "):
+    with pytest.raises(published.DataAbsent, match=f"looked for {place / 'cifar-10'} or {place / 'cifar10'} "):
         read("cifar-10")
     for split, a_class in (("train", 20), ("test", 2)):
         ten_folders(place / name / split, a_class)
@@ -792,7 +800,7 @@ def test_bad_data_is_one_sentence_that_names_it(place, what, says):
     with pytest.raises(UsageError) as said:
         source("cifar-10")
     assert says in str(said.value) and "\n" not in str(said.value)
-    assert isinstance(said.value, cards.DataAbsent) == (what == "nowhere")
+    assert isinstance(said.value, published.DataAbsent) == (what == "nowhere")
 
 
 def test_a_folder_of_ones_own_is_a_source_without_a_card(tmp_path):
@@ -858,7 +866,7 @@ def test_absent_data_leave_the_other_notebooks_running_and_their_parts_not_run(p
     p = profiles.profile("gpu")
     there, absent = catalogue.available(p, catalogue.NOTEBOOKS)
     assert {one.number for one in there} >= {"00", "21", "36", "51"} and "41" not in {one.number for one in there}
-    absent = [str(fault) for fault in absent if isinstance(fault, cards.DataAbsent)]
+    absent = [str(fault) for fault in absent if isinstance(fault, published.DataAbsent)]
     assert len(absent) == 2 and "tiny-imagenet" in absent[1]
     assert str(place / "cifar-10") in absent[0] and "data_cards/cifar-10.md" in absent[0]
     (primary,) = (v for v in tables.judged(p, "31") if v.part.id == "A1")

@@ -27,7 +27,6 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from lab import paths
 from lab.data import published
-from lab.data.published import DataAbsent as DataAbsent
 from lab.data.published import read_card as read_card
 from lab.paths import DATA_CARDS, EMBEDDED
 from vitlib.data import Augment, DataSet, Found, InMemory, Streamed, held_out, open_folder, resize
@@ -36,6 +35,7 @@ from vitlib.errors import UsageError, unknown
 from vitlib.files import write_whole
 
 SPLITS = ("train", "validation", "test")
+COLOURS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # of photographs, as pretrained models want them
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Source:
     facts: Facts
     checksum: str
     opener: Callable[[str, int, Augment, int], DataSet]
+    second_test: str | None = None  # a data set of other test images of the same classes
 
     def open(
         self, split: str, image_size: int, augment: Augment | None = None, workers: int = 0, num_classes: int | None = None
@@ -82,9 +83,8 @@ def source(name: str | Path, streamed: bool = False) -> Source:
     if streamed or card(name)["vitlib"].get("streamed"):
         return _published(name)
     known = facts(name)
-    return Source(
-        name, known, _digest(known.sha256[s] for s in SPLITS), lambda split, size, *_: load_resized(name, split, size)
-    )
+    identity = _digest(known.sha256[s] for s in SPLITS)
+    return Source(name, known, identity, lambda split, size, *_: load_resized(name, split, size))
 
 
 def _published(name: str) -> Source:
@@ -97,22 +97,20 @@ def _published(name: str) -> Source:
     counted = {split: counts for split in ("train", "test") if (counts := published.expected(name, split))}
     sizes, classes = {split: max(counts) for split, (counts, _) in counted.items()}, counted["test"][1]
     return Source(
-        name, Facts(3, classes, 0, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, sizes),
-        _digest([json.dumps([name, classes, sizes], sort_keys=True)]),
+        name, Facts(3, classes, 0, *COLOURS, sizes), _digest([json.dumps([name, classes, sizes], sort_keys=True)]),
         lambda split, size, *how: Streamed(name, split, published.read_published(name, split), size, *how),
+        published.PUBLISHED[name].second_test,
     )  # fmt: skip
 
 
 def _folder(folder: Path, streamed: bool) -> Source:
     """A folder of one's own: its identity is the names, sizes and labels of its images."""
     found = {split: read_split(folder, split) for split in SPLITS}
-    sizes, classes = {split: len(part.labels) for split, part in found.items()}, found["train"].classes
+    sizes, classes = {split: len(part.labels) for split, part in found.items()}, len(found["train"].classes)
+    how = {"streamed": streamed or None}
     return Source(
-        str(folder), Facts(3, len(classes), 0, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, sizes),
-        _digest(part.checksum() for part in found.values()),
-        lambda split, size, augment, workers: open_folder(
-            folder, split, size, streamed=streamed or None, augment=augment, workers=workers
-        ),
+        str(folder), Facts(3, classes, 0, *COLOURS, sizes), _digest(part.checksum() for part in found.values()),
+        lambda split, size, augment, workers: open_folder(folder, split, size, augment=augment, workers=workers, **how),
     )  # fmt: skip
 
 
@@ -209,7 +207,7 @@ def _arrays(name: str, split: str, signature: str) -> tuple[np.ndarray, np.ndarr
         kept = np.isin(parent.labels, own["classes"])
         images, labels = parent.images.numpy()[kept], np.searchsorted(own["classes"], parent.labels.numpy()[kept])
     else:
-        found = _embedded(own, split) if "files" in own else _found(name, own, split)
+        found = _embedded(own, split) if "files" in own else _copy(name, own, split)
         images, labels = _stack(found, name, own["channels"]), found.labels
     if "sha256" not in own:
         return images, labels, found.classes
@@ -236,7 +234,7 @@ def _embedded(own: dict, split: str) -> Found:
     return read_parquet([path])
 
 
-def _found(name: str, own: dict, split: str) -> Found:
+def _copy(name: str, own: dict, split: str) -> Found:
     """A split of a folder in $VITLIB_DATA, or else of the Hub; validation images are held out of the training images."""
     folder, words = published.locate(name), own["splits"]["test" if split == "test" else "train"]
     try:

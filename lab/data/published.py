@@ -1,32 +1,27 @@
 """The data sets of the paper and others that are not embedded: where they are, and the forms in which they are distributed.
 
-class folders, parquet    read by `vitlib.data.read`, as everybody's
-WebDataset                .tar shards of images and .cls, named by the split
-Hub                       a name on the Hugging Face Hub, through `datasets`
-their own                 iNaturalist's JSON, CIFAR's pickles, Stanford Cars' devkit, Flowers-102's MATLAB files
+general     class folders, parquet, WebDataset: read by `vitlib.data.read`
+Hub         a name on the Hugging Face Hub, through `datasets`
+their own   iNaturalist's JSON, CIFAR's pickles, Stanford Cars' devkit, Flowers-102's MATLAB files
 """
 
 from __future__ import annotations
 
 import csv
 import functools
-import io
 import json
 import os
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import yaml
-from PIL import Image
 from torchvision import datasets
 
 from lab.paths import DATA_CARDS, PAPER, ROOT
 from vitlib.data import read
-from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_parquet
+from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
 
 
@@ -41,11 +36,12 @@ class Published:
     test: tuple[str, ...] = ("test",)
     also: tuple[str, ...] = ()  # what else the paper trains on
     numbered: bool = False  # a class folder's name is its label
+    second_test: str | None = None  # a data set of other test images of the same classes
 
 
 V2_FOLDER = "imagenetv2-matched-frequency-format-val"  # what its archive unpacks to
 PUBLISHED = {
-    "imagenet-1k": Published(test=("val", "validation")),
+    "imagenet-1k": Published(test=("val", "validation"), second_test="imagenet-v2"),
     "imagenet-v2": Published(test=("test", "val", V2_FOLDER, "."), numbered=True),
     "inaturalist-2018": Published(test=("val", "validation")),
     "inaturalist-2019": Published(test=("val", "validation")),
@@ -56,16 +52,11 @@ PUBLISHED = {
 }
 
 
-def data_root() -> Path:
-    """Where data that is not embedded is: $VITLIB_DATA, or `data` in the project's folder."""
-    return ROOT / os.environ.get("VITLIB_DATA", "data")
-
-
 def places(name: str) -> list[Path]:
-    """Where the folder of a data set may be: in `data_root`, under its name or the names that its card gives."""
+    """Where the folder of a data set may be: in $VITLIB_DATA, or `data` here, under its name or those that its card gives."""
     path = DATA_CARDS / f"{name}.md"
     about = read_card(path)["vitlib"] if path.is_file() else {}
-    return [data_root() / folder for folder in about.get("folders", [name])]
+    return [ROOT / os.environ.get("VITLIB_DATA", "data") / folder for folder in about.get("folders", [name])]
 
 
 def locate(name: str) -> Path | None:
@@ -75,10 +66,8 @@ def locate(name: str) -> Path | None:
 
 def absent(name: str, hub: str = "") -> DataAbsent:
     card = f"; data_cards/{name}.md says how to get it" if (DATA_CARDS / f"{name}.md").is_file() else ""
-    looked = " or ".join(map(str, places(name)))
-    return DataAbsent(
-        f"data set {name!r} is not there: looked for {looked} (VITLIB_DATA names the folder above){hub}{card}"
-    )
+    looked = f"looked for {' or '.join(map(str, places(name)))} (VITLIB_DATA names the folder above)"
+    return DataAbsent(f"data set {name!r} is not there: {looked}{hub}{card}")
 
 
 def read_card(path: Path) -> dict:
@@ -114,15 +103,12 @@ def read_published(name: str, split: str, check: bool = True) -> Found:
 
 
 def read_any(folder: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -> Found:
-    """A split, under the first of its names that is there, in one of the forms of this file or of `read_folder`.
-
-    also: a second split that belongs to it.
-    """
-    for reader in (read_torchvision, read_inaturalist, read_tar):
+    """A split, under the first of its names that is there, and the files of `also`, a second split that belongs to it."""
+    for reader in (read_torchvision, read_inaturalist):
         if (found := reader(folder, names)) is not None:
             return found
     shards, more = (find_split(folder, words) for words in (names, also))
-    return read_parquet([*shards, *more]) if isinstance(shards, list) and more else read_folder(folder, names)
+    return read_place([*shards, *more]) if isinstance(shards, list) and more else read_folder(folder, names)
 
 
 def expected(name: str, split: str) -> tuple[set[int], int] | None:
@@ -172,17 +158,16 @@ def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
     """What torchvision reads, in the folders that it unpacks: `cifar-10-batches-py`, `cifar-100-python`, `stanford_cars`,
     `flowers-102`. It unpickles CIFAR's files, and reads those of Flowers, only if they have the published MD5 sums.
     """
-    kind = next((k for k in ("cifar-10-batches-py", "cifar-100-python", "stanford_cars", "flowers-102")
-                 if (folder / k).is_dir() or (folder.name == k and (folder / "jpg").is_dir())), None)  # fmt: skip
-    if kind is None or names[0] not in ("train", "test"):
+    kinds = ("cifar-10-batches-py", "cifar-100-python", "stanford_cars", "flowers-102")
+    there = [k for k in kinds if (folder / k).is_dir() or (folder.name == k and (folder / "jpg").is_dir())]
+    if not there or names[0] not in ("train", "test"):
         return None
+    kind = there[0]
     root = folder if (folder / kind).is_dir() else folder.parent
     try:
         if kind.startswith("cifar"):
-            data = _cifar(root, kind, names[0])
-            rows = Cells(
-                functools.partial(_as_ppm, root, kind, names[0]), np.arange(len(data.data)), f"{folder} {names[0]}"
-            )
+            data, column = _cifar(root, kind, names[0]), functools.partial(_as_ppm, root, kind, names[0])
+            rows = Cells(column, np.arange(len(data.data)), f"{folder} {names[0]}")
             return Found(rows, np.asarray(data.targets, np.int64), tuple(data.classes))
         if kind == "stanford_cars":
             cars = datasets.StanfordCars(root, names[0])
@@ -192,9 +177,8 @@ def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
             samples = [pair for part in parts for pair in zip(part._image_files, part._labels, strict=True)]
             classes = datasets.Flowers102.classes
     except (RuntimeError, OSError, ValueError, TypeError, NotImplementedError) as fault:
-        raise UsageError(
-            f"{root / kind} is not complete, or a file does not have its MD5 sum ({read.printable(fault).splitlines()[0]})"
-        ) from fault
+        what = read.printable(fault).splitlines()[0]
+        raise UsageError(f"{root / kind} is not complete, or a file does not have its MD5 sum ({what})") from fault
     paths = [os.path.relpath(path, root) for path, _ in samples]
     return read.files(root, paths, [label for _, label in samples], classes)
 
@@ -209,56 +193,6 @@ def _as_ppm(root: Path, kind: str, split: str) -> pa.ChunkedArray:
     pixels = _cifar(root, kind, split).data
     header = f"P6 {pixels.shape[2]} {pixels.shape[1]} 255\n".encode()
     return pa.chunked_array([pa.array([header + image.tobytes() for image in pixels], pa.binary())])
-
-
-@dataclass(frozen=True, eq=False)
-class Members:
-    """Images in .tar files, read from where they begin."""
-
-    shards: list[Path]
-    places: np.ndarray  # int64 (N, 3): number of the shard, first byte, bytes
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def name(self, i: int) -> str:
-        return f"the image at byte {self.places[i][1]} of {self.shards[self.places[i][0]]}"
-
-    def open(self, i: int) -> Image.Image:
-        shard, start, size = self.places[i].tolist()
-        with self.shards[shard].open("rb") as file:
-            file.seek(start)
-            return Image.open(io.BytesIO(file.read(size)))
-
-    def listing(self) -> Iterator[tuple[str, int]]:
-        return ((f"{i:08d}", size) for i, size in enumerate(self.places[:, 2].tolist()))
-
-    def take(self, index: np.ndarray) -> Members:
-        return replace(self, places=self.places[index])
-
-
-def read_tar(folder: Path, names: tuple[str, ...]) -> Found | None:
-    """WebDataset: in each shard an image of any kind and a .cls of the same name; of all images only the headers are read."""
-    shards = next((files for name in names if (files := read.shards_of(folder, name, ".tar"))), [])
-    if not shards or find_split(folder, names) is not None:  # an archive that was unpacked beside it is not read
-        return None
-    images, labels = {}, {}
-    for number, path in enumerate(shards):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    stem, suffix = os.path.splitext(member.name)
-                    if suffix.lower() in read.IMAGE_FILES:
-                        images[number, stem] = (number, member.offset_data, member.size)
-                    elif suffix == ".cls":
-                        labels[number, stem] = int(tar.extractfile(member).read())
-        except (tarfile.TarError, ValueError, OSError) as fault:
-            raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
-    if images.keys() != labels.keys():
-        raise UsageError(f"{shards[0]} and those beside it do not hold a .cls with a label for each image")
-    column = pa.chunked_array([pa.array([labels[key] for key in images], pa.int64())])
-    numbers, classes = read.labelled(column, (), f".cls in {shards[0]}")
-    return Found(Members(shards, np.array(list(images.values()), np.int64)), numbers, classes)
 
 
 @functools.lru_cache(maxsize=2)
@@ -286,6 +220,5 @@ def read_hub(name: str, names: tuple[str, ...]) -> Found:
     image, label = read.image_and_label(table.column_names, source)
     names = getattr(table.features[label], "names", None) or ()
     labels, classes = read.labelled(_hub_column(name, split, label), names, f"column {label} of {source}")
-    return Found(
-        Cells(functools.partial(_hub_column, name, split, image), np.arange(len(labels)), source), labels, classes
-    )
+    column = functools.partial(_hub_column, name, split, image)
+    return Found(Cells(column, np.arange(len(labels)), source), labels, classes)

@@ -49,12 +49,9 @@ LOADERS = 8  # at most so many processes read and decode images which are not in
 
 
 def execute(
-    spec: RunSpec,
-    need_weights: bool = False,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
-    every_s: float = 300.0,
-    stamps: Mapping[str, str] | None = None,
-) -> Result:
+    spec: RunSpec, need_weights: bool = False, on_step: Callable[[int, int], None] = lambda step, steps: None,
+    every_s: float = 300.0, stamps: Mapping[str, str] | None = None,
+) -> Result:  # fmt: skip
     """Train a run, or read it where it is finished. What it needs must be finished, with weights.
 
     `need_weights` trains a run again of which only the metrics were imported. A checkpoint is written every `every_s`
@@ -62,7 +59,8 @@ def execute(
     (the hashes of the ledger's entries). Raises NonFiniteLoss with the run's name; the run is not kept then, the last good
     checkpoint is. All processes of a distributed run call this; the first one writes.
     """
-    engine = engine_of(spec)
+    switches = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
+    engine = Engine(resolve(spec.device), **switches, shard=this_shard())
     first = engine.shard.rank == 0
     with held(spec.hash, wait=engine.shard.world == 1) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
@@ -85,21 +83,21 @@ def execute(
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        start = (model, spec.recipe, data, rows, spec.seed, loss_function)
+        inputs = (model, spec.recipe, data, rows, spec.seed, loss_function)
         try:
-            history = loop.train(*start, on_step, engine, ema, checkpoints)
+            history = loop.train(*inputs, on_step, engine, ema, checkpoints)
         except loop.NonFiniteLoss as fault:
             raise loop.NonFiniteLoss(f"{spec}: {fault}") from None
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
         protocol, correct_v2 = PROTOCOLS[spec.protocol], None
-        found, correct = protocol.evaluate(model, tested, engine)
-        metrics |= found
+        reached, correct = protocol.evaluate(model, tested, engine)
+        metrics |= reached
         if other is not None:
-            found, correct_v2 = protocol.evaluate(model, other, engine)
-            metrics["top1_v2"] = found["top1"]
+            reached, correct_v2 = protocol.evaluate(model, other, engine)
+            metrics["top1_v2"] = reached["top1"]
         if ema is not None and protocol.classifies:
-            found, _ = protocol.evaluate(ema.module, tested, engine)
-            metrics |= {f"{name}_ema": value for name, value in found.items()}
+            reached, _ = protocol.evaluate(ema.module, tested, engine)
+            metrics |= {f"{name}_ema": value for name, value in reached.items()}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(f"{spec}: the last step left weights that are not finite; {checkpoints}")
         metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
@@ -111,12 +109,6 @@ def execute(
             checkpoints.remove()
         engine.gather(None)  # nobody leaves before it is written
         return result
-
-
-def engine_of(spec: RunSpec) -> Engine:
-    """What the run is computed with here. Raises UsageError for a GPU that is not there."""
-    own = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
-    return Engine(resolve(spec.device), **own, shard=this_shard())
 
 
 def data_of(spec: RunSpec, split: str) -> DataSet:
@@ -138,10 +130,10 @@ def _open(spec: RunSpec, name: str, split: str) -> DataSet:
 
 
 def second_test(spec: RunSpec) -> DataSet | None:
-    """ImageNet-V2 beside ImageNet-val, where it is here."""
+    """Test images collected anew, where the data set has them (ImageNet-V2) and they are here."""
+    second = source(spec.data, spec.streamed).second_test
     judged = PROTOCOLS[spec.protocol].classifies and spec.split == "test"
-    there = judged and spec.streamed and spec.data == "imagenet-1k" and locate("imagenet-v2")
-    return _open(spec, "imagenet-v2", "test") if there else None
+    return _open(spec, second, "test") if judged and second and locate(second) else None
 
 
 def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
@@ -201,15 +193,13 @@ def device_name(device: str) -> str:
 @functools.cache
 def commit() -> str:
     """The commit of this checkout, with `+` where code was changed since; empty outside git."""
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], cwd=paths.ROOT, capture_output=True, text=True, timeout=10).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    changed = git("status", "--porcelain", "vitlib", "lab", "outputs/paper")
-    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+    commands = ("rev-parse --short HEAD", "status --porcelain vitlib lab outputs/paper")
+    options = {"cwd": paths.ROOT, "capture_output": True, "text": True, "timeout": 10}
+    try:
+        head, changes = (subprocess.run(["git", *c.split()], **options).stdout.strip() for c in commands)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head + ("+" if changes else "")
 
 
 # ---------------------------------------------------------------------------------------------------- under torchrun
@@ -219,13 +209,11 @@ def main(order: Path) -> None:
     """One of the processes that torchrun started: train the run of `order` together with the others."""
     end_with_parents(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
     wanted = json.loads(order.read_text(encoding="utf-8"))
+    tell = now_and_then(lambda step, steps: print(f"step {step} of {steps}", flush=True), every_s=10)
     try:
-        spec = RunSpec.from_fields(wanted["spec"])
+        spec = RunSpec.from_fields(wanted.pop("spec"))
         with joined(resolve(spec.device)) as shard:
-            tell = now_and_then(
-                lambda step, steps: shard.rank or print(f"step {step} of {steps}", flush=True), every_s=10
-            )
-            execute(spec, wanted["need_weights"], tell, wanted["every_s"], wanted["stamps"])
+            execute(spec, on_step=(lambda *_: None) if shard.rank else tell, **wanted)
     except (UsageError, loop.NonFiniteLoss) as fault:
         last_word(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
         sys.exit(str(fault))

@@ -11,14 +11,14 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,22 +46,21 @@ MEMORY = {
 }
 
 
+Stamps = Mapping[str, str]  # hashes of the ledger's entries, as `execute` keeps them
+
+
 class RunsFailed(RuntimeError):
     """Some runs could not be trained; the message names them. Finished runs are kept."""
 
 
 def launch(
-    specs: Iterable[RunSpec],
-    jobs: int = 0,
-    seconds: Callable[[RunSpec], float] | None = None,
-    stamps: Mapping[str, str] | None = None,
-) -> dict[RunSpec, Result]:
+    specs: Iterable[RunSpec], jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Stamps | None = None
+) -> dict[RunSpec, Result]:  # fmt: skip
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
-    jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: how long a run is
-    expected to take, for the progress bar (`lab.cost`); None counts runs. stamps: as in `execute`. Runs start in
-    the order of `specs`, so seeds belong outermost. A run that fails does not stop the others; then RunsFailed names it.
-    Raises UsageError if `jobs` is negative.
+    jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: expected time of a
+    run, for the progress bar; None counts runs. stamps: as in `execute`. Runs start in the order of `specs`, so seeds
+    belong outermost. A run that fails does not stop the others; then RunsFailed names it.
     """
     specs = list(specs)
     if jobs < 0:
@@ -81,19 +80,14 @@ def gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(i) for i in range(count)]
 
 
-def assign(jobs: int, gpus: Sequence[str]) -> list[str | None]:
-    """The GPU of each of `jobs` processes, in turn; None where there is none."""
-    return [gpus[job % len(gpus)] if gpus else None for job in range(jobs)]
-
-
 def _train(
-    todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str], cost: Mapping[str, float], stamps: dict[str, str]
+    todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str], cost: Mapping[str, float], stamps: Stamps
 ) -> None:
     """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
     context = _context()
     steps, devices = context.SimpleQueue(), context.SimpleQueue()
-    for gpu in assign(jobs, gpus):  # each process takes one when it begins
-        devices.put(gpu)
+    for job in range(jobs):  # each process takes one when it begins
+        devices.put(gpus[job % len(gpus)] if gpus else None)
     waiting, going, failed = list(todo), {}, {}
     shares = dict.fromkeys(cost, 0.0)  # how much of each run is done
     bar = tqdm(
@@ -120,8 +114,15 @@ def _train(
             for future in done:
                 spec = going.pop(future)
                 shares[spec.hash] = 1.0
-                if (fault := _fault(future)) is not None:
-                    failed[spec] = fault
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    what = "a training process was killed from outside (out of memory?); finished runs are kept"
+                    raise RunsFailed(what) from None
+                except UsageError:  # damaged data, say: every other run would meet it too
+                    raise
+                except Exception as fault:
+                    failed[spec] = str(fault)
             bar.n = min(bar.total, sum(cost[name] * share for name, share in shares.items()))
             bar.update(0)
     except BaseException:  # Ctrl-C, or a worker that was killed: do not wait for the runs that are going
@@ -132,8 +133,7 @@ def _train(
         pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
     if failed:
-        lost = "; ".join(failed.values())
-        raise RunsFailed(f"{len(failed)} of {len(todo)} runs failed, the others are kept: {lost}")
+        raise RunsFailed(f"{len(failed)} of {len(todo)} runs failed, the others are kept: {'; '.join(failed.values())}")
 
 
 def _context() -> multiprocessing.context.BaseContext:
@@ -150,20 +150,6 @@ def _context() -> multiprocessing.context.BaseContext:
     for name in added:
         del os.environ[name]
     return context
-
-
-def _fault(future: Future) -> str | None:
-    """What went wrong in a run, or None. Raises what concerns all runs: UsageError, and a process that was killed."""
-    try:
-        future.result()
-    except BrokenProcessPool:
-        what = "a training process was killed from outside (out of memory?); finished runs are kept"
-        raise RunsFailed(what) from None
-    except UsageError:  # damaged data, say: every other run would meet it too
-        raise
-    except Exception as fault:
-        return f"{fault}"
-    return None
 
 
 _steps = None
@@ -189,16 +175,11 @@ def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- one run, shared
 
-LAST_LINES = 30  # of what the processes printed, in the message of a run that failed: a traceback and what led to it
-TORCHRUN_SAYS = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")  # a line of its own log
+LAST_LINES = 80  # of the log, in the message of a run that failed: a traceback and torchrun's summary
 
 
 def distributed(
-    spec: RunSpec,
-    processes: int,
-    need_weights: bool = False,
-    every_s: float = 300.0,
-    stamps: Mapping[str, str] | None = None,
+    spec: RunSpec, processes: int, need_weights: bool = False, every_s: float = 300.0, stamps: Stamps | None = None
 ) -> Result:
     """The result of one run that `processes` processes of this machine train together, started by torchrun.
 
@@ -225,16 +206,13 @@ def distributed(
             raise UsageError(text) if usage else RunsFailed(text)
     if code:
         what = f"the {processes} processes that train the {spec} ended with code {code}"
-        raise RunsFailed(f"{what}; the last lines of {log}:\n{last_lines(log)}")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        raise RunsFailed("\n".join([f"{what}; the last lines of {log}:", *lines]))
     return store.find(spec)
 
 
 def write_order(
-    spec: RunSpec,
-    path: Path,
-    need_weights: bool = False,
-    every_s: float = 300.0,
-    stamps: Mapping[str, str] | None = None,
+    spec: RunSpec, path: Path, need_weights: bool = False, every_s: float = 300.0, stamps: Stamps | None = None
 ) -> Path:
     """The file that tells the processes of a distributed run what to train."""
     order = {"spec": asdict(spec), "need_weights": need_weights, "every_s": every_s, "stamps": dict(stamps or {})}
@@ -242,44 +220,22 @@ def write_order(
     return path
 
 
-def last_lines(log: Path) -> str:
-    """What the processes printed last, and torchrun's word on the first that failed, without its own traceback."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    end = next((i for i, line in enumerate(lines) if TORCHRUN_SAYS.match(line)), len(lines))
-    cause = next((i for i, line in enumerate(lines) if line.startswith("Root Cause")), len(lines))
-    return "\n".join(lines[max(end - LAST_LINES, 0) : end] + lines[cause:])
-
-
 def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
     """The exit code of a command whose lines go to `log`. If this call is ended, what was started ends itself."""
     path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     named = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "VITLIB_PARENT": str(os.getpid())}
     with log.open("wb") as file:
-        done = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=MEMORY | os.environ | named,
-        )  # fmt: skip
-    return done.returncode
+        streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        return subprocess.run(command, env=MEMORY | os.environ | named, start_new_session=True, **streams).returncode
 
 
 # ---------------------------------------------------------------------------------------------------- a job per run
 
-CLUSTERS = ("slurm", "local")
-
 
 def submit(
-    specs: Iterable[RunSpec],
-    folder: str | Path,
-    *,
-    partition: str | None = None,
-    gpus: int = 1,
-    nodes: int = 1,
-    hours: float = 24.0,
-    cpus: int = 16,
-    memory_gb: int = 60,
-    cluster: str = "slurm",
-    stamps: Mapping[str, str] | None = None,
-) -> dict[RunSpec, Job]:
+    specs: Iterable[RunSpec], folder: str | Path, *, partition: str | None = None, gpus: int = 1, nodes: int = 1,
+    hours: float = 24.0, cpus: int = 16, memory_gb: int = 60, cluster: str = "slurm", stamps: Stamps | None = None,
+) -> dict[RunSpec, Job]:  # fmt: skip
     """SLURM jobs, through submitit, for all missing runs: one per run, which waits for the jobs of the runs that it needs.
 
     folder: where submitit keeps scripts and logs. partition: None = the cluster's default. gpus: of each of `nodes`
@@ -288,13 +244,12 @@ def submit(
     that is stopped by its time limit or preempted is put back into the queue and goes on from the run's last checkpoint.
     cluster="local" runs the jobs on this machine. Raises UsageError where SLURM's command or submitit is not there.
     """
-    if cluster not in CLUSTERS:
-        raise unknown("cluster", cluster, CLUSTERS)
+    if cluster not in ("slurm", "local"):
+        raise unknown("cluster", cluster, ("slurm", "local"))
     if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or not 0 < hours < math.inf:
         raise UsageError("a job needs nodes, cpus and memory_gb from 1, gpus from 0 and hours above 0")
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        what = "there is no command sbatch: jobs are submitted on a machine of a SLURM cluster; elsewhere use launch"
-        raise UsageError(what)
+        raise UsageError("there is no command sbatch: submit on a machine of a SLURM cluster; elsewhere use launch")
     if importlib.util.find_spec("submitit") is None:
         raise UsageError("submitit is not installed: jobs are submitted through it (pip install submitit)")
     from submitit import AutoExecutor
@@ -318,16 +273,15 @@ def submit(
 class Work:
     """What one process of a job does. The same call goes on where an earlier one was stopped."""
 
-    def __call__(self, spec: RunSpec, need_weights: bool, store: str, stamps: dict[str, str]) -> dict[str, float]:
+    def __call__(self, spec: RunSpec, need_weights: bool, store: str, stamps: Stamps) -> dict[str, float]:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
         os.environ["VITLIB_RUNS"] = store
-        if JobEnvironment().num_tasks == 1:
-            return execute.execute(spec, need_weights, stamps=stamps).metrics
-        # All GPUs of the machine stay visible; each process takes its own by its local rank.
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        with joined(resolve(spec.device)):
+        several = JobEnvironment().num_tasks > 1
+        if several:  # all GPUs of the machine stay visible; each process takes its own by its local rank
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        with joined(resolve(spec.device)) if several else nullcontext():
             return execute.execute(spec, need_weights, stamps=stamps).metrics
 
     def checkpoint(self, *arguments) -> DelayedSubmission:

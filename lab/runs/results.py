@@ -41,22 +41,19 @@ class Result:
 
     def record(self) -> dict:
         more = {} if self.correct_v2 is None else {"correct_v2": _packed(self.correct_v2)}
-        return {
-            "hash": self.hash, "metrics": self.metrics, "correct": _packed(self.correct), "ledger": self.ledger,
-            **more, **self.about,
-        }  # fmt: skip
+        named = {"hash": self.hash, "metrics": self.metrics, "ledger": self.ledger}
+        return named | {"correct": _packed(self.correct)} | more | self.about
 
     @classmethod
     def from_record(cls, record: dict) -> Result:
         """Raises KeyError or ValueError for a record that is not whole or contradicts itself."""
-        record = dict(record)
-        packed, packed_v2 = record.pop("correct"), record.pop("correct_v2", None)
-        named = {name: record.pop(name) for name in ("hash", "metrics", "ledger")}
-        if absent := [name for name in ABOUT if name not in record]:
+        about = dict(record)
+        named = {name: about.pop(name) for name in ("hash", "metrics", "ledger")}
+        packed = about.pop("correct"), about.pop("correct_v2", None)
+        if absent := [name for name in ABOUT if name not in about]:
             raise KeyError(", ".join(absent))
-        correct = packed and _unpacked(packed, named["metrics"], "top1")
-        correct_v2 = packed_v2 and _unpacked(packed_v2, named["metrics"], "top1_v2")
-        return cls(correct=correct, about=record, correct_v2=correct_v2, **named)
+        correct, correct_v2 = map(_unpacked, packed, (named["metrics"],) * 2, ("top1", "top1_v2"))
+        return cls(correct=correct, about=about, correct_v2=correct_v2, **named)
 
 
 def _packed(correct: np.ndarray | None) -> dict | None:
@@ -66,8 +63,10 @@ def _packed(correct: np.ndarray | None) -> dict | None:
     return {"images": len(correct), "bits": base64.b64encode(np.packbits(correct).tobytes()).decode()}
 
 
-def _unpacked(packed: dict, metrics: dict[str, float], name: str) -> np.ndarray:
+def _unpacked(packed: dict | None, metrics: dict[str, float], name: str) -> np.ndarray | None:
     """Bool (images,). Raises ValueError where the bits contradict the accuracy of that name."""
+    if packed is None:
+        return None
     bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
     if len(bits) != -(-packed["images"] // 8):
         raise ValueError(f"{len(bits)} bytes of bits for {packed['images']} images")
@@ -82,13 +81,13 @@ def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
 
     Raises UsageError for a line that is not a run or whose hash is not that of its spec.
     """
-    path = Path(path)
+    path, written = Path(path), "a runs.jsonl is what `export` writes"
     if not path.is_file():
-        raise UsageError(f"there is no file {path} to read: a runs.jsonl is what `export` writes")
+        raise UsageError(f"there is no file {path} to read: {written}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as fault:
-        raise UsageError(f"{path.name} is no text file: a runs.jsonl is what `export` writes") from fault
+        raise UsageError(f"{path.name} is no text file: {written}") from fault
     for number, line in enumerate(lines, start=1):
         try:
             run = json.loads(line)

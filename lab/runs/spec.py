@@ -88,18 +88,15 @@ class RunSpec:
 
     def record(self) -> dict:
         """What is hashed, and what spec.json holds: every field, parents and tokenizers by their hashes."""
-        record = {f.name: getattr(self, f.name) for f in fields(self)}
-        record |= {"model": asdict(self.model), "recipe": asdict(self.recipe)}
-        record |= {name: spec and spec.hash for name, spec in (("parent", self.parent), ("tokenizer", self.tokenizer))}
-        checksum = source(self.data, self.streamed).checksum
-        return record | {"data_checksum": checksum, "training_version": TRAINING_VERSION}
+        needs = {"parent": self.parent and self.parent.hash, "tokenizer": self.tokenizer and self.tokenizer.hash}
+        data = {"data_checksum": source(self.data, self.streamed).checksum, "training_version": TRAINING_VERSION}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | needs | data | {
+            "model": asdict(self.model), "recipe": asdict(self.recipe),
+        }  # fmt: skip
 
     @classmethod
     def from_fields(cls, record: dict) -> RunSpec:
-        """A spec from `dataclasses.asdict` of one that went through JSON: how it reaches other processes.
-
-        (`record` has hashes where this has the runs themselves.)
-        """
+        """A spec from `dataclasses.asdict` of one (not `record`) that went through JSON to another process."""
 
         def plain(values: dict) -> dict:  # JSON has lists for our tuples
             return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -146,11 +143,10 @@ class RunSpec:
 
     def describe(self) -> str:
         """The run on one line, for progress and errors."""
-        parts = [self.protocol, self.data, self.model.name, f"{self.model.image_size} px"]
-        parts += [f"stem {self.model.stem}"] if isinstance(self.model, ViTConfig) else []
-        parts += [f"{self.images} images"] if self.images else []
-        parts += [self.strategy] if self.parent else []
-        return ", ".join([*parts, f"seed {self.seed}"])
+        stem = f"stem {self.model.stem}" if isinstance(self.model, ViTConfig) else None
+        images, strategy = self.images and f"{self.images} images", self.strategy if self.parent else None
+        parts = (self.protocol, self.data, self.model.name, f"{self.model.image_size} px", stem, images, strategy)
+        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
 
     def __str__(self) -> str:
         return f"run {self.hash} ({self.describe()})"

@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lab import paths
 from lab.runs.results import Result, read_runs
@@ -42,9 +42,8 @@ def find(spec: RunSpec) -> Result | None:
             raise ValueError(f"it says {result.hash}")
         return result
     except (ValueError, KeyError, TypeError) as fault:
-        what = f"is not in the form of this version ({type(fault).__name__}: {fault})"
-        cure = "move that folder away and the run is trained again"
-        raise UsageError(f"the run {spec.hash} in {paths.runs()} {what}: {cure}") from fault
+        what = f"{paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault})"
+        raise UsageError(f"the run {spec.hash} in {what}: move that folder away and it is trained again") from fault
 
 
 def finished(spec: RunSpec, need_weights: bool = False) -> bool:
@@ -52,13 +51,14 @@ def finished(spec: RunSpec, need_weights: bool = False) -> bool:
     return find(spec) is not None and (weights_path(spec).is_file() or not need_weights)
 
 
-def weights(spec: RunSpec, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The trained weights of a finished run, or their moving average. Raises UsageError where only its metrics were imported."""
+def weights(spec: RunSpec, ema: bool = False) -> dict[str, Tensor]:
+    """The trained weights of a finished run, or their moving average. Raises UsageError where they are not in the store."""
     if ema and spec.recipe.ema is None:
         raise UsageError(f"the {spec} keeps no moving average: its recipe's ema is None")
-    path = weights_path(spec).with_name("ema.safetensors") if ema else weights_path(spec)
+    path, what = weights_path(spec), "moving average" if ema else "weights"
+    if ema:
+        path = path.with_name("ema.safetensors")
     if not path.is_file():
-        what = "moving average" if ema else "weights"
         raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
     return load_file(path)
 
@@ -85,7 +85,7 @@ def held(name: str, wait: bool = True) -> AbstractContextManager:
 
 
 def keep(
-    spec: RunSpec, result: Result, history: list[loop.Step], model: torch.nn.Module, ema: torch.nn.Module | None = None
+    spec: RunSpec, result: Result, history: list[loop.Step], model: nn.Module, ema: nn.Module | None = None
 ) -> None:
     """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept."""
     with _new_folder(spec.hash) as draft:
@@ -147,21 +147,21 @@ def alive(pid: int) -> bool:
 
 def export_runs(path: Path, names: Collection[str] | None = None) -> int:
     """Write every run of the store, or those of these hashes, to a `runs.jsonl`, by hash, without weights; how many."""
-    records = []
-    folders = sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json"))
-    for folder in folders if names is None else [f for f in folders if f.name in names]:
-        try:
-            spec, result = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result"))
-            Result.from_record(result)
-        except (OSError, ValueError, KeyError, TypeError) as fault:
-            what = f"the run {folder.name} cannot be exported ({type(fault).__name__}): move that folder away"
-            raise UsageError(what) from fault
-        records.append(json.dumps({"spec": spec, "result": result}, sort_keys=True))
     if path.is_dir():
         raise UsageError(f"{path} is a folder: export writes a file, for example {path / 'runs.jsonl'}")
+    lines = []
+    for folder in sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json")):
+        if names is None or folder.name in names:
+            try:
+                run = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result")}
+                Result.from_record(run["result"])
+            except (OSError, ValueError, KeyError, TypeError) as fault:
+                what = f"cannot be exported ({type(fault).__name__}): move that folder away"
+                raise UsageError(f"the run {folder.name} {what}") from fault
+            lines.append(json.dumps(run, sort_keys=True) + "\n")
     with write_whole(path) as draft:
-        draft.write_text("".join(f"{record}\n" for record in records), encoding="utf-8")
-    return len(records)
+        draft.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def import_runs(path: Path) -> tuple[int, int]:
@@ -182,14 +182,14 @@ def import_runs(path: Path) -> tuple[int, int]:
 
 def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
     """Warn where runs that belong together read files that differ, of what is one data set by its name and its sizes."""
-    seen: dict[tuple[str, str, str], dict[str, str]] = {}
+    seen: dict[tuple[str, str, str], dict[str, str]] = {}  # data and split -> checksum -> the first run that read it
     for spec, files in read.items():
         for split, checksum in files.items():
             seen.setdefault((spec.data, spec.split, split), {}).setdefault(checksum, spec.hash)
-    for (data, _, split), by in seen.items():
-        if len(by) > 1:
+    for (data, _, split), runs in seen.items():
+        if len(runs) > 1:
             what = f"different files of {data}, split {split}: names, sizes or labels are not the same"
-            warnings.warn(f"the runs {', '.join(sorted(by.values()))} read {what}", stacklevel=2)
+            warnings.warn(f"the runs {', '.join(sorted(runs.values()))} read {what}", stacklevel=2)
 
 
 def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:

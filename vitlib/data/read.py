@@ -2,6 +2,7 @@
 
     class folders   <folder>/<split>/<class>/.../*.jpg and the like; links are followed, hidden files left out
     parquet         <folder>/[<any>/]<split>*.parquet, or in a folder named by the split: columns image and label
+    WebDataset      .tar files named in the same way: images, each with a .cls of the same name that holds its label
 
 Labels are read without decoding an image. Memory does not grow with the pixels: a split keeps its paths in one block, or
 encoded images in a mapped file.
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import re
+import tarfile
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -62,9 +64,7 @@ class Files:
     """One file per image."""
 
     folder: Path
-    paths: (
-        pa.Array
-    )  # relative, as bytes: names need not be UTF-8. One block, where every worker would copy a list of str
+    paths: pa.Array  # relative, as bytes: names need not be UTF-8. One block: every worker would copy a list of str
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -117,6 +117,32 @@ class Cells:
 
     def take(self, index: np.ndarray) -> Cells:
         return replace(self, index=self.index[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Images in .tar files, read from where they begin."""
+
+    shards: list[Path]
+    places: np.ndarray  # int64 (N, 3): number of the shard, first byte, bytes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, i: int) -> str:
+        return f"the image at byte {self.places[i][1]} of {self.shards[self.places[i][0]]}"
+
+    def open(self, i: int) -> Image.Image:
+        shard, start, size = self.places[i].tolist()
+        with self.shards[shard].open("rb") as file:
+            file.seek(start)
+            return Image.open(io.BytesIO(file.read(size)))
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        return ((f"{i:08d}", size) for i, size in enumerate(self.places[:, 2].tolist()))
+
+    def take(self, index: np.ndarray) -> Members:
+        return replace(self, places=self.places[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +220,7 @@ def readable(found: Found, what: str) -> Found:
 
 
 def read_folder(folder: Path | str, split: str | Sequence[str]) -> Found:
-    """A split of a folder, in class folders or parquet files. split: a key of SPLITS, or names of which the first counts.
+    """A split of a folder, in class folders, parquet or .tar files. split: a key of SPLITS, or names of which the first counts.
 
     Raises UsageError for a folder or a split that is not there, an empty class folder, labels that are not numbers from
     0, other classes than those of the training images, and two copies of the split.
@@ -206,10 +232,10 @@ def read_folder(folder: Path | str, split: str | Sequence[str]) -> Found:
     if place is None:
         raise UsageError(
             f"{folder} has no split {' or '.join(map(repr, names))}, as class folders ({names[0]}/<class>/*.jpg and the "
-            f"like) or parquet files named by it: it holds {contents(folder)}"
+            f"like), parquet or .tar files named by it: it holds {contents(folder)}"
         )
     known = () if train in (None, place) else classes_of(train)
-    found = read_parquet(place, known) if isinstance(place, list) else read_class_folders(place)
+    found = read_place(place, known)
     if known and found.classes != tuple(known):
         differ = sorted(set(found.classes) ^ set(known))
         said = f"{len(differ)} names, the first is {differ[0]}" if differ else "their order"
@@ -243,7 +269,7 @@ def read_split(folder: Path | str, split: str) -> Found:
 
 
 def find_split(folder: Path, names: Sequence[str]) -> Path | list[Path] | None:
-    """Where the first of these splits is: the folder that holds its class folders, or its parquet files."""
+    """Where the first of these splits is: the folder that holds its class folders, or its parquet or .tar files."""
     for name in names:
         if (folder / name).is_dir() and _folders_in(folder / name):
             return folder / name
@@ -252,12 +278,22 @@ def find_split(folder: Path, names: Sequence[str]) -> Path | list[Path] | None:
     # Class folders alone are training images.
     split_folders = any((folder / name).exists() for words in SPLITS.values() for name in words)
     flat = "train" in names and not split_folders and any(_images_in(folder / name) for name in _folders_in(folder))
-    return folder if flat else None
+    if flat:
+        return folder
+    # An archive may have been unpacked beside it, so archives come last.
+    return next((shards for name in names if (shards := shards_of(folder, name, ".tar"))), None)
+
+
+def read_place(place: Path | list[Path], known: Sequence[str] = ()) -> Found:
+    """A split where `find_split` found it. known: its classes, where its files have no names for them."""
+    if isinstance(place, Path):
+        return read_class_folders(place)
+    return (read_tar if place[0].suffix == ".tar" else read_parquet)(place, known)
 
 
 def classes_of(place: Path | list[Path]) -> tuple[str, ...]:
     """The classes of a split, in the order of their labels."""
-    return read_parquet(place).classes if isinstance(place, list) else tuple(map(printable, _folders_in(place)))
+    return read_place(place).classes if isinstance(place, list) else tuple(map(printable, _folders_in(place)))
 
 
 def read_class_folders(place: Path, numbered: bool = False) -> Found:
@@ -307,7 +343,7 @@ def contents(folder: Path) -> str:
     return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "nothing"
 
 
-# ------------------------------------------------------------------------------------------------- parquet
+# ------------------------------------------------------------------------------------------------- parquet and .tar
 
 
 def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
@@ -337,9 +373,40 @@ def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = info.get("info", {}).get("features", {}).get(label, {}).get("names") or known
     labels, classes = labelled(_column(shards, label), names, f"column {label} of {source}")
-    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards)
-    rows = Cells(functools.partial(_cells, stamps, image), np.arange(len(labels)), source)
+    rows = Cells(functools.partial(_cells, _stamps(shards), image), np.arange(len(labels)), source)
     return Found(rows, labels, classes)
+
+
+def read_tar(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
+    """Images and labels of WebDataset's files. Classes are `known`, or numbers."""
+    places, labels = _members(_stamps(shards))
+    return Found(Members(list(shards), places), *labelled(labels, known, f".cls in {shards[0]}"))
+
+
+@functools.lru_cache(maxsize=4)
+def _members(stamps: tuple[tuple[str, int, int], ...]) -> tuple[np.ndarray, pa.ChunkedArray]:
+    """Where each image of .tar files is, int64 (N, 3), and its label. Of all images only the headers are read."""
+    places, labels = {}, {}
+    for number, (path, *_) in enumerate(stamps):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    stem, suffix = os.path.splitext(member.name)
+                    if suffix.lower() in IMAGE_FILES:
+                        places[number, stem] = (number, member.offset_data, member.size)
+                    elif suffix == ".cls":
+                        labels[number, stem] = int(tar.extractfile(member).read())
+        except (tarfile.TarError, ValueError, OSError) as fault:
+            raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
+    if places.keys() != labels.keys():
+        raise UsageError(f"{stamps[0][0]} and those beside it do not hold a .cls with a label for each image")
+    column = pa.chunked_array([pa.array([labels[key] for key in places], pa.int64())])
+    return np.array(list(places.values()), np.int64), column
+
+
+def _stamps(shards: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of each file: the same for files that have not changed."""
+    return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards)
 
 
 def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
