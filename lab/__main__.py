@@ -13,8 +13,6 @@ import lab
 from vitlib.__main__ import Parser
 from vitlib.errors import UsageError, unknown
 
-SLURM_SIZES = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # options of `run`, for `launch.submit`
-
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
@@ -26,10 +24,10 @@ def main(words: list[str] | None = None) -> int:
         print(f"lab: {fault}", file=sys.stderr)
         return 2
     except RuntimeError as fault:
-        if type(fault).__module__.startswith(("vitlib", "lab")):  # a run or a notebook that failed: what and where
-            print(f"lab: {fault}", file=sys.stderr)
-            return 1
-        raise
+        if not type(fault).__module__.startswith(("vitlib", "lab")):
+            raise
+        print(f"lab: {fault}", file=sys.stderr)  # a run or a notebook that failed: what and where
+        return 1
     except KeyboardInterrupt:
         print("\nlab: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
@@ -43,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if profile:
-            text = "smoke, cpu, study, gpu or imagenet (default: %(default)s)"
-            command.add_argument("--profile", default=profile, help=text)
+            profiles = "smoke, cpu, study, gpu or imagenet (default: %(default)s)"
+            command.add_argument("--profile", default=profile, help=profiles)
         return command
 
     add("check", check, "is the installation whole: torch and torchvision of one family, data undamaged")
@@ -54,15 +52,16 @@ def parser() -> argparse.ArgumentParser:
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
-    exported = add("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)")
-    imported = add("import", import_, "merge a runs.jsonl into the run store")
+    text = "write the finished runs to a runs.jsonl (metrics, no weights)"
+    add("export", export_, text).add_argument("file", type=Path)
+    add("import", import_, "merge a runs.jsonl into the run store").add_argument("file", type=Path)
+    repeated = {"action": "append", "default": []}
     for command in (plan, run, reproduce):
-        command.add_argument("--notebook", action="append", help="only this one, e.g. 31; may be repeated")
+        command.add_argument("--notebook", **repeated, help="only this one, e.g. 31; may be repeated")
     for command in (plan, run, reproduce, tune):
         command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one per core)")
     for command in (plan, run):
-        text = "only what this part of a claim reads, e.g. H4-linear; may be repeated"
-        command.add_argument("--part", action="append", default=[], help=text)
+        command.add_argument("--part", **repeated, help="only what this part of a claim reads, e.g. H4-linear")
     run.add_argument("--processes", type=int, default=1, help="that share each run, one per GPU, through torchrun")
     run.add_argument("--slurm", metavar="FOLDER", help="submit one job per run to SLURM; its scripts and logs go there")
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
@@ -71,24 +70,20 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--cpus", type=int, default=16, help="CPU cores of each process of a SLURM job (default: 16)")
     run.add_argument("--memory-gb", type=int, default=60, help="of each machine of a SLURM job (default: 60)")
     run.add_argument("--hours", type=float, default=24.0, help="time limit of a SLURM job (default: 24)")
-    text = "GPU-hours on this device instead: v100, a100, h100, h200, l40s, rtx4090"
-    plan.add_argument("--device", default="", help=text)
+    devices = "v100, a100, h100, h200, l40s, rtx4090"
+    plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
     plan.add_argument("--gpus", type=int, default=1, help="GPUs that share each run (default: 1)")
-    text = "TFLOP/s that training reaches; else measured, else a share of the peak"
-    plan.add_argument("--rate", type=float, help=text)
+    plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else a share of the peak")
     plan.add_argument("--utilisation", type=float, help="that share of the maker's peak (default: 0.35)")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
-    reproduce.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a notebook parameter")
-    tune.add_argument("--group", action="append", default=[], help="only this one, e.g. supervised; may be repeated")
-    text = "the margin of this part of a claim instead; may be repeated"
-    tune.add_argument("--part", action="append", default=[], help=text)
+    reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
+    tune.add_argument("--group", **repeated, help="only this one, e.g. supervised; may be repeated")
+    tune.add_argument("--part", **repeated, help="the margin of this part of a claim instead; may be repeated")
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead: recomputed and compared")
-    for command in (exported, imported):
-        command.add_argument("file", type=Path)
     return top
 
 
@@ -103,7 +98,7 @@ def look_up(arguments: argparse.Namespace) -> None:
     if "notebook" in arguments:
         from lab.experiments.catalogue import NOTEBOOKS, notebook
 
-        arguments.notebook = [notebook(name) for name in arguments.notebook or ()] or list(NOTEBOOKS)
+        arguments.notebook = [notebook(name) for name in arguments.notebook] or list(NOTEBOOKS)
 
 
 def check(_) -> None:
@@ -132,11 +127,10 @@ def plan_(arguments) -> None:
     from lab.cost import plan
     from lab.runs import store
 
-    specs = _specs(arguments)
-    if not arguments.device:
-        return print(plan.cpu_text(specs, arguments.jobs))
-    rate = (arguments.device, arguments.utilisation, arguments.rate, arguments.gpus)
-    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), *rate)))
+    specs, a = _specs(arguments), arguments
+    if not a.device:
+        return print(plan.cpu_text(specs, a.jobs))
+    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.utilisation, a.rate, a.gpus)))
 
 
 def run_(arguments) -> None:
@@ -147,7 +141,7 @@ def run_(arguments) -> None:
 
     specs, stamps = _specs(arguments), ledger_hashes()
     if arguments.slurm:
-        sizes = {name: getattr(arguments, name) for name in SLURM_SIZES}
+        sizes = {k: getattr(arguments, k) for k in ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")}
         jobs = submit(specs, arguments.slurm, **sizes, stamps=stamps)
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:
@@ -195,9 +189,9 @@ def bench_(arguments) -> None:
 
     if arguments.name not in BENCHES:
         raise unknown("benchmark", arguments.name, BENCHES)
-    bench, p = BENCHES[arguments.name], arguments.profile
+    bench, p, a = BENCHES[arguments.name], arguments.profile, arguments
     stamps = {part.id: part_hash(part.entry(p.name)) for part in ledger().values()}
-    rows = runner.run(bench, p, arguments.device, arguments.restarts, arguments.only, stamps)
+    rows = runner.run(bench, p, a.device, a.restarts, a.only, stamps)
     print(runner.report(bench, p, rows))
 
 
@@ -223,8 +217,7 @@ def export_(arguments) -> None:
 def import_(arguments) -> None:
     from lab.runs.store import import_runs
 
-    new, known = import_runs(arguments.file)
-    print(f"{new} runs imported, {known} were there already")
+    print("{} runs imported, {} were there already".format(*import_runs(arguments.file)))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def execute(
             metrics |= {f"{name}_ema": value for name, value in reached.items()}
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(f"{spec}: the last step left weights that are not finite; {checkpoints}")
-        metrics |= {"trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        metrics["trained_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
         about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
         result = Result(spec.hash, metrics, correct, checkpoints.notes, about, correct_v2)
@@ -114,8 +114,8 @@ def execute(
 def data_of(spec: RunSpec, split: str) -> DataSet:
     """A split at the size that the model reads: held in memory, or read as it is needed.
 
-    Where data has no validation images, as the published sets, a tuning run holds some out of its training images: the last
-    fiftieth of each class. A judged run trains on all of them.
+    Where data has no validation images (the published sets), a tuning run holds out the last fiftieth of each class of its
+    training images. A judged run trains on all of them.
     """
     if "test" in (split, spec.split) or "validation" in spec.facts.sizes:
         return _open(spec, spec.data, split)
@@ -215,13 +215,9 @@ def main(order: Path) -> None:
         with joined(resolve(spec.device)) as shard:
             execute(spec, on_step=(lambda *_: None) if shard.rank else tell, **wanted)
     except (UsageError, loop.NonFiniteLoss) as fault:
-        last_word(order).write_text(json.dumps([isinstance(fault, UsageError), str(fault)]), encoding="utf-8")
+        usage = isinstance(fault, UsageError)
+        order.with_suffix(".fault").write_text(json.dumps([usage, str(fault)]), encoding="utf-8")
         sys.exit(str(fault))
-
-
-def last_word(order: Path) -> Path:
-    """Where a process leaves the one sentence that it ended with."""
-    return order.with_suffix(".said")
 
 
 def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[int, int], None]:

@@ -34,6 +34,8 @@ from vitlib.errors import UsageError, unknown
 from vitlib.train.engine import joined, resolve
 
 if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+
     from submitit import Job
     from submitit.helpers import DelayedSubmission
 
@@ -155,7 +157,7 @@ def _context() -> multiprocessing.context.BaseContext:
 _steps = None
 
 
-def _begin(steps, devices, environment: dict[str, str]) -> None:
+def _begin(steps: SimpleQueue, devices: SimpleQueue, environment: dict[str, str]) -> None:
     """In each worker: the caller's environment (the fork server keeps an older one), its GPU, and the way to report."""
     global _steps
     _steps = steps
@@ -191,18 +193,17 @@ def distributed(
         raise UsageError(f"processes is {processes}: allowed are 1 and up")
     if store.finished(spec, need_weights):
         return store.find(spec)
-    for need in spec.needs:
-        if not store.weights_path(need).is_file():
-            absent = f"the {need.protocol} {need}, whose weights are not in {paths.runs()}"
-            raise UsageError(f"the {spec} starts from {absent}: train that one first")
+    if absent := [f"the {need.protocol} {need}" for need in spec.needs if not store.weights_path(need).is_file()]:
+        what = f"{absent[0]}, whose weights are not in {paths.runs()}"
+        raise UsageError(f"the {spec} starts from {what}: train that one first")
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
         order = write_order(spec, Path(folder, "run.json"), need_weights, every_s, stamps)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         code = _until_it_ends([*torchrun, "-m", "lab.runs.execute", str(order)], log, spec.threads)
-        if (said := execute.last_word(order)).is_file():
-            usage, text = json.loads(said.read_text(encoding="utf-8"))
+        if (fault := order.with_suffix(".fault")).is_file():  # the one sentence that a process ended with
+            usage, text = json.loads(fault.read_text(encoding="utf-8"))
             raise UsageError(text) if usage else RunsFailed(text)
     if code:
         what = f"the {processes} processes that train the {spec} ended with code {code}"

@@ -55,9 +55,8 @@ def weights(spec: RunSpec, ema: bool = False) -> dict[str, Tensor]:
     """The trained weights of a finished run, or their moving average. Raises UsageError where they are not in the store."""
     if ema and spec.recipe.ema is None:
         raise UsageError(f"the {spec} keeps no moving average: its recipe's ema is None")
-    path, what = weights_path(spec), "moving average" if ema else "weights"
-    if ema:
-        path = path.with_name("ema.safetensors")
+    name, what = ("ema", "moving average") if ema else ("weights", "weights")
+    path = weights_path(spec).with_name(f"{name}.safetensors")
     if not path.is_file():
         raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
     return load_file(path)
@@ -88,8 +87,7 @@ def keep(
     spec: RunSpec, result: Result, history: list[loop.Step], model: nn.Module, ema: nn.Module | None = None
 ) -> None:
     """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept."""
-    with _new_folder(spec.hash) as draft:
-        _write_json(draft / "spec.json", spec.record())
+    with _new_folder(spec.record(), result) as draft:
         with write_whole(draft / "history.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
@@ -99,25 +97,22 @@ def keep(
                 state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
                 with write_whole(draft / f"{name}.safetensors") as path:
                     save_file({k: v.cpu().contiguous() for k, v in state.items()}, path)
-        _write_json(draft / "result.json", result.record())
-
-
-def _write_json(path: Path, record: dict) -> None:
-    with write_whole(path) as draft:
-        draft.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 @contextmanager
-def _new_folder(name: str) -> Iterator[Path]:
+def _new_folder(record: dict, result: Result) -> Iterator[Path]:
     """A draft that becomes the run's folder when the block ends; its name says which process writes it.
 
     An older folder of that name (an imported run without weights) goes only when the new one is there.
     """
     paths.runs().mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".draft-{name}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
-    folder, old = paths.runs() / name, draft.with_name(f"{draft.name}-old")
+    draft = Path(tempfile.mkdtemp(prefix=f".draft-{result.hash}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
+    folder, old = paths.runs() / result.hash, draft.with_name(f"{draft.name}-old")
     try:
         yield draft
+        for name, written in (("spec", record), ("result", result.record())):
+            with write_whole(draft / f"{name}.json") as path:
+                path.write_text(json.dumps(written, indent=1), encoding="utf-8")
         if folder.exists():
             folder.rename(old)
         draft.rename(folder)
@@ -173,10 +168,8 @@ def import_runs(path: Path) -> tuple[int, int]:
     for record, result in runs:
         with held(result.hash):
             if not (paths.runs() / result.hash / "result.json").is_file():
-                with _new_folder(result.hash) as draft:
-                    _write_json(draft / "spec.json", record)
-                    _write_json(draft / "result.json", result.record())
-                new += 1
+                with _new_folder(record, result):
+                    new += 1
     return new, len(runs) - new
 
 
