@@ -42,11 +42,9 @@ def _size(config: ViTConfig) -> dict[str, float]:
 
 def paper_models(name: str, *more: str) -> dict[str, ViTConfig]:
     """The models of a table or figure of the paper, with and without LayerScale as there, and others (with it) by name."""
-    rows = paper_table(name).to_dict("records")
-    scale = {row["model"]: 1e-4 if row.get("layer_scale") == "yes" else None for row in rows} | dict.fromkeys(
-        more, 1e-4
-    )
-    return {model: vit_config(model, layer_scale=value) for model, value in scale.items()}
+    scaled = {row["model"]: row.get("layer_scale") == "yes" for row in paper_table(name).to_dict("records")}
+    scaled |= dict.fromkeys(more, True)
+    return {model: vit_config(model, layer_scale=1e-4 if scale else None) for model, scale in scaled.items()}
 
 
 def sizes(models: Mapping[str, ViTConfig]) -> pd.DataFrame:
@@ -174,14 +172,9 @@ def figure4_memory() -> pd.DataFrame:
     for setting in SETTINGS:
         (fixed, each), (fixed_attn, each_attn) = (memory_line(s, *setting) for s in ("full", "attn"))
         batch, apart = (peak - fixed) / each, (peak - peak_attn - fixed + fixed_attn) / (each - each_attn)
-        row = {
-            "batch": batch,
-            "batch apart": apart,
-            "counted": fixed + apart * each,
-            "rest": peak - fixed - apart * each,
-        }
-        row |= {"least": 100 * (1 - each_attn / each)} | _less(fixed_attn + batch * each_attn, peak, "attn")
-        rows.append(dict(zip(NAMES, setting, strict=True)) | row)
+        row = dict(zip(NAMES, setting, strict=True)) | {"batch": batch, "batch apart": apart}
+        row |= {"counted": fixed + apart * each, "rest": peak - fixed - apart * each}
+        rows.append(row | {"least": 100 * (1 - each_attn / each)} | _less(fixed_attn + batch * each_attn, peak, "attn"))
     return framed(rows, columns(" ".join(NAMES)) | {
         f"full = {peak:,.0f} MB at batch": "{batch:.1f}", f"attn there, MB (paper: {peak_attn:,.0f})": _megabytes("attn"),
         f"full - attn = {peak - peak_attn:,.0f} MB at batch": "{batch apart:.1f}",
@@ -197,18 +190,18 @@ def memory_line(strategy: str, image_size: int, attention: str, precision: str) 
 
 def step_multiply_adds() -> pd.DataFrame:
     """10^9 multiply-adds of a training step of ViT-B by kind of layer, forward and backward, full and attention-only."""
-    rows = []
+    tables = []
     for size in (224, 384):
         full, attn = (pd.DataFrame(exact.step_macs(s, size), index=count.Step._fields) / 1e9 for s in ("full", "attn"))
         full["all"], attn["all"] = full.sum(axis=1), attn.sum(axis=1)
-        for kind in full.columns.drop("other"):
-            before, after = full[kind].sum(), attn[kind].sum()
-            rows.append({
-                "image_size": size, "kind": kind, "forward, gmacs_matmul": full.loc["forward", kind],
-                "backward, full": full.loc["backward", kind], "backward, attn": attn.loc["backward", kind],
-                "step, full": before, "step, attn": after, "spared, % of the step": 100 * (before - after) / full["all"].sum(),
-            })  # fmt: skip
-    return framed(rows, columns("image_size kind") | columns(**dict.fromkeys(list(rows[0])[2:], ".3f")))
+        before, after = full.sum(), attn.sum()
+        tables.append(pd.DataFrame({
+            "image_size": size, "kind": full.columns, "forward, gmacs_matmul": full.loc["forward"],
+            "backward, full": full.loc["backward"], "backward, attn": attn.loc["backward"],
+            "step, full": before, "step, attn": after, "spared, % of the step": 100 * (before - after) / before["all"],
+        }).drop(index="other"))  # fmt: skip
+    table = pd.concat(tables, ignore_index=True)
+    return framed(table, columns("image_size kind", **dict.fromkeys(table.columns[2:], ".3f")))
 
 
 def step_costs(p: Profile) -> pd.DataFrame:
@@ -236,16 +229,13 @@ def step_costs(p: Profile) -> pd.DataFrame:
 def form_memory() -> pd.DataFrame:
     """Table 3's memory in MB: more pairs over the width of like cost, a training step and a forward pass, counted."""
     printed, rows = paper_numbers("table3").set_index("model")["peak_mem_mb"], []
+    layout = {"more pairs / more width": "{models}", "paper, MB": "{paper more} / {paper wide}"}
+    layout |= {"paper, ratio": "{paper ratio:.2f}"}
     for more, wide in exact.MORE_PAIRS.items():
         row = {"models": f"{more} / {wide}", "paper more": printed[more], "paper wide": printed[wide]}
         for batch, (name, model) in itertools.product((1, 32), (("more", more), ("wide", wide))):
             row[f"{batch} {name}"] = exact.training_memory(model, batch).total / MB
         rows.append(row | {f"{at} ratio": row[f"{at} more"] / row[f"{at} wide"] for at in ("paper", 1, 32)})
-    layout = {
-        "more pairs / more width": "{models}",
-        "paper, MB": "{paper more} / {paper wide}",
-        "paper, ratio": "{paper ratio:.2f}",
-    }
     for batch in (1, 32):
         layout[f"training step, batch of {batch}, MB"] = f"{{{batch} more:,.0f}} / {{{batch} wide:,.0f}}"
         layout[f"ratio at {batch}"] = f"{{{batch} ratio:.2f}}"
@@ -276,11 +266,11 @@ def benchmark(name: str, p: Profile) -> pd.DataFrame:
         return framed([missing], columns("benchmark measured"))
     table = runner.summary(stored).assign(measured=measured)
     table[["of_matmul", "of_copy"]] *= 100
-    layout = columns("measured case arm", time_s=".4g", ratio=".3g") | columns("over")
-    layout |= {"range (n restarts)": "{low:.3g} to {high:.3g} (n={n})", "over timm": "{over_timm:.3g}"}
-    layout |= columns(gmacs=".3g", gbytes=".3g") | {
-        f"of {top} ceiling": f"{{of_{top}:.0f}} %" for top in ("matmul", "copy")
-    }
+    layout = columns("measured case arm", time_s=".4g", ratio=".3g", over="") | {
+        "range (n restarts)": "{low:.3g} to {high:.3g} (n={n})", "over timm": "{over_timm:.3g}",
+        **columns(gmacs=".3g", gbytes=".3g"),
+        "of matmul ceiling": "{of_matmul:.0f} %", "of copy ceiling": "{of_copy:.0f} %",
+    }  # fmt: skip
     return framed(table, layout | columns(**dict.fromkeys(runner.MORE, ".4g")), always=())
 
 
@@ -307,33 +297,29 @@ def splits(arms: Mapping[str, Arm]) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------- leaks
 
 LEAK_ROWS = {
-    "linear": {"stem": "linear"},
-    "hMLP, LayerNorm": {"stem": "hmlp", "stem_norm": "ln"},
-    "hMLP, BatchNorm": {"stem": "hmlp", "stem_norm": "bn"},
-    "convolutional": {"stem": "conv", "stem_norm": "bn"},
-}
+    "linear": {"stem": "linear"}, "hMLP, LayerNorm": {"stem": "hmlp", "stem_norm": "ln"},
+    "hMLP, BatchNorm": {"stem": "hmlp", "stem_norm": "bn"}, "convolutional": {"stem": "conv", "stem_norm": "bn"},
+}  # fmt: skip
 
 
 @functools.cache
-def leak_maps() -> dict[tuple[str, str], np.ndarray]:
-    """(stem, mode) -> how far each token moves when masked pixels change, (grid, grid)."""
+def leak_maps() -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """(stem, mode) -> how far each token moves when masked pixels change, and which are masked, (grid, grid) each."""
     maps = {}
     for (name, stem), mode in itertools.product(LEAK_ROWS.items(), ("train", "eval")):
         leak = exact.leak_map(stem, training=mode == "train").numpy()
-        maps[name, mode] = leak.reshape(2 * (round(len(leak) ** 0.5),))
+        grid = round(len(leak) ** 0.5)
+        maps[name, mode] = leak.reshape(grid, grid), exact.block_mask(grid).numpy().reshape(grid, grid)
     return maps
 
 
 def leak_table() -> pd.DataFrame:
     """Change of tokens in percent of their length when masked pixels change: the visible ones, the masked ones."""
     rows = []
-    for (stem, mode), leak in leak_maps().items():
-        mask = exact.block_mask(len(leak)).numpy().reshape(leak.shape)
-        visible, largest = leak[~mask], 100 * leak[~mask].max()
-        rows.append({
-            "stem": stem, "mode": mode, "moved": (visible > 0).sum(), "visible": visible.size,
-            "largest": largest or np.nan, "masked": 100 * leak[mask].mean(),
-        })  # fmt: skip
+    for (stem, mode), (leak, mask) in leak_maps().items():
+        visible, masked = leak[~mask], 100 * leak[mask].mean()
+        row = {"stem": stem, "mode": mode, "moved": (visible > 0).sum(), "visible": visible.size}
+        rows.append(row | {"largest": 100 * visible.max() or np.nan, "masked": masked})
     return framed(rows, columns("stem mode") | {
         "visible tokens that move": "{moved} of {visible}", "largest change of a visible token": ("{largest:.1f} %", "0"),
         "mean change of a masked token": "{masked:.0f} %",

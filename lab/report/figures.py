@@ -13,7 +13,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.claims import exact
 from lab.data.cards import card, load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import Runs, arms_of
@@ -66,14 +65,11 @@ def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
     """Two branches minus one over the width or the pairs: `tables.gaps`, and the paper's chart (`paper.gaps`)."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     measured = with_bounds(table)
-    count = f"n = {measured['n'].iloc[0]}" if len(measured) else "not run"
-    look = {"fmt": "D-", "capsize": 4, "label": f"{table['measured'].iloc[0]}, {count}"}
-    axes.errorbar(measured[size], measured["points"], whiskers(measured), **look)
-    for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family")):
-        name = f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"
-        axes.plot(
-            group[size], group["points"], marker="o", linestyle="--", color=sns.color_palette()[i + 1], label=name
-        )
+    label = f"{table['measured'].iloc[0]}, " + (f"n = {measured['n'].iloc[0]}" if len(measured) else "not run")
+    axes.errorbar(measured[size], measured["points"], whiskers(measured), fmt="D-", capsize=4, label=label)
+    for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family"), start=1):
+        look = {"color": sns.color_palette()[i], "label": f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"}
+        axes.plot(group[size], group["points"], "o--", **look)
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
     ticks = sorted({*table[size], *chart[size]})
@@ -121,16 +117,14 @@ def throughput_figure(p: Profile) -> Figure:
     """How many times as fast at once as one after the other, over the batch: the paper's V100 and what was measured."""
     figure, axes = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     for model, group in paper.throughput().groupby("model", sort=False):
-        axes.plot(group["batch"], group["ratio"], marker="o", label=f"{model}, paper, V100")
-    measured = pd.DataFrame([
-        {"label": f"{row['case'].split('/')[0]}, {place}, {row['device']}", "ratio": row["ratio"]}
-        | {"batch": int(row["case"].split("batch ")[1].split(",")[0])}
-        for place, rows in bench_rows("branches", p).items() for row in rows
-        if row["arm"] == "par" and row["case"].endswith("eager")
-    ], columns=["label", "batch", "ratio"])  # fmt: skip
-    for label, rows in measured.groupby("label", sort=False):
-        middle = rows.groupby("batch")["ratio"].median()
-        axes.plot(middle.index, middle, marker="D", linestyle="--", label=label)
+        axes.plot(group["batch"], group["ratio"], "o-", label=f"{model}, paper, V100")
+    for place, rows in bench_rows("branches", p).items():
+        eager = [row for row in rows if row["arm"] == "par" and row["case"].endswith("eager")]
+        table = pd.DataFrame(eager, columns=["case", "device", "ratio"])
+        table[["model", "batch"]] = table["case"].astype(str).str.extract(r"^([^/]+)/.*batch (\d+)")
+        for (model, device), group in table.astype({"batch": int}).groupby(["model", "device"], sort=False):
+            middle = group.groupby("batch")["ratio"].median()
+            axes.plot(middle.index, middle, "D--", label=f"{model}, {place}, {device}")
     axes.axhline(1, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="batch", ylabel="par over seq, images per second")
@@ -151,16 +145,14 @@ def stem_figure(table: pd.DataFrame, name: str) -> Figure:
     size = (3 * (1 + len(across)) + 1.4, 3.4)
     figure, (axes,) = plt.subplots(1, 1 + len(across), figsize=size, layout="constrained", squeeze=False)
     colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
-    for i, (_, row) in enumerate(stems.iterrows()):
+    for i, stem in enumerate(stems["stem"]):
+        row = stems[stems["stem"] == stem].select_dtypes("number")
         look = {"color": colours[i], "marker": "os^vDP*Xp"[i % 9], "linestyle": "none"}
-        axes[0].plot(
-            *(row[f"{c} paper"] - linear[f"{c} paper"] for c in ("supervised", "pretrained")), label=row["stem"], **look
-        )
+        printed = [row[f"{c} paper"] - linear[f"{c} paper"] for c in ("supervised", "pretrained")]
+        axes[0].plot(*printed, label=stem, **look)
         for panel, training in zip(axes[1:], across, strict=True):
-            one = row.to_frame().T
-            (x, xerr), (y, yerr) = (
-                (one[f"{c} points"].astype(float), whiskers(one, f"{c} ")) for c in (training, "pretrained")
-            )
+            x, y = row[f"{training} points"], row["pretrained points"]
+            xerr, yerr = whiskers(row, f"{training} "), whiskers(row, "pretrained ")
             if x.notna().all() and y.notna().all():
                 panel.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, **look)
     for panel, training in zip(axes, ("supervised", *across), strict=True):
@@ -178,20 +170,18 @@ TITLES = {"supervised": "all labels", "scratch": "the same few labels", "pretrai
 
 def leak_figure() -> Figure:
     """The leak map: rows train and eval, a column per stem; masked tokens outlined."""
-    maps, stems = leak_maps(), list(LEAK_ROWS)
-    figure, axes = plt.subplots(2, len(stems), figsize=(8.4, 4.4), layout="constrained")
-    for (row, mode), (column, stem) in ((a, b) for a in enumerate(("train", "eval")) for b in enumerate(stems)):
-        leak, panel = maps[stem, mode], axes[row][column]
-        mask = exact.block_mask(len(leak)).numpy().reshape(leak.shape)
-        visible = np.where(mask, np.nan, 100 * leak)
-        notes = np.where(mask | (leak == 0), "", [[f"{value:.0f}" for value in line] for line in 100 * leak])
-        sns.heatmap(
-            visible, ax=panel, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="", cbar=False, square=True,
-            xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9", annot_kws={"size": 7},
-        )  # fmt: skip
-        panel.set_facecolor("0.55")
-        panel.set_title(stem if row == 0 else "")
-        panel.set_ylabel(mode if column == 0 else "")
+    figure, axes = plt.subplots(2, len(LEAK_ROWS), figsize=(8.4, 4.4), layout="constrained")
+    for row, mode in zip(axes, ("train", "eval"), strict=True):
+        for panel, stem in zip(row, LEAK_ROWS, strict=True):
+            leak, mask = leak_maps()[stem, mode]
+            notes = np.where(mask | (leak == 0), "", [[f"{value:.0f}" for value in line] for line in 100 * leak])
+            sns.heatmap(
+                np.where(mask, np.nan, 100 * leak), ax=panel, vmin=0, vmax=60, cmap="rocket_r", annot=notes, fmt="",
+                cbar=False, square=True, xticklabels=False, yticklabels=False, linewidths=0.5, linecolor="0.9",
+                annot_kws={"size": 7},
+            )  # fmt: skip
+            panel.set(facecolor="0.55", title=stem if mode == "train" else "")
+        row[0].set_ylabel(mode)
     figure.colorbar(axes[0][0].collections[0], ax=axes, label="change, % of a token's length", shrink=0.8, extend="max")
     return figure
 
@@ -214,22 +204,22 @@ def masking_figure(p: Profile, count: int = 4) -> Figure:
     tokens = tokenizers.make_targets("tokens", data, side, spec.seed)
     masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked)
     figure, axes = plt.subplots(3, count, figsize=(1.5 * count, 4.6), layout="constrained")
-    for i in range(count):
+    for i, column in enumerate(axes.T):
         image = data.images[i].permute(1, 2, 0).numpy() / 255
         mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))[..., None]
         pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, channels, side, side)
         predicted = pieces.permute(0, 3, 1, 4, 2).reshape(grid * side, grid * side, channels).numpy()
-        for row, picture in enumerate((image, np.where(mask, GREY, image), predicted)):
-            _show(axes[row][i], picture)
-    for row, name in enumerate(("image", f"{spec.masked} of {grid**2} masked", "prototypes")):
-        axes[row][0].set_ylabel(name)
+        for panel, picture in zip(column, (image, np.where(mask, GREY, image), predicted), strict=True):
+            _show(panel, picture)
+    for panel, name in zip(axes[:, 0], ("image", f"{spec.masked} of {grid**2} masked", "prototypes"), strict=True):
+        panel.set_ylabel(name)
     return figure
 
 
 def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
     """A finished tokenizer: held-out images, one of each class, above what their tokens give back; and a caption.
 
-    Raises UsageError for a run that is not finished or has no weights here.
+    Raises UsageError for a run that is not finished, has no weights here or reads its images from files.
     """
     if spec.streamed:
         raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
@@ -243,9 +233,8 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
         for panel, picture in zip(line, pixels, strict=True):
             _show(panel, picture)
         line[0].set_ylabel(name)
-    caption = (
+    return figure, (
         f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
         f"what the discrete VAE of seed {spec.seed} gives back from {spec.model.grid**2} tokens an image, of "
         f"{spec.model.vocabulary} that there are. The table has all {len(data):,} images."
     )
-    return figure, caption

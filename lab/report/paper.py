@@ -31,30 +31,25 @@ def recipes() -> dict[str, Cell]:
 def branches() -> dict[str, Cell]:
     """ViT-B at 36 pairs: Figure 1 without LayerScale, Table 3 with it ("+LS"). The paper has nothing like 12 pairs + LS."""
     table3 = {f"{row.model.removeprefix('B')}+LS": cell(row.top1) for row in rows("table3", model=["B36x1", "B18x2"])}
-    return _vit_b("figure1", "ViT-B36") | table3
+    return pairs("figure1", "ViT-B36") | table3
 
 
-def pairs() -> dict[str, Cell]:
-    """Figure 3: ViT-B by layers and branches."""
-    return _vit_b("figure3", "ViT-B")
-
-
-def _vit_b(name: str, family: str) -> dict[str, Cell]:
+def pairs(name: str = "figure3", family: str = "ViT-B") -> dict[str, Cell]:
+    """Figure 3, or another of its form: ViT-B by layers and branches."""
     return {row.model.removeprefix("B"): cell(row.top1, row.confidence) for row in rows(name, model_family=[family])}
 
 
-def resolution(model: str = "ViT-B", optimizer: str = "AdamW") -> dict[str, Cell]:
+def resolution() -> dict[str, Cell]:
     """Table 5 on ImageNet-val, by strategy."""
-    (row,) = rows("table5", model=[model], optimizer=[optimizer], dataset=["val"])
+    (row,) = rows("table5", model=["ViT-B"], optimizer=["AdamW"], dataset=["val"])
     return {strategy: cell(getattr(row, strategy)) for strategy in ("full", "attn", "ffn")}
 
 
 def stems() -> dict[str, Cell]:
     """Table 7: supervised, and after masked pre-training and fine-tuning; a stem that the table does not have is absent."""
     printed = {stem: row for stem in STEM_ARMS if (row := stem_row(stem)) is not None}
-    return {
-        f"{stem} {c}": cell(row[f"{c}_top1"]) for stem, row in printed.items() for c in ("supervised", "pretrained")
-    }
+    trainings = ("supervised", "pretrained")
+    return {f"{stem} {name}": cell(row[f"{name}_top1"]) for stem, row in printed.items() for name in trainings}
 
 
 def stem_config(name: str) -> ViTConfig:

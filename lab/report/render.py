@@ -27,7 +27,6 @@ from lab import paths
 from lab.bench import cases, runner
 from lab.claims.ledger import ledger, ledger_hashes, part_hash
 from lab.cost import plan
-from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
 from lab.report import tables
@@ -64,26 +63,25 @@ def reproduce(
     parameters = {n: _parameters(source(n), {"profile": p.name, "jobs": jobs}, settings) for n in notebooks}
     print(plan.cpu_text(specs, jobs))
     if train:
-        launch(specs, jobs, cpu_seconds, ledger_hashes())
+        launch(specs, jobs, plan.cpu_seconds, ledger_hashes())
     part = ledger()[cases.F3]
-    if p.judged and any(
-        n.number == part.notebook for n in notebooks
-    ):  # timed alone on the machine, before kernels start
-        cases.measured_evidence(p, part, part_hash(part.entry(p.name)))
+    if p.judged and part.notebook in {n.number for n in notebooks}:
+        cases.measured_evidence(
+            p, part, part_hash(part.entry(p.name))
+        )  # timed alone on the machine, before kernels start
     folder, last = paths.outputs() / p.name / "notebooks", [n for n in notebooks if collects(n)]
 
     def one(notebook: Notebook) -> str:
         """Render one notebook where it is not current; what went wrong, or nothing."""
         target = folder / source(notebook).name
         key = _content_key(source(notebook), parameters[notebook], _evidence(p, notebook, specs))
-        if _is_current(target, key):
-            print(f"{target.name}: unchanged")
-            return ""
+        current = _is_current(target, key)
         try:
-            _render(source(notebook), target, parameters[notebook], key)
+            if not current:
+                _render(source(notebook), target, parameters[notebook], key)
         except NotebookFailed as fault:
             return str(fault)
-        print(f"{target.name}: rendered")
+        print(f"{target.name}: {'unchanged' if current else 'rendered'}")
         return ""
 
     # One kernel per core.
@@ -105,17 +103,15 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
     papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
     known = papermill.inspect_notebook(str(notebook))
-    types = {"int": int, "float": float, "str": str}
     chosen = {name: value for name, value in defaults.items() if name in known}
-    for word in settings:
-        name, _, value = word.partition("=")
+    for name, _, value in (word.partition("=") for word in settings):
         if name in defaults:
             raise UsageError(f"parameter {name} is set by --{name}, not by --set")
         if name not in known:
             raise unknown(f"parameter of {notebook.stem}", name, known)
         kind = known[name]["inferred_type_name"]
         try:
-            chosen[name] = types[kind](value)
+            chosen[name] = {"int": int, "float": float, "str": str}[kind](value)
         except ValueError:
             raise UsageError(f"parameter {name} of {notebook.stem} is of type {kind}, which {value!r} is not") from None
     return chosen
@@ -129,10 +125,7 @@ def _evidence(p: Profile, notebook: Notebook, specs: Sequence[RunSpec]) -> list:
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:
-    """What an executed notebook depends on: its cells, its parameters, code, the paper's numbers, the reference, the results.
-
-    Contents, no file times.
-    """
+    """A hash of contents: the notebook's cells, its parameters, code, the paper's numbers, the reference, the results."""
     cells = [cell.source for cell in nbformat.read(notebook, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters, evidence]).encode())
     code = [path for room in ("vitlib", "lab", "tools") for path in paths.ROOT.glob(f"{room}/**/*.py")]

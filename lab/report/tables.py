@@ -38,9 +38,8 @@ COLUMN = re.compile(r"{([^{}:]+)")  # the columns that a format names; widths an
 
 def columns(names: str = "", **specs: str) -> Layout:
     """The layout of columns under their own names: as they are, or by a format specification each."""
-    return {name: f"{{{name}}}" for name in names.split()} | {
-        name: f"{{{name}:{spec}}}" for name, spec in specs.items()
-    }
+    plain = {name: f"{{{name}}}" for name in names.split()}
+    return plain | {name: f"{{{name}:{spec}}}" for name, spec in specs.items()}
 
 
 def spread(prefix: str = "", before: str = "") -> tuple[str, str]:
@@ -55,9 +54,7 @@ def bounds(prefix: str = "") -> tuple[str, str]:
     return f"{points} [{low}, {high}]", points
 
 
-def framed(
-    rows: Iterable[Mapping] | pd.DataFrame, layout: Layout, always: Collection[str] | None = None
-) -> pd.DataFrame:
+def framed(rows: Iterable | pd.DataFrame, layout: Layout, always: Collection[str] | None = None) -> pd.DataFrame:
     """A frame with its layout; headers not in `always` (None: all are) go where no row has anything to print."""
     frame = pd.DataFrame(rows)
     if always is not None:
@@ -183,29 +180,22 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
 
     All strategies of a row start from the same tensors and images, so that they share their first loss.
     """
-    rows = _transfer(committed, "committed reference") + _transfer(runs, f"this run ({runs.experiment.profile.name})")
+    shown = {"committed reference": committed, f"this run ({runs.experiment.profile.name})": runs}
+    rows = []
+    for measured, these in shown.items():
+        labels, table = places(these.experiment), {}
+        for (name, strategy), label in labels.items():
+            if results := these.results.get(label):
+                spec = these.experiment.arms[label].spec
+                new = {"measured": measured, "data": spec.data, "images": spec.images}
+                new |= {"model": spec.model.name.partition("/")[0], "first_loss": results[0].metrics["first_loss"]}
+                table.setdefault(name, new).update(summary(results, prefix=f"{strategy} "))
+        for name, row in table.items():
+            row |= gap(these, labels[name, "attn"], labels[name, "full"])
+        rows += table.values() or [{"measured": f"{measured}: {NOT_RUN}"}]
     layout = columns("measured") | {"data set": "{data}"} | columns(images=",") | columns("model")
     layout |= {f"top1, {s}": spread(f"{s} ") for s in (*STRATEGIES, "scratch")} | {"attn - full, points": bounds()}
     return framed(rows, layout | columns(first_loss=".5f"))
-
-
-def _transfer(runs: Runs, measured: str) -> list[dict]:
-    rows: dict[str, dict] = {}
-    for arm in runs.experiment.arms.values():
-        results, m = runs.results.get(arm.label), arm.spec.model
-        if results:
-            new = {
-                "measured": measured,
-                "data": arm.spec.data,
-                "images": arm.spec.images,
-                "model": m.name.partition("/")[0],
-            }
-            new["first_loss"] = results[0].metrics["first_loss"]
-            rows.setdefault(arm.row, new).update(summary(results, prefix=f"{arm.column} "))
-    labels = places(runs.experiment)
-    for name, row in rows.items():
-        row |= gap(runs, labels[name, "attn"], labels[name, "full"])
-    return list(rows.values()) or [{"measured": f"{measured}: {NOT_RUN}"}]
 
 
 def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -233,9 +223,9 @@ TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "pixels": "pixels"
 
 def trainings(runs: Runs) -> pd.DataFrame:
     """The two primary stems under each training: labels, pre-training, its tokens, layer decay."""
-    labels, (base, other) = places(runs.experiment), PRIMARY_STEMS
-    known, first, rows = [column for row, column in labels if row == base], ("supervised", "scratch"), []
-    for training in [*(t for t in first if t in known), *(t for t in known if t not in first)]:
+    labels, (base, other), rows = places(runs.experiment), PRIMARY_STEMS, []
+    known = [column for row, column in labels if row == base]
+    for training in sorted(known, key=lambda name: (name != "supervised", name != "scratch")):
         arms = {stem: labels.get((stem, training), "") for stem in PRIMARY_STEMS}
         if arms[base] in runs.results:
             parent = runs.experiment.arms[arms[base]].spec.parent
@@ -249,12 +239,14 @@ def trainings(runs: Runs) -> pd.DataFrame:
 
 def codebook_use(runs: Mapping[RunSpec, Result]) -> pd.DataFrame:
     """One row per finished tokenizer: how well it reconstructs held-out images, and how much of its codebook is in use."""
-    rows = [{"tokenizer": spec.model.name, "seed": spec.seed, **result.metrics} for spec, result in runs.items()]
-    frame, sizes = pd.DataFrame(rows), [spec.model.vocabulary for spec in runs]
-    frame = frame.assign(used=frame["tokens_used"] * sizes, grey=255 * frame["recon_mse"] ** 0.5)
-    layout = columns("tokenizer seed") | {f"tokens used, of {' or '.join(map(str, sorted({*sizes})))}": "{used:.0f}"}
+    rows, sizes = [], dict.fromkeys(str(size) for size in sorted({spec.model.vocabulary for spec in runs}))
+    for spec, result in runs.items():
+        m = result.metrics
+        more = {"used": m["tokens_used"] * spec.model.vocabulary, "grey": 255 * m["recon_mse"] ** 0.5}
+        rows.append({"tokenizer": spec.model.name, "seed": spec.seed, **m, **more})
+    layout = columns("tokenizer seed") | {f"tokens used, of {' or '.join(sizes)}": "{used:.0f}"}
     layout |= {"perplexity": "{perplexity:.1f}", "error, of 255 grey levels": "{grey:.1f}"}
-    return framed(frame, layout | columns(first_loss=".5f", train_loss=".3f"))
+    return framed(rows, layout | columns(first_loss=".5f", train_loss=".3f"))
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts
