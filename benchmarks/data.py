@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 import torch
 
 from benchmarks import main
-from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
+from lab.bench.runner import Arm, Bench, Case, Reading, take_turns
+from lab.cost.count import counted
 from lab.data.cards import load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
@@ -80,7 +81,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
 
     arms = {"batch": Arm(lambda: None, make), "step": Arm(lambda: make(None), step)}
     return {
-        name: Reading(seconds, *counted(lambda arm=arms[name]: arm.step(arm.fresh())))
+        name: Reading(seconds, counted(lambda arm=arms[name]: arm.step(arm.fresh())))
         for name, seconds in take_turns(arms, device).items()
     }
 

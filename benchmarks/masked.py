@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import main
-from lab.bench.runner import Arm, Bench, Case, Reading, counted, take_turns
-from lab.cost.count import AttentionAs
+from lab.bench.runner import Arm, Bench, Case, Reading, take_turns
+from lab.cost.count import AttentionAs, counted
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
@@ -66,7 +66,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     seconds = take_turns(
         {name: _step(task, config, optimizations, device, dtype) for name, optimizations in arms.items()}, device
     )
-    return {name: Reading(seconds[name], *_counts(task, config, optimizations)) for name, optimizations in arms.items()}
+    return {name: Reading(seconds[name], _counted(task, config, optimizations)) for name, optimizations in arms.items()}
 
 
 def _arms(config: ViTConfig) -> dict[str, frozenset[str]]:
@@ -199,13 +199,12 @@ def _step(task: dict, config: ViTConfig, optimizations: frozenset[str], device: 
     return Arm(fresh, step)
 
 
-def _counts(task: dict, config: ViTConfig, optimizations: frozenset[str]) -> tuple[int, int]:
-    """Of a whole step on the CPU, tokenizer and optimizer included, at a batch of at most 64 scaled up."""
+def _counted(task: dict, config: ViTConfig, optimizations: frozenset[str]) -> int:
+    """Multiply-adds of a whole step on the CPU, tokenizer and optimizer included, at a batch of at most 64 scaled up."""
     batch = min(task["batch"], 64) if config.image_size < 100 else 1
     arm = _step(task | {"batch": batch}, config, optimizations, "cpu", torch.float32)
     given = arm.fresh()
-    counts = counted(lambda: arm.step(given))
-    return tuple(task["batch"] * n // batch for n in counts)
+    return task["batch"] * counted(lambda: arm.step(given)) // batch
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import main
-from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
+from lab.bench.runner import Arm, Bench, Case, Reading, take_turns
+from lab.cost.count import counted
 from lab.data.cards import load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
@@ -81,7 +82,7 @@ def branches(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     labels = torch.arange(batch) % c.num_classes
     arms = {name: _step(model.train(), spec, fresh, labels) for name, model in models.items()}
     seconds = take_turns(arms)
-    return {name: Reading(seconds[name], *_counts(arms[name])) for name in arms}
+    return {name: Reading(seconds[name], counted(lambda arm=arms[name]: arm.step(arm.fresh()))) for name in arms}
 
 
 def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
@@ -95,11 +96,6 @@ def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
         optimizer.step()
 
     return Arm(fresh, step)
-
-
-def _counts(arm: Arm) -> Counts:
-    given = arm.fresh()
-    return counted(lambda: arm.step(given))
 
 
 # ---------------------------------------------------------------------------------------------------- throughput
@@ -122,7 +118,7 @@ def throughput(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading
         taken = take_turns(arms, seconds=10.0)
     images = WINDOW * spec.recipe.batch_size
     return {
-        name: Reading(seconds, 0, 0, {"images_per_s": round(images / statistics.median(seconds), 1)})
+        name: Reading(seconds, 0, {"images_per_s": round(images / statistics.median(seconds), 1)})
         for name, seconds in taken.items()
     }
 
@@ -251,7 +247,7 @@ def growth(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
         return Arm(lambda: ViT(spec.model), step)
 
     taken = take_turns({name: arm(name) for name in sizes})
-    return {name: Reading(seconds, 0, 0, {"mem_mb": round(max(held[name][2:]))}) for name, seconds in taken.items()}
+    return {name: Reading(seconds, 0, {"mem_mb": round(max(held[name][2:]))}) for name, seconds in taken.items()}
 
 
 def _resident_mb() -> float:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", run_, "train what is missing, without rendering notebooks", "cpu")
     reproduce = add("reproduce", reproduce_, "train what is missing and render the notebooks", "cpu")
     tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
-    bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations, bytes", "cpu")
+    bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     text = "write the finished runs to a runs.jsonl (metrics, no weights)"
     add("export", export_, text).add_argument("file", type=Path)
@@ -73,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
     devices = "v100, a100, h100, h200, l40s, rtx4090"
     plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
     plan.add_argument("--gpus", type=int, default=1, help="GPUs that share each run (default: 1)")
-    plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else a share of the peak")
-    plan.add_argument("--utilisation", type=float, help="that share of the maker's peak (default: 0.35)")
+    plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
     tune.add_argument("--group", **repeated, help="only this one, e.g. supervised; may be repeated")
@@ -130,7 +129,7 @@ def plan_(arguments) -> None:
     specs, a = _specs(arguments), arguments
     if not a.device:
         return print(plan.cpu_text(specs, a.jobs))
-    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.utilisation, a.rate, a.gpus)))
+    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.rate, a.gpus)))
 
 
 def run_(arguments) -> None:

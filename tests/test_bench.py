@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -18,6 +19,7 @@ from lab.__main__ import main
 from lab.bench import cases, runner
 from lab.bench.runner import Arm, Case, Reading
 from lab.claims.ledger import ledger, part_hash
+from lab.cost import count
 from lab.experiments.profiles import PROFILES
 from lab.report import tables
 from lab.runs.spec import RunSpec
@@ -56,11 +58,9 @@ def test_arms_take_turns_with_a_fresh_input_each_time():
 def test_counts_of_a_linear_layer_are_those_by_hand():
     layer, x = nn.Linear(30, 7), torch.randn(5, 30)
     with torch.no_grad():
-        assert runner.counted(lambda: layer(x)) == (5 * 30 * 7, 4 * (5 * 30 + 30 * 7 + 7 + 5 * 7))
-        assert runner.counted(lambda: x.t().view(30, 5)[:3]) == (0, 0)  # views move nothing
+        assert count.counted(lambda: layer(x)) == 5 * 30 * 7
     x.requires_grad_()
-    forward_and_backward = runner.counted(lambda: layer(x).sum().backward())
-    assert forward_and_backward.macs == 3 * 5 * 30 * 7
+    assert count.counted(lambda: layer(x).sum().backward()) == 3 * 5 * 30 * 7
 
 
 def test_attention_counts_the_same_on_a_cpu_and_without_values():
@@ -69,15 +69,9 @@ def test_attention_counts_the_same_on_a_cpu_and_without_values():
     for device in ("cpu", "meta"):
         with torch.device(device):
             model, images = ViT(config).train(), torch.zeros(3, 1, 16, 16)
-        step = lambda m=model, x=images: m(x).square().sum().backward()  # noqa: E731
-        counts.append(runner.counted(step, on_meta=device == "meta"))
-    assert counts[0].macs == counts[1].macs
-    assert counts[0].bytes == pytest.approx(counts[1].bytes, rel=0.02)
-
-
-def test_ceilings_are_what_a_product_and_a_copy_reach():
-    top = runner.ceilings("cpu")
-    assert 1e9 < top.macs < 1e14 and 1e8 < top.bytes < 1e13
+        with count.AttentionAs("fused") if device == "meta" else nullcontext():
+            counts.append(count.counted(lambda m=model, x=images: m(x).square().sum().backward()))
+    assert counts[0] == counts[1] > 0
 
 
 # ---- the arms are the same function
@@ -99,7 +93,7 @@ INFERENCE = {name: (name, "") for name in cases.EXECUTIONS}
 
 
 def test_skipped_tokens_are_all_that_ours_multiplies_less_than_timm():
-    found = {name: counts.macs for name, counts in cases.count_arms(task("W64-3x2/4", "eager", INFERENCE)).items()}
+    found = cases.count_arms(task("W64-3x2/4", "eager", INFERENCE))
     width, tokens, pairs = 64, 17, 2  # pairs of the last layer
     unread = pairs * (tokens - 1) * (10 * width**2 + 2 * tokens * width)
     assert found["timm"] - found["seq"] == unread
@@ -109,7 +103,7 @@ def test_skipped_tokens_are_all_that_ours_multiplies_less_than_timm():
 def test_par_multiplies_as_often_as_seq_in_a_training_step():
     arms = {"seq": ("seq", ""), "par": ("par", "")}
     found = cases.count_arms(task("W64-2x2/4", "training", arms, layer_scale=1e-4))
-    assert found["par"].macs == found["seq"].macs > 0
+    assert found["par"] == found["seq"] > 0
 
 
 @pytest.mark.parametrize("bench", cases.BENCHES)
@@ -123,7 +117,7 @@ def test_every_case_for_a_gpu_is_counted_without_one(bench, monkeypatch):
     for case in different.values():
         counts = cases.count_arms(case.task | {"model": case.task["model"] | {"depth": 2}})
         assert counts.keys() == case.task["arms"].keys() and case.reference in counts
-        assert all(count.macs > 0 and count.bytes > 0 for count in counts.values())
+        assert all(macs > 0 for macs in counts.values())
 
 
 @pytest.mark.parametrize("pos", ["patches", "relative"])
@@ -147,11 +141,11 @@ def test_our_optimizations_leave_the_masked_loss_as_it_is(pos):
 
 def test_a_mask_made_image_by_image_has_the_exact_count_and_is_made_of_blocks():
     draw = random.Random(0)
-    for grid, count in ((4, 6), (14, 75)):
-        masks = [masked.image_mask(draw, grid, count) for _ in range(200)]
-        assert {int(m.sum()) for m in masks} == {count}
+    for grid, number in ((4, 6), (14, 75)):
+        masks = [masked.image_mask(draw, grid, number) for _ in range(200)]
+        assert {int(m.sum()) for m in masks} == {number}
         together = np.mean([(m[1:] == m[:-1]).mean() for m in masks])
-        assert together > 1 - 2 * (count / grid**2) * (1 - count / grid**2)
+        assert together > 1 - 2 * (number / grid**2) * (1 - number / grid**2)
 
 
 def test_the_steps_of_a_kind_of_run_train_what_the_run_trains():
@@ -186,7 +180,7 @@ def test_the_plain_loop_and_ours_do_the_same_number_of_steps_a_window():
 
 
 def rows(case="c", ratio=(1.0, 2.0), **more):
-    base = {"time_s": 1.0, "gmacs": 1.0, "gbytes": 1.0, "of_matmul": 0.5, "of_copy": 0.5, "device": "d", "threads": 1.0}
+    base = {"time_s": 1.0, "gmacs": 1.0, "device": "d", "threads": 1.0}
     base |= {"ledger": "5e12000000000000"}  # a text that looks like a number
     return [
         {"case": case, "arm": arm, "ratio": r, "restart": 0, "precision": "float32", **base, **more}
@@ -208,7 +202,7 @@ def test_the_table_has_medians_and_ranges_over_restarts():
 
 def test_a_ratio_is_taken_within_each_turn():
     slow_phase = [1.0, 10.0, 1.0]
-    reference, other = Reading(slow_phase, 0, 0), Reading([s / 2 for s in slow_phase], 0, 0)
+    reference, other = Reading(slow_phase), Reading([s / 2 for s in slow_phase])
     assert runner.ratio(reference, other) == 2.0
 
 
@@ -240,8 +234,7 @@ def test_every_case_has_a_name_of_its_own():
             assert len({case.name for case in every}) == len(every)
     grid = {case.name.rsplit(", ", 1)[1] for case in cases.branches(PROFILES["cpu"], "cuda")}
     assert grid == {*cases.MODES, "training"}
-    graphs = {c.not_run for c in cases.branches(PROFILES["cpu"], "cpu") if "graph" in c.name}
-    assert graphs == {"CUDA graphs need a GPU"}
+    assert not any("graph" in case.name for case in cases.branches(PROFILES["cpu"], "cpu"))
 
 
 def timed(case, arms, restarts=5, seconds=None, **columns):
@@ -376,7 +369,7 @@ def test_a_case_of_branches_times_and_counts_every_arm_that_this_device_has(mode
     case = next(c for c in cases.branches(PROFILES["cpu"], "cpu") if c.name.endswith(mode))
     readings = cases.time_arms(task("W32-2x2/4", mode, case.task["arms"], 2), "cpu", dtype)
     assert readings.keys() == arms
-    assert all(len(r.seconds) == 3 and r.macs > 0 and r.bytes > 0 for r in readings.values())
+    assert all(len(r.seconds) == 3 and r.macs > 0 for r in readings.values())
 
 
 def test_a_step_of_each_strategy_is_timed_and_its_memory_counted(monkeypatch):

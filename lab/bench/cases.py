@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.bench import runner
-from lab.bench.runner import Arm, Bench, Case, Counts, Reading, counted, take_turns
+from lab.bench.runner import Arm, Bench, Case, Reading, take_turns
 from lab.cost import count
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
@@ -41,46 +42,28 @@ F3 = "F3-time"
 CPU_BATCH = 2  # images of the paper's own size, whose step takes seconds on a CPU; a case's name says its batch
 
 
-# ---------------------------------------------------------------------------------------------------- Table 4
+# ---------------------------------------------------------------------------------------------------- the comparisons
 
 
 def branches(profile: Profile, device: str) -> list[Case]:
-    """Sizes by device, the same at every profile. P7 looks at inference, eager, of up to 4 images."""
+    """Table 4's models, at sizes by device, the same at every profile. P7 looks at inference, eager, of up to 4 images."""
     if device == "cuda":
-        grid = [(batch, mode, 3) for batch in GPU_BATCHES for mode in MODES] + [(b, "training", 3) for b in (8, 64)]
-        return [_branches(name, device, *size) for name in ("S18x2/16", "B18x2/16") for size in grid]
-    small = [
-        (1, "eager", 2),
-        (2, "eager", 2),
-        (4, "eager", 2),
-        (32, "eager", 2),
-        (1, "training", 3),
-        (32, "training", 1),
-    ]
-    small += [(1, "compiled", 1), (1, "graph", 1)]
-    base = [(1, "eager", 2), (4, "eager", 2)]
-    return [
-        _branches(name, device, *size) for name, sizes in (("S18x2/16", small), ("B18x2/16", base)) for size in sizes
-    ]
+        sizes = [*itertools.product(GPU_BATCHES, MODES), (8, "training"), (64, "training")]
+        return [_branches(name, *size, 3) for name in ("S18x2/16", "B18x2/16") for size in sizes]
+    sizes = [*((batch, "eager") for batch in (1, 2, 4, 32)), (1, "training"), (32, "training")]
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):  # torch.compile's
+        sizes.append((1, "compiled"))
+    large = [_branches("B18x2/16", batch, "eager", 1) for batch in (1, 4)]
+    return [_branches("S18x2/16", *size, 1) for size in sizes] + large
 
 
-def _branches(name: str, device: str, batch: int, mode: str, restarts: int) -> Case:
-    config, not_run, part = vit_config(name, layer_scale=1e-4), "", ""
-    if mode == "graph" and device != "cuda":
-        not_run = "CUDA graphs need a GPU"
-    if mode == "compiled" and device != "cuda" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        not_run = "torch.compile needs a C++ compiler here"
-    if mode == "eager" and batch <= 4:
-        part, restarts = f"P7-{name[0]}{batch}", RESTARTS if device == "cuda" or name[0] == "S" else restarts
-    arms = {execution: (execution, "") for execution in EXECUTIONS}
-    if mode == "training":
-        del arms["fused"]  # for inference only
-    task = {"model": asdict(config), "batch": batch, "mode": mode, "arms": arms}
-    title = f"{config.name} at {config.image_size} px, batch {batch}, {mode}"
-    return Case(title, "lab.bench.cases:time_arms", task, "seq", restarts, not_run, part=part)
-
-
-# ---------------------------------------------------------------------------------------------------- F3
+def _branches(name: str, batch: int, mode: str, restarts: int) -> Case:
+    part = f"P7-{name[0]}{batch}" if mode == "eager" and batch <= 4 else ""
+    restarts = RESTARTS if part else restarts
+    # `fuse` is for inference only
+    arms = {execution: (execution, "") for execution in EXECUTIONS if mode != "training" or execution != "fused"}
+    config = vit_config(name, layer_scale=1e-4)
+    return _case(config, batch, mode, arms, "seq", restarts, part=part)
 
 
 def finetune(profile: Profile, device: str) -> list[Case]:
@@ -89,11 +72,16 @@ def finetune(profile: Profile, device: str) -> list[Case]:
     A step is of as many images as the profile's runs put through the model at once.
     """
     spec, on_cpu = _full(profile), device == "cpu" and profile.paper
+
+    def case(config: ViTConfig, batch: int, execution: str, **more: object) -> Case:
+        arms = {strategy: (execution, strategy) for strategy in STRATEGIES}
+        return _case(config, batch, "training", arms, "full", RESTARTS, **more)
+
     at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
-    every = [_finetune(spec.model, at_once, spec.execution, spec.threads, F3, spec.hash)]
+    every = [case(spec.model, at_once, spec.execution, threads=spec.threads, part=F3, run=spec.hash)]
     if not on_cpu:  # else the profile's own step is this one
         large = vit_config("B12", image_size=384, layer_scale=1e-4)
-        every.append(_finetune(large, 64 if device == "cuda" else CPU_BATCH, "seq", 0))
+        every.append(case(large, 64 if device == "cuda" else CPU_BATCH, "seq"))
     if device == "cuda":  # a process for each, so that no other strategy's tensors count
         both = every[-1]
         for s in STRATEGIES:
@@ -106,11 +94,11 @@ def _full(profile: Profile) -> RunSpec:
     return arms_of(small.resolution, profile)["full"].spec
 
 
-def _finetune(config: ViTConfig, batch: int, execution: str, threads: int, part: str = "", run: str = "") -> Case:
-    arms = {strategy: (execution, strategy) for strategy in STRATEGIES}
-    task = {"model": asdict(config), "batch": batch, "mode": "training", "arms": arms, "seconds": 2.0}
-    title = f"{config.name} at {config.image_size} px, batch {batch}"
-    return Case(title, "lab.bench.cases:time_arms", task, "full", RESTARTS, threads=threads, part=part, run=run)
+def _case(config: ViTConfig, batch: int, mode: str, arms: dict, reference: str, restarts: int, **more: object) -> Case:
+    """`arms`: name -> (execution, strategy)."""
+    task = {"model": asdict(config), "batch": batch, "mode": mode, "arms": arms}
+    title = f"{config.name} at {config.image_size} px, batch {batch}" + (f", {mode}" if reference == "seq" else "")
+    return Case(title, "lab.bench.cases:time_arms", task, reference, restarts, **more)
 
 
 # ---------------------------------------------------------------------------------------------------- in the process
@@ -118,22 +106,24 @@ def _finetune(config: ViTConfig, batch: int, execution: str, threads: int, part:
 
 def time_arms(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """Every arm, counted before it is timed; with a strategy the memory of its step too, in MB."""
-    config, counts, arms = ViTConfig(**task["model"]), count_arms(task), {}
+    config, batch, macs, arms = ViTConfig(**task["model"]), task["batch"], count_arms(task), {}
     model, fresh = ViT(config).eval().to(device), functools.partial(torch.randn, _shape(task), device=device)
     for name, kind in task["arms"].items():
         if task["mode"] == "training":
-            arms[name] = Arm(fresh, _training(arm_of(model, *kind), task["batch"], device, dtype))
+            arms[name] = Arm(fresh, _training(arm_of(model, *kind), batch, device, dtype))
         else:
             half = functools.partial(fresh, dtype=dtype)
             arms[name] = Arm(half, _inference(arm_of(model, *kind).to(dtype), task["mode"], half))
-    seconds = take_turns(arms, device, task.get("seconds", runner.SECONDS_PER_ARM))
-    more = {name: _memory(config, kind[1], task["batch"]) for name, kind in task["arms"].items()}
+    seconds = take_turns(arms, device, 2.0 if "full" in arms else runner.SECONDS_PER_ARM)
+    more = {
+        name: _megabytes(config, strategy, batch) if strategy else {} for name, (_, strategy) in task["arms"].items()
+    }
     if device == "cuda" and len(arms) == 1:
         ((name, arm),) = arms.items()
         torch.cuda.reset_peak_memory_stats()
         arm.step(arm.fresh())
         more[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return {name: Reading(seconds[name], *counts[name], more[name]) for name in arms}
+    return {name: Reading(seconds[name], macs[name], more[name]) for name in arms}
 
 
 def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
@@ -148,12 +138,12 @@ def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
     return arm
 
 
-def count_arms(task: dict) -> dict[str, Counts]:
-    """Of each arm's step without optimizer, on the meta device; a compiled or graphed step counts as the eager one."""
-    training, counts = task["mode"] == "training", {}
+def count_arms(task: dict) -> dict[str, int]:
+    """Multiply-adds of each arm's step, on the meta device; a compiled or graphed step counts as the eager one."""
+    training, macs = task["mode"] == "training", {}
 
     def step(model: nn.Module, images: Tensor) -> None:
-        with torch.set_grad_enabled(training):
+        with torch.set_grad_enabled(training), count.AttentionAs("fused"):
             logits = model(images)
         if training:
             logits.square().sum().backward()
@@ -161,8 +151,8 @@ def count_arms(task: dict) -> dict[str, Counts]:
     for name, kind in task["arms"].items():
         with torch.device("meta"):
             model, images = arm_of(ViT(ViTConfig(**task["model"])), *kind), torch.empty(_shape(task))
-        counts[name] = counted(functools.partial(step, model.train(training), images), on_meta=True)
-    return counts
+        macs[name] = count.counted(functools.partial(step, model.train(training), images))
+    return macs
 
 
 def _shape(task: dict) -> tuple[int, int, int, int]:
@@ -170,13 +160,10 @@ def _shape(task: dict) -> tuple[int, int, int, int]:
     return task["batch"], task["model"]["in_chans"], size, size
 
 
-def _memory(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
-    """MB of a step of this batch: saved activations; weights, gradients and optimizer state; all."""
-    if not strategy:
-        return {}
-    held = count.memory(config, strategy, batch=batch)
-    state = held.total - held.activations
-    return {"saved_mb": held.activations / 2**20, "state_mb": state / 2**20, "mem_mb": held.total / 2**20}
+def _megabytes(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
+    """Of a step of this batch: saved activations; weights, gradients and optimizer state; all."""
+    *state, activations, _ = (size / 2**20 for size in count.memory(config, strategy, batch=batch))
+    return {"saved_mb": activations, "state_mb": sum(state), "mem_mb": sum(state) + activations}
 
 
 def _training(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> Callable[[Tensor], None]:
@@ -194,15 +181,11 @@ def _training(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> 
     return step
 
 
-def _inference(model: nn.Module, mode: str, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    if mode == "graph":
-        return _graph(model, fresh)
-    return torch.no_grad()(torch.compile(model) if mode == "compiled" else model.forward)
-
-
 @torch.no_grad()
-def _graph(model: nn.Module, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The whole forward pass as one CUDA graph; new images are copied into its input."""
+def _inference(model: nn.Module, mode: str, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The forward pass, as it is, compiled, or as one CUDA graph, into whose input new images are copied."""
+    if mode != "graph":
+        return torch.no_grad()(torch.compile(model) if mode == "compiled" else model.forward)
     given, graph, side = fresh(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # warm-up off the main stream, as PyTorch asks

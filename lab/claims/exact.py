@@ -72,7 +72,7 @@ def training_memory(name: str, batch: int) -> count.Memory:
 
 
 @functools.cache
-def inference_memory(name: str, batch: int, attention: str) -> count.Inference:
+def inference_memory(name: str, batch: int, attention: str) -> count.Memory:
     """A forward pass of a model of Table 3 at its peak, float32: bytes by kind."""
     return count.inference_memory(table3_config(name), batch, attention)
 

@@ -2,13 +2,11 @@
 
 CPU seconds are those of finished runs that differ in their seed alone, where there are any; else
 
-    C + steps * share * (A * pairs + B * multiply-adds of a step, forward and backward)
+    C + steps * (A * pairs + B * multiply-adds of a step, forward and backward)
 
 with A, B and C fitted to 60 runs like those of profile cpu, two at a time on a 2-core AMD EPYC machine with AVX2
-(within about 15 % there). `share` is the part of a full step that a strategy does.
-
-GPU-hours come from exact multiply-adds (`count.training_macs`) and a rate, which was measured, is given, or is assumed as a
-share of the maker's peak; whatever is printed says which.
+(within about 15 % there). GPU-hours come from the same exact multiply-adds (`count.training_macs`) and a rate, which was
+measured, is given, or is assumed as a share of the maker's peak; whatever is printed says which.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lab import paths
 from lab.cost import count
@@ -33,8 +31,8 @@ SECONDS_PER_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the
 SECONDS_PER_GMAC = 0.062  # B
 SECONDS_PER_RUN = 6.0  # C: data, evaluation, k-means
 MB_PER_WORKER = 900  # torch and timm, the data, one model
-SHARES = {"full": 1.0, "attn": 0.8, "ffn": 0.9, "head": 0.7}  # head: the position embedding needs the backward pass
 SPANS = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+GB = 2**30
 
 
 def span(seconds: float) -> str:
@@ -52,8 +50,7 @@ def family(specs: Iterable[RunSpec]) -> list[RunSpec]:
 # ---------------------------------------------------------------------------------------------------- CPU
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a set of runs needs: all of it, and the part that is still missing."""
 
     runs: int
@@ -67,8 +64,8 @@ class Cost:
 def formula_seconds(spec: RunSpec) -> float:
     """CPU seconds of a run by the formula above."""
     images = min(spec.recipe.batch_size, spec.training_images)
-    step = SECONDS_PER_PAIR * spec.model.pairs + SECONDS_PER_GMAC * 3e-9 * count.forward_macs(spec) * images
-    return SECONDS_PER_RUN + spec.steps * step * SHARES[spec.strategy]
+    step = SECONDS_PER_PAIR * spec.model.pairs + SECONDS_PER_GMAC * 1e-9 * count.training_macs(spec) * images
+    return SECONDS_PER_RUN + spec.steps * step
 
 
 @functools.cache
@@ -92,7 +89,7 @@ def _kind(record: dict) -> str:
 
 def cpu_seconds(spec: RunSpec) -> float:
     """What this run will take on one core."""
-    measured = _measured(str(paths.runs())).get(_kind(json.loads(json.dumps(spec.record()))))
+    measured = _measured(str(paths.runs())).get(_kind(spec.record()))
     return measured if measured is not None else formula_seconds(spec)
 
 
@@ -116,15 +113,19 @@ def cpu_text(specs: Sequence[RunSpec], jobs: int = 0) -> str:
     return f"{text}, {span(c.wall_s)} with {workers} workers, {c.mem_mb:,} MB of memory, {c.disk_mb:,.0f} MB of disk"
 
 
-# ---------------------------------------------------------------------------------------------------- the rate of a GPU
+# ---------------------------------------------------------------------------------------------------- GPU
 
 UTILISATION = 0.35  # of the peak, where nothing was measured: an assumption, and the first thing to replace by `bench`
 HEADROOM = 0.9  # of a GPU's memory: the rest is for what is not counted (an operation's own tensors, libraries, gaps)
-GB = 2**30
+FORMULA = f"""\
+GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600, in multiply-adds per image; a step is 3 x
+  forward, exactly what is left where parts are frozen, and the tokenizer's forward in masked pre-training. Reading images
+  is not in it: the GPU is taken never to wait for them.
+memory = weights + gradients + optimizer + EMA (float32) + activations of the images at once (counted; temporary tensors
+  are not); it fits within {HEADROOM:.0%} of a GPU. A GB is 2^30 bytes."""
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What its maker says of a GPU."""
 
     tflops: float  # the peak of dense matrix products in half precision, 1e12 FLOP per second; sparsity does not count
@@ -142,8 +143,7 @@ DEVICES = {
 }
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """What a GPU really does in training."""
 
     tflops: float  # 1e12 FLOP per second, a multiply-add being two
@@ -151,97 +151,66 @@ class Rate:
     source: str
 
 
-def rates(name: str) -> list[Rate]:
-    """What benchmarks measured on such a device, the largest step first; this checkout's own before the reference's.
-
-    The full training steps of `bench finetune` and `benchmarks.train` count, forward, backward and optimizer without
-    reading images; of several restarts the median. Raises UsageError for an unknown device.
-    """
-    _device(name)
-    steps: dict[tuple, list[dict]] = {}
-    for bench in ("finetune", "train"):
-        for path in (*paths.outputs().glob(f"*/bench/{bench}.csv"), *paths.REFERENCE.glob(f"*/bench/{bench}.csv")):
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in filter(functools.partial(_is_step, name=name), csv.DictReader(file)):
-                    steps.setdefault((bench, path, row["case"], row["arm"]), []).append(row)
-    measured = []
-    for (bench, _, case, arm), rows in steps.items():
-        tflops = statistics.median(2e-3 * float(row["gmacs"]) / float(row["time_s"]) for row in rows)
-        about = f"bench {bench}, {case}, {arm}, {rows[0]['device']}, {rows[0]['date']}"
-        measured.append((float(rows[0]["gmacs"]), Rate(tflops, "measured", about)))
-    return [rate for _, rate in sorted(measured, key=lambda pair: -pair[0])]
-
-
-def _is_step(row: dict[str, str], name: str) -> bool:
-    """A full training step in half precision on such a device, with its multiply-adds counted."""
-    if row.get("kind") != "cuda" or row["precision"] == "float32":
-        return False
-    full = row["arm"] == "full" or ("x" in row["arm"] and "timm" not in row["arm"])
-    return full and float(row["gmacs"]) > 0 and name in row["device"].lower().replace(" ", "")
-
-
-def rate_of(name: str, utilisation: float | None = None, rate: float | None = None) -> Rate:
-    """The rate to plan with: `rate` (TFLOP/s) if given, else what was measured, else a share of the peak.
-
-    `utilisation` asks for that share of the peak although something was measured; without either it is UTILISATION.
-    Raises UsageError for an unknown device, a rate that is not positive and a share that is not in (0, 1].
-    """
-    device = _device(name)
-    if rate is not None and not 0 < rate < math.inf:
-        raise UsageError(f"rate is {rate!r}: allowed is a positive number of TFLOP/s that training reaches")
-    if utilisation is not None and not 0 < utilisation <= 1:
-        raise UsageError(f"utilisation is {utilisation!r}: allowed is a share of the peak in (0, 1]")
-    if rate is not None:
-        return Rate(rate, "given", "by the caller")
-    measured = rates(name) if utilisation is None else []
-    if measured:
-        return measured[0]
-    share = UTILISATION if utilisation is None else utilisation
-    peak = f"{device.tflops:g} TFLOP/s, the maker's peak (dense, {device.half})"
-    return Rate(share * device.tflops, "assumed", f"{100 * share:g} % of {peak}")
-
-
-def _device(name: str) -> Device:
-    if name not in DEVICES:
-        raise unknown("device", name, DEVICES)
-    return DEVICES[name]
-
-
-# ---------------------------------------------------------------------------------------------------- GPU-hours
-
-FORMULA = f"""\
-GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600, in multiply-adds per image; a step is 3 x
-  forward, exactly what is left where parts are frozen, and the tokenizer's forward in masked pre-training. Reading images
-  is not in it: the GPU is taken never to wait for them.
-memory = weights + gradients + optimizer + EMA (float32) + activations of the images at once (counted; temporary tensors
-  are not); it fits within {HEADROOM:.0%} of a GPU. A GB is 2^30 bytes."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Runs of one kind on one kind of GPU."""
+class Row(NamedTuple):
+    """Runs of one kind: the GPU-hours of all of them, the memory of the largest on each GPU."""
 
     kind: str
     runs: int
-    hours: float  # of all of them on one GPU
-    memory_gb: float  # of the largest, on each GPU
+    hours: float
+    memory_gb: float
     fits: bool
 
 
-@dataclass(frozen=True)
-class GPUPlan:
+class GPUPlan(NamedTuple):
     """What a set of runs needs on `gpus` GPUs of one kind that share each run's batch."""
 
     device: str
     rate: Rate
     gpus: int
-    rows: tuple[Row, ...]
+    hours: float
+    rows: list[Row]
     disk_gb: float  # the weights of all runs
-    notes: tuple[str, ...]
+    notes: list[str]
 
-    @property
-    def hours(self) -> float:
-        return sum(row.hours for row in self.rows)
+
+def measured_rates(device: str) -> list[Rate]:
+    """What `bench finetune` measured on such a device, the largest step first; this checkout's before the reference's.
+
+    Full training steps in half precision count, forward, backward and optimizer, without reading images; of several
+    process restarts the median.
+    """
+    steps: dict[tuple, list[dict]] = {}
+    for folder in (paths.outputs(), paths.REFERENCE):
+        for path in folder.glob("*/bench/finetune.csv"):
+            with path.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    full = row["arm"] == "full" and row["precision"] != "float32" and row.get("kind") == "cuda"
+                    if full and device in row["device"].lower().replace(" ", ""):
+                        steps.setdefault((path, row["case"]), []).append(row)
+    largest_first = sorted(steps.values(), key=lambda rows: -float(rows[0]["gmacs"]))
+    return [
+        Rate(statistics.median(2e-3 * float(row["gmacs"]) / float(row["time_s"]) for row in rows), "measured",
+             "bench finetune, {case}, {device}, {date}".format_map(rows[0]))
+        for rows in largest_first
+    ]  # fmt: skip
+
+
+def rate_of(device: str, rate: float | None = None) -> Rate:
+    """The rate to plan with: `rate` (TFLOP/s) if given, else what was measured, else a share of the maker's peak.
+
+    Raises UsageError for an unknown device and a rate that is not positive.
+    """
+    if device not in DEVICES:
+        raise unknown("device", device, DEVICES)
+    if rate is not None and not 0 < rate < math.inf:
+        raise UsageError(f"rate is {rate!r}: allowed is a positive number of TFLOP/s that training reaches")
+    if rate is not None:
+        return Rate(rate, "given", "by the caller")
+    if measured := measured_rates(device):
+        return measured[0]
+    peak, _, half = DEVICES[device]
+    source = f"{100 * UTILISATION:g} % of {peak:g} TFLOP/s, the maker's peak (dense, {half})"
+    return Rate(UTILISATION * peak, "assumed", source)
 
 
 def gpu_hours(spec: RunSpec, rate: Rate) -> float:
@@ -261,61 +230,45 @@ def images_at_once(spec: RunSpec, gpus: int = 1) -> int:
     return math.ceil(share / own_parts(spec.accumulate, gpus, batch_norm))
 
 
-def gpu_plan(
-    specs: Iterable[RunSpec], device: str, utilisation: float | None = None, rate: float | None = None, gpus: int = 1
-) -> GPUPlan:
-    """What exactly these runs need; a spec given twice is one run. `store.missing(specs)` is what is left to do,
-    `family(specs)` all of it. `rate` in TFLOP/s and `utilisation` as in `rate_of`, which also says what is raised.
-    """
+def gpu_plan(specs: Iterable[RunSpec], device: str, rate: float | None = None, gpus: int = 1) -> GPUPlan:
+    """What exactly these runs need; a spec given twice is one run. `rate` (TFLOP/s) and errors as in `rate_of`."""
     if gpus < 1:
         raise UsageError(f"gpus is {gpus!r}: allowed is a whole number from 1")
-    speed, runs, notes = rate_of(device, utilisation, rate), list(dict.fromkeys(specs)), []
-    most = HEADROOM * DEVICES[device].memory_gb
+    speed, runs = rate_of(device, rate), list(dict.fromkeys(specs))
+    _, memory_gb, half = DEVICES[device]
     memory = {spec: count.run_memory(spec, images_at_once(spec, gpus)).total / GB for spec in runs}
     kinds: dict[str, list[RunSpec]] = {}
     for spec in runs:
         kinds.setdefault(f"{spec.protocol} {spec.strategy}" if spec.parent else spec.protocol, []).append(spec)
-    rows = (
-        Row(
-            kind,
-            len(alike),
-            sum(gpu_hours(spec, speed) for spec in alike),
-            gb := max(map(memory.get, alike)),
-            gb <= most,
-        )
-        for kind, alike in kinds.items()
-    )
-    half, single = DEVICES[device].half, sum(spec.precision == "float32" for spec in runs)
-    if single:
-        notes.append(f"{single} of the runs are in float32, and the rate is that of {half}: they take longer")
-    if half != "bf16" and single < len(runs):
-        notes.append(f"{len(runs) - single} of the runs are in bf16, which a {device} does not multiply at this rate")
-    if large := [spec for spec in runs if memory[spec] > most]:
-        first = max(large, key=memory.get)
-        notes.append(
-            f"{len(large)} of the runs do not fit {HEADROOM:.0%} of a {device}'s {DEVICES[device].memory_gb} GB in the parts "
-            f"that their specs say, above all {first.describe()} with {memory[first]:.1f} GB: take a larger GPU, or more that "
-            "share each run"
-        )
+    rows = []
+    for kind, alike in kinds.items():
+        largest = max(memory[spec] for spec in alike)
+        hours = sum(gpu_hours(spec, speed) for spec in alike)
+        rows.append(Row(kind, len(alike), hours, largest, largest <= HEADROOM * memory_gb))
+    precisions = {spec.precision for spec in runs}
+    notes = []
+    if "float32" in precisions:
+        notes.append(f"some runs are in float32, and the rate is that of {half}: they take longer")
+    if "bf16" in precisions and half != "bf16":
+        notes.append(f"some runs are in bf16, which a {device} does not multiply at this rate")
+    if too_large := [spec for spec in runs if memory[spec] > HEADROOM * memory_gb]:
+        notes.append(f"{len(too_large)} of the runs do not fit {HEADROOM:.0%} of a {device}'s {memory_gb} GB: the largest is "
+                     f"{max(too_large, key=memory.get).describe()}; take a larger GPU, or more that share each run")  # fmt: skip
     disk = sum(count.run_state(spec).weights for spec in runs) / GB
-    return GPUPlan(device, speed, gpus, tuple(rows), disk, tuple(notes))
+    return GPUPlan(device, speed, gpus, sum(row.hours for row in rows), rows, disk, notes)
 
 
 def gpu_text(plan: GPUPlan) -> str:
-    """The plan for the terminal: the sum, a row per kind of run, the device and where its rate is from, the formula."""
+    """The plan for the terminal: the sum, a row per kind of run, the rate and where it is from, the formula."""
     import pandas as pd
 
-    how, device = plan.rate.how, DEVICES[plan.device]
-    kinds = pd.DataFrame([{
-        "kind of run": row.kind, "runs": row.runs, f"GPU-hours ({how})": f"{row.hours:,.3g}" if row.hours < 1000 else f"{row.hours:,.0f}",
-        "memory on a GPU, GB": f"{row.memory_gb:.1f}", "fits": "yes" if row.fits else "no",
-    } for row in plan.rows])  # fmt: skip
-    rates = pd.DataFrame([{
-        "device": plan.device, "memory, GB": device.memory_gb, "peak, TFLOP/s": device.tflops, "rate, TFLOP/s": f"{plan.rate.tflops:.4g}",
-        "the rate is": f"{how}: {plan.rate.source}",
-    }])  # fmt: skip
-    tables = [t.to_markdown(index=False, tablefmt="simple", disable_numparse=True) for t in (kinds, rates) if len(t)]
-    runs, wall = sum(row.runs for row in plan.rows), span(3600 * plan.hours / plan.gpus)
-    total = f"{runs} runs: {plan.hours:,.0f} GPU-hours, {wall} on {plan.gpus} {plan.device} ({how}), "
-    notes = [f"note: {note}" for note in plan.notes]
-    return "\n\n".join([total + f"{plan.disk_gb:,.1f} GB for their weights", *tables, "\n".join([FORMULA, *notes])])
+    rate, runs, wall = plan.rate, sum(row.runs for row in plan.rows), span(3600 * plan.hours / plan.gpus)
+    columns = ["kind of run", "runs", f"GPU-hours ({rate.how})", "memory on a GPU, GB", "fits"]
+    table = pd.DataFrame(plan.rows, columns=columns).replace({"fits": {True: "yes", False: "no"}})
+    return "\n\n".join([
+        f"{runs} runs: {plan.hours:,.0f} GPU-hours, {wall} on {plan.gpus} {plan.device} ({rate.how}), "
+        f"{plan.disk_gb:,.1f} GB for their weights",
+        table.to_markdown(index=False, tablefmt="simple", floatfmt=("", "", ",.2f", ".1f", "")),
+        f"rate of a {plan.device}: {rate.tflops:.4g} TFLOP/s, {rate.how}: {rate.source}",
+        "\n".join([FORMULA, *(f"note: {note}" for note in plan.notes)]),
+    ])  # fmt: skip

@@ -265,13 +265,9 @@ def benchmark(name: str, p: Profile) -> pd.DataFrame:
         missing = {"benchmark": name, "measured": f"{NOT_RUN}: python -m lab bench {name}"}
         return framed([missing], columns("benchmark measured"))
     table = runner.summary(stored).assign(measured=measured)
-    table[["of_matmul", "of_copy"]] *= 100
-    layout = columns("measured case arm", time_s=".4g", ratio=".3g", over="") | {
-        "range (n restarts)": "{low:.3g} to {high:.3g} (n={n})", "over timm": "{over_timm:.3g}",
-        **columns(gmacs=".3g", gbytes=".3g"),
-        "of matmul ceiling": "{of_matmul:.0f} %", "of copy ceiling": "{of_copy:.0f} %",
-    }  # fmt: skip
-    return framed(table, layout | columns(**dict.fromkeys(runner.MORE, ".4g")), always=())
+    layout = columns("measured case arm", time_s=".4g", ratio=".3g") | columns("over")
+    layout |= {"range (n restarts)": "{low:.3g} to {high:.3g} (n={n})", "over timm": "{over_timm:.3g}"}
+    return framed(table, layout | columns(gmacs=".3g", **dict.fromkeys(runner.MORE, ".4g")), always=())
 
 
 def bench_rows(name: str, p: Profile) -> dict[str, list[dict]]:
