@@ -735,7 +735,9 @@ def test_the_text_has_the_sum_each_kind_of_run_where_the_rate_is_from_and_the_fo
     assert "GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600" in text
     write_bench(tmp_path / "gpu", [bench_row()])
     text = gpu_text(gpu_plan([b12()], "h100"))
-    assert "assumed" not in text and text.count("(measured)") == 2 and "measured: bench finetune, B12, NVIDIA H100" in text
+    assert (
+        "assumed" not in text and text.count("(measured)") == 2 and "measured: bench finetune, B12, NVIDIA H100" in text
+    )
 
 
 def test_a_precision_that_the_rate_does_not_hold_for_is_noted():
