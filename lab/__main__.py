@@ -77,12 +77,11 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
     tune.add_argument("--group", **repeated, help="only this one, e.g. supervised; may be repeated")
-    tune.add_argument("--part", **repeated, help="the margin of this part of a claim instead; may be repeated")
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
-    claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead: recomputed and compared")
+    claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead")
     return top
 
 
@@ -158,9 +157,8 @@ def tune_(arguments) -> None:
     from lab.report import tables
     from lab.runs.launch import launch
 
-    p, parts = arguments.profile, arguments.part
-    chosen = {} if parts else tuning.groups(arguments.group)
-    specs = tuning.control_specs(p, parts) if parts else tuning.specs(p, chosen.values())
+    p, chosen = arguments.profile, tuning.groups(arguments.group)
+    specs = tuning.specs(p, chosen.values())
     print(plan.cpu_text(specs, arguments.jobs))
     launch(specs, arguments.jobs, plan.cpu_seconds, ledger_hashes())
     print(tables.tuning_text(p, chosen))
@@ -194,17 +192,18 @@ def bench_(arguments) -> None:
     print(runner.report(bench, p, rows))
 
 
-def claims_(arguments) -> int | None:
+def claims_(arguments) -> None:
     from lab.claims import evidence
+    from lab.claims.judge import verdict_table
     from lab.experiments.profiles import profile
     from lab.paths import REFERENCE
     from lab.report import tables
 
     if not arguments.pilot:
         return print(tables.claims_text(arguments.profile))
-    said, same = evidence.recomputed_text(evidence.Archived(REFERENCE / "pilot", profile("study")))
-    print(said)
-    return None if same else 1
+    pilot = evidence.Archived(REFERENCE / "pilot", profile("study"))
+    table = verdict_table(evidence.verdicts(pilot, pilot.parts()))
+    print(table[["part", "verdict", "stance"]].to_markdown(index=False, tablefmt="simple"))
 
 
 def export_(arguments) -> None:

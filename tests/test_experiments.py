@@ -18,7 +18,7 @@ from lab.data.cards import card, load
 from lab.experiments import catalogue, imagenet, profiles, small
 from lab.experiments.catalogue import Notebook, notebook
 from lab.experiments.profiles import profile
-from lab.runs.spec import RunSpec
+from lab.runs.spec import TRAINING_VERSION, RunSpec
 from vitlib.data import subset
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
@@ -339,6 +339,18 @@ def test_arms_of_one_table_differ_only_in_what_is_compared():
         assert own.parent.targets == "dvae" and light.recipe == own.recipe
         assert light.parent == replace(own.parent, targets="tokens", tokenizer=None)
         assert decay == replace(own, recipe=replace(small.FEW_LABELS_BEIT, epochs=own.recipe.epochs))
+
+
+def test_the_hash_of_a_run_of_each_protocol_is_what_this_training_version_gives():
+    """A field, a default or a recipe that changes would make runs that are stored under these names untraceable."""
+    assert TRAINING_VERSION == 3, "new numbers, new names: write them down here"
+    resolution, stems = specs_of("41", "study"), specs_of("52", "study")
+    masked = stems["linear pretrained"].parent
+    specs = (resolution["trunk"], resolution["attn"], masked, masked.tokenizer)
+    assert {spec.protocol: spec.with_seed(10).hash for spec in specs} == {
+        "supervised": "4cebad5220799d9d", "finetune": "d78940c74aab3908", "masked": "a71e01f4b9e60459",
+        "tokenizer": "6fb9b680ff80d790",
+    }  # fmt: skip
 
 
 def test_all_stems_predict_the_tokens_of_one_tokenizer_a_seed():

@@ -1,6 +1,6 @@
 """The committed reference: what was run at a profile, as files, a page and the README's claims table.
 
-    outputs/reference/<profile>/  runs.jsonl  arms.csv  claims.toml  claims.csv  tuning.csv  margins.csv  best_rates.csv  tables/*.csv, *.md  figures/*.png
+    outputs/reference/<profile>/  runs.jsonl  arms.csv  claims.toml  claims.csv  tuning.csv  tables/*.csv, *.md  figures/*.png
     outputs/reference/README.md   what held, what did not, what stays open and what it would take
     README.md                     the claims table, between two marks
 
@@ -65,7 +65,7 @@ def copy(p: Profile) -> list[Path]:
     ]  # fmt: skip
     pd.DataFrame(arms, columns=["notebook", "arm", "seed", "run"]).to_csv(kept / "arms.csv", index=False)
     shutil.copyfile(paths.PAPER / "claims.toml", kept / "claims.toml")  # as it was when these runs were judged
-    for file in ("claims.csv", "tuning.csv", "margins.csv", "best_rates.csv"):
+    for file in ("claims.csv", "tuning.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)
     for folder, kinds in (("tables", (".csv", ".md")), ("figures", (".png",))):

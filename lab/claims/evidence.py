@@ -6,19 +6,18 @@ An archive is read without torch, so that the verdicts of a study can be recompu
 from __future__ import annotations
 
 import functools
-import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from lab.claims.judge import Verdict, judge, ratio, verdict_table
+from lab.claims.judge import Verdict, judge, ratio
 from lab.claims.ledger import Part, ledger, part_hash
-from lab.claims.statistics import Estimate, difference, interval, over_seeds
+from lab.claims.statistics import Estimate, difference, over_seeds
 from lab.experiments.profiles import Profile
 from lab.runs.results import Archive, Result
 from vitlib.errors import UsageError, unknown
@@ -29,36 +28,21 @@ if TYPE_CHECKING:  # both need torch
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """The finished arms of one notebook, and what of their configuration a verdict depends on."""
+class Finished:
+    """A finished arm, and what of its configuration a verdict depends on."""
 
-    results: Mapping[str, Sequence[Result]] = field(default_factory=dict)  # arm -> one result per seed
-    images: Mapping[str, int | None] = field(default_factory=dict)  # arm -> its labelled images; None = all
-    classes: Mapping[str, int] = field(default_factory=dict)  # arm -> classes of its data
-    ledgers: Mapping[str, Sequence[Mapping[str, str]]] = field(
-        default_factory=dict
-    )  # arm -> hashes that its runs stored
-    absent: str = ""  # why there can be no runs here
+    results: Sequence[Result]  # one per seed
+    images: int | None  # labelled; None = all
+    classes: int
+    ledgers: Sequence[Mapping[str, str]]  # the hashes that its runs stored, and those whose weights they began with
 
 
-class Source(Protocol):
-    """Results of one profile: `Stored` or `Archived`."""
-
-    profile: Profile
-
-    def evidence(self, part: Part, labels: Collection[str]) -> Evidence:
-        """Of these arms those that are finished."""
-
-    def ratio(self, part: Part) -> tuple[Estimate | None, str]:
-        """The logarithm of a ratio over process restarts, and the device; or None, and why it cannot be measured."""
-
-
-def verdicts(source: Source, parts: Iterable[Part]) -> list[Verdict]:
+def verdicts(source: Stored | Archived, parts: Iterable[Part]) -> list[Verdict]:
     """The verdict on each part that belongs to the source's profile; nothing is trained."""
     return [verdict(source, part) for part in parts if part.belongs(source.profile.name)]
 
 
-def verdict(source: Source, entry: Part) -> Verdict:
+def verdict(source: Stored | Archived, entry: Part) -> Verdict:
     """The verdict on one part. Raises UsageError where it names an arm that its notebook does not have."""
     p = source.profile
     if entry.kind == "exact":
@@ -69,20 +53,20 @@ def verdict(source: Source, entry: Part) -> Verdict:
     if part.kind == "ratio":
         estimate, said = source.ratio(entry) if p.judged else (None, "")
         return ratio(blank, estimate, said) if estimate else replace(blank, note=said or blank.note)
-    seen = source.evidence(entry, _labels(part, p))
-    if seen.absent:
-        return replace(blank, note=seen.absent)
-    there, wanted = seen.results.keys(), part.min_pairs or p.pairs
+    there, absent = source.finished(entry, _labels(part, p))
+    if absent:
+        return replace(blank, note=absent)
+    wanted = part.min_pairs or p.pairs
     pairs = wanted if all(arm in there for arm in part.contrast_at(wanted)) else p.pairs
     arms = [arm for arm in part.arms(pairs) if arm in there]
-    contrasted = {arm for at_size in part.contrasts(pairs) for arm in at_size} & there
+    contrasted = {arm for at_size in part.contrasts(pairs) for arm in at_size} & there.keys()
     images = None if part.images == "all" else part.images
-    as_fixed = all(seen.images[arm] == images for arm in contrasted)  # the number of images that the entry fixes
-    hashes = [stored for arm in arms for stored in seen.ledgers[arm]] if as_fixed else []
-    correct = {arm: np.stack([r.correct for r in results]) for arm, results in seen.results.items()}
-    classes = next((seen.classes[arm] for arm in part.controls(pairs) if arm in there), 0)
+    as_fixed = all(there[arm].images == images for arm in contrasted)  # the number of images that the entry fixes
+    hashes = [stored for arm in arms for stored in there[arm].ledgers] if as_fixed else []
+    correct = {arm: np.stack([r.correct for r in of_arm.results]) for arm, of_arm in there.items()}
+    classes = next((there[arm].classes for arm in part.controls(pairs) if arm in there), 0)
     judged = judge(entry, correct, p.name, pairs, classes, hashes=hashes)
-    names = sorted(r.hash for arm in arms for r in seen.results[arm]) if judged.estimate else []
+    names = sorted(r.hash for arm in arms for r in there[arm].results) if judged.estimate else []
     return replace(judged, runs=tuple(names))
 
 
@@ -101,32 +85,32 @@ class Stored:
 
     profile: Profile
 
-    def evidence(self, part: Part, labels: Collection[str]) -> Evidence:
+    def finished(self, part: Part, labels: Collection[str]) -> tuple[dict[str, Finished], str]:
+        """Those of a part's arms whose seeds are all finished, or why there can be none."""
         from lab.data.published import DataAbsent
         from lab.experiments.catalogue import experiment, notebook
         from lab.runs import store
 
         shown = notebook(part.notebook)
         if shown.arms_at(self.profile) is None:
-            return Evidence()
+            return {}, ""
         try:
             setting = experiment(shown, self.profile)
         except DataAbsent as fault:
-            return Evidence(absent=str(fault))
+            return {}, str(fault)
         known_arms(part, setting)
-        results = setting.finished(labels).results
-        specs = {arm: setting.arms[arm].spec for arm in results}
-        families = {arm: [m for spec in setting.seeds_of(arm) for m in spec.family()] for arm in results}
-        members = {member for family in families.values() for member in family}
-        finished = {spec: result for spec in members if (result := store.find(spec)) is not None}
-        store.warn_of_other_files({spec: result.files for spec, result in finished.items()})
-        return Evidence(
-            results, {arm: spec.images for arm, spec in specs.items()},
-            {arm: spec.model.num_classes for arm, spec in specs.items()},
-            {arm: [finished[m].ledger for m in family if m in finished] for arm, family in families.items()},
-        )  # fmt: skip
+        there, files = {}, {}
+        for arm, results in setting.finished(labels).results.items():
+            members = {member: store.find(member) for spec in setting.seeds_of(arm) for member in spec.family()}
+            whole = {spec: result for spec, result in members.items() if result is not None}
+            files |= {spec: result.files for spec, result in whole.items()}
+            spec = setting.arms[arm].spec
+            there[arm] = Finished(results, spec.images, spec.model.num_classes, [r.ledger for r in whole.values()])
+        store.warn_of_other_files(files)
+        return there, ""
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
+        """The estimate of the logarithm, and its device and case; or none, and why it cannot be measured."""
         from lab.bench import cases
         from lab.data.published import DataAbsent
 
@@ -225,85 +209,19 @@ class Archived:
         """The ledger that the study was judged under."""
         return list(ledger(self.folder / "claims.toml").values())
 
-    def evidence(self, part: Part, labels: Collection[str]) -> Evidence:
-        results = {arm: found for arm, found in self.archive.results(part.notebook).items() if arm in labels}
-        specs = {arm: self.archive.record(found[0].hash) for arm, found in results.items()}
-        ledgers = {
-            arm: [member.ledger for result in found for member in self.archive.family(result.hash)]
-            for arm, found in results.items()
-        }
-        images = {arm: spec["images"] for arm, spec in specs.items()}
-        return Evidence(results, images, {arm: spec["model"]["num_classes"] for arm, spec in specs.items()}, ledgers)
+    def finished(self, part: Part, labels: Collection[str]) -> tuple[dict[str, Finished], str]:
+        there, archive = {}, self.archive
+        for arm, results in archive.results(part.notebook).items():
+            if arm in labels:
+                spec = archive.record(results[0].hash)
+                ledgers = [member.ledger for result in results for member in archive.family(result.hash)]
+                there[arm] = Finished(results, spec["images"], spec["model"]["num_classes"], ledgers)
+        return there, ""
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
         """Timings were not kept, only their mean, standard deviation and number in the claims table: t is over those."""
         row = self.claims.loc[part.id]
         if pd.isna(row["ours"]):
             return None, ""
-        return Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1), row["note"].removeprefix(
-            "on "
-        )
-
-
-def recomputed(archived: Archived) -> tuple[pd.DataFrame, list[str]]:
-    """The claims table of an archive from its runs, and each cell that is not as committed (numbers to 1e-9)."""
-    made = verdict_table(verdicts(archived, archived.parts()))
-    made = pd.read_csv(io.StringIO(made.to_csv(index=False)), dtype={"notebook": str, "runs": str}, index_col="part")
-    kept, wrong = archived.claims, []
-    if list(made.index) != list(kept.index) or list(made.columns) != list(kept.columns):
-        return made, [f"the rows or columns differ: {len(made)} parts, committed {len(kept)}"]
-    for part in kept.index:
-        for column in kept.columns:
-            new, old = made.loc[part, column], kept.loc[part, column]
-            if not (_equal(new, old) or (pd.isna(new) and pd.isna(old))):
-                wrong.append(f"{part}, {column}: {new}, committed {old}")
-    return made, wrong
-
-
-def recomputed_text(archived: Archived) -> tuple[str, bool]:
-    """What `python -m lab claims --pilot` prints, and whether everything is as committed."""
-    table, wrong = recomputed(archived)
-    cells, printed_otherwise = printed_cells(archived)
-    lines = [table[["verdict", "stance"]].to_string(), *wrong, *printed_otherwise]
-    lines.append(f"{len(table)} parts recomputed from their runs: {len(wrong)} cells of claims.csv differ")
-    lines.append(f"{cells} cells of the tables recomputed: {len(printed_otherwise)} differ")
-    return "\n".join(lines), not (wrong or printed_otherwise)
-
-
-def _equal(new: object, old: object) -> bool:
-    if isinstance(old, float) and isinstance(new, float | int):
-        return math.isclose(new, old, rel_tol=1e-9, abs_tol=1e-9)
-    return new == old
-
-
-def printed_cells(archived: Archived) -> tuple[int, list[str]]:
-    """How many cells of the committed tables were recomputed from the runs, and those that read otherwise.
-
-    Top-1 with its standard deviation, and differences with their intervals, of every table that has a row per arm.
-    """
-    count, wrong = 0, []
-    for path in sorted((archived.folder / "tables").glob("*.csv")):
-        table = pd.read_csv(path, dtype=str)
-        results = archived.archive.results(path.stem.partition("_")[0])
-        if "arm" not in table or not results:
-            continue
-        for row in table.to_dict("records"):
-            for column, text in row.items():
-                new = _cell(results, row["arm"], column)
-                if new and text != "–":
-                    count += 1
-                    wrong += [] if new == text else [f"{path.stem}, {row['arm']}, {column}: {new}, committed {text}"]
-    return count, wrong
-
-
-def _cell(results: Mapping[str, Sequence[Result]], arm: str, column: str) -> str:
-    """What a cell says by the runs; "" for a column of something else."""
-    if column == "committed reference" or column.startswith("top1, this run"):
-        top1 = [result.metrics["top1"] for result in results[arm]]
-        return f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f} (n={len(top1)})"
-    if column.startswith("minus ") and column.endswith(", points"):
-        other = column.removeprefix("minus ").removesuffix(", points")
-        correct = {label: np.stack([r.correct for r in results[label]]) for label in (arm, other)}
-        e = interval(difference(correct, {arm: 1.0, other: -1.0}))
-        return f"{e.mean:+.2f} [{e.low:+.2f}, {e.high:+.2f}]"
-    return ""
+        estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
+        return estimate, row["note"].removeprefix("on ")

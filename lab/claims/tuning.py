@@ -2,9 +2,8 @@
 
 A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group, in Table 6 each arm,
 because there the best rate depends on the number of images and on the width. The chosen rates are beside the arms, in
-`lab/experiments/small.py`; what they were chosen from is committed (tuning.csv). The same seeds give the margins: 10 % of a
-control's validation error (margins.csv), written down in the ledger beforehand.
-Other arms of the same notebooks (more branches, pairs, widths, images, other stems) take the rate of their group.
+`lab/experiments/small.py`; what they were chosen from is committed (tuning.csv). Other arms of the same notebooks (more
+branches, pairs, widths, images, other stems) take the rate of their group.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lab.claims import statistics
-from lab.claims.ledger import POINT_KINDS, Part, ledger
 from lab.experiments import small
-from lab.experiments.catalogue import NOTEBOOKS, Arms, arms_of, experiment, notebook
+from lab.experiments.catalogue import NOTEBOOKS, Arms, arms_of
 from lab.experiments.profiles import Arm, Profile, profile
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
@@ -92,51 +89,6 @@ def groups(names: Sequence[str]) -> dict[str, Group]:
     return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
 
 
-def controls(profile: Profile) -> dict[str, list[tuple[str, RunSpec]]]:
-    """Part -> the runs (arm, tuning seed) whose validation error gives its margin: its control, of a slope one a size."""
-    runs = {}
-    for part in _parts(profile):
-        shown = notebook(part.notebook)
-        arms = experiment(shown, profile).arms if part.control and shown.arms_at(profile) else {}
-        named = [arm for arm in part.controls(max(profile.pairs, part.min_pairs)) if arm in arms]
-        if named:
-            runs[part.id] = [(arm, arms[arm].spec.with_seed(seed)) for arm in named for seed in SEEDS]
-    return runs
-
-
-def _parts(profile: Profile) -> list[Part]:
-    """The parts that belong to a profile, as they are there."""
-    return [entry.at_profile(profile.name) for entry in ledger().values() if entry.belongs(profile.name)]
-
-
-def control_specs(profile: Profile, parts: Sequence[str]) -> list[RunSpec]:
-    """The runs that the margins of these parts need, each once. Raises UsageError for a part without a control here."""
-    known = controls(profile)
-    for part in parts:
-        if part not in known:
-            raise unknown("part with a control", part, known)
-    return list(dict.fromkeys(spec for part in parts for _, spec in known[part]))
-
-
-def margins(profile: Profile) -> list[dict]:
-    """One row per part whose controls are finished at the tuning seeds: their mean validation error and the margin it gives."""
-    rows = []
-    for part, family in controls(profile).items():
-        results = [store.find(spec) for _, spec in family]
-        if all(results):
-            error = 100 - float(np.mean([r.metrics["top1"] for r in results]))
-            arms = ", ".join(dict.fromkeys(arm for arm, _ in family))
-            rows.append(
-                {"part": part, "control": arms, "n": len(SEEDS), "error_validation": error, "margin": margin(error)}
-            )
-    return rows
-
-
-def margin(error: float) -> float:
-    """m: 10 % of the control's validation error, at least 0.5 and at most 1.5 points."""
-    return min(max(round(error / 10, 2), 0.5), 1.5)
-
-
 def specs(profile: Profile, chosen: Iterable[Group]) -> list[RunSpec]:
     """Every tuning run of these groups, each once."""
     return list(dict.fromkeys(spec for group in chosen for _, _, spec in group.specs(profile)))
@@ -159,39 +111,6 @@ def table(profile: Profile, chosen: dict[str, Group]) -> list[dict]:
             for (arm, lr), values in whole.items()
         ]  # fmt: skip
     return rows
-
-
-def contrasts(profile: Profile, rows: Sequence[dict]) -> list[dict]:
-    """One row per part whose arms were all tuned: its contrast at the rate of each group, and with every arm at its best.
-
-    `rows` are those of `table`. In points of validation top-1, mean over the tuning seeds. Verdicts use the first; the
-    second says whether it is the rate's.
-    """
-    tried: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        if row["chosen"] is not None:  # its whole group is finished
-            tried.setdefault((row["notebook"], row["arm"]), []).append(row)
-    common = {key: next(row for row in mine if row["chosen"]) for key, mine in tried.items()}
-    best_of = {key: max(mine, key=lambda row: (row["top1_validation"], -row["lr"])) for key, mine in tried.items()}
-    shown = []
-    for part in _parts(profile):
-        at_sizes = part.contrasts(max(profile.pairs, part.min_pairs)) if part.kind in POINT_KINDS else []
-        keys = {arm: (part.notebook, arm) for at_size in at_sizes for arm in at_size}
-        if keys and all(key in tried for key in keys.values()):
-            shown.append({
-                "part": part.id, "n": len(SEEDS),
-                "at_the_common_rate": _points(part, at_sizes, {arm: common[key] for arm, key in keys.items()}),
-                "at_each_best": _points(part, at_sizes, {arm: best_of[key] for arm, key in keys.items()}),
-                "best_rates": ", ".join(f"{arm}: {best_of[key]['lr']:g}" for arm, key in keys.items()),
-            })  # fmt: skip
-    return shown
-
-
-def _points(part: Part, at_sizes: Sequence[dict[str, float]], rows: dict[str, dict]) -> float:
-    """The part's contrast of these rows, one an arm; of a slope the change from its smallest size to its largest."""
-    top1 = {arm: row["top1_validation"] for arm, row in rows.items()}
-    points = [float(statistics.difference(top1, contrast)) for contrast in at_sizes]
-    return float(statistics.change(np.array([points]), part.sizes)[0]) if part.sizes else points[0]
 
 
 def best(found: dict[tuple[str, float], Sequence[float]]) -> float:

@@ -335,11 +335,8 @@ def claims_text(p: Profile) -> str:
 
 
 def tuning_text(p: Profile, groups: Collection[str]) -> str:
-    """Validation accuracy at every rate, margins, contrasts at the best rates; all of it is written as CSV too."""
-    rows = tuning.table(p, tuning.GROUPS)
-    whole = {"tuning": rows, "margins": tuning.margins(p), "best_rates": tuning.contrasts(p, rows)}
-    for name, table in whole.items():
-        save(pd.DataFrame(table), paths.outputs() / p.name / f"{name}.csv")
-    whole["tuning"] = [row for row in rows if row["group"] in groups]
-    shown = [pd.DataFrame(table) for table in whole.values() if table]
-    return "\n\n".join(table.to_markdown(index=False, tablefmt="simple", floatfmt=".4g") for table in shown)
+    """Validation accuracy of these groups at every rate; that of every group is written to outputs/<profile>/tuning.csv."""
+    table = pd.DataFrame(tuning.table(p, tuning.GROUPS))
+    save(table, paths.outputs() / p.name / "tuning.csv")
+    shown = table[table["group"].isin(list(groups))] if len(table) else table
+    return shown.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")
