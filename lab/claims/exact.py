@@ -42,10 +42,7 @@ def role_params(config: ViTConfig) -> dict[str, int]:
 def p1_holds() -> bool:
     """Table 3: every regrouped model has its twin's counts, and both print as the paper prints them."""
     rows = paper_table("table3").to_dict("records")
-    sizes = {}
-    for row in rows:
-        scale = 1e-4 if row["layer_scale"] == "yes" else None
-        sizes[row["model"]] = size(vit_config(row["model"], layer_scale=scale))
+    sizes = {row["model"]: size(table3_config(row["model"])) for row in rows}
     twins = [("S48x1", "S24x2"), ("B36x1", "B18x2")]
     printed = all(
         prints_as(sizes[row["model"]].params / 1e6, row["params_m"])

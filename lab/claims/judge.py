@@ -12,19 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from lab.claims import statistics
 from lab.claims.ledger import PROFILES, Part, ledger, part_hash
-from lab.claims.statistics import (
-    CHART_ERROR,
-    Estimate,
-    difference,
-    holm,
-    interval,
-    over_seeds,
-    p_value,
-    seeds_needed,
-    slope,
-    smallest_visible,
-)
+from lab.claims.statistics import Estimate, difference, interval
 from vitlib.errors import UsageError, unknown
 
 # The labels of a part.
@@ -132,16 +122,9 @@ class Verdict:
 
 
 def judge(
-    part: Part,
-    correct: Mapping[str, np.ndarray],
-    profile: str,
-    pairs: int,
-    num_classes: int,
-    *,
-    hashes: Iterable[Mapping[str, str]] = (),
-    holds: bool | None = None,
-    device: str = "",
-) -> Verdict:
+    part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int, *,
+    hashes: Iterable[Mapping[str, str]] = (), holds: bool | None = None, device: str = "",
+) -> Verdict:  # fmt: skip
     """The verdict on one part.
 
     correct: arm -> (S, N) bool, or for a ratio arm -> (restarts,) seconds or MB. pairs: of the models compared, which
@@ -165,11 +148,11 @@ def judge(
     if part.kind == "ratio":
         if not device:
             raise UsageError(f"part {part.id} is a ratio of times or memory: the device must be named")
-        estimate = over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
+        estimate = statistics.over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
         return ratio(blank, estimate, device)
     if part.kind == "slope":
         points = [100 * difference(correct, at_size).mean(axis=1) for at_size in part.contrasts(pairs)]
-        estimate = slope(np.stack(points, axis=1), part.sizes)
+        estimate = statistics.slope(np.stack(points, axis=1), part.sizes)
     else:
         estimate = interval(difference(correct, contrast))
     measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs))
@@ -190,8 +173,8 @@ def _concluded(verdict: Verdict, paper: float | None) -> Verdict:
     part, estimate = verdict.part, verdict.estimate
     failed = [name for name, passed in verdict.checks.items() if not passed]
     word = f"{INCONCLUSIVE} (check failed: {', '.join(failed)})" if failed else LABELS[part.kind](estimate, part.margin)
-    needed = seeds_needed(estimate, paper) if paper else None  # a difference of 0 cannot be seen
-    p, visible = p_value(part.kind, estimate, part.margin), smallest_visible(estimate)
+    needed = statistics.seeds_needed(estimate, paper) if paper else None  # a difference of 0 cannot be seen
+    p, visible = statistics.p_value(part.kind, estimate, part.margin), statistics.smallest_visible(estimate)
     return _with_stance(replace(verdict, word=word, p=p, smallest_visible=visible, seeds_needed=needed))
 
 
@@ -226,7 +209,7 @@ def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None 
     adjusted = {}
     for profile in PROFILES:
         judged = {v.part.id: v.p for v in (*(family or ()), *verdicts) if v.profile == profile and v.p is not None}
-        adjusted |= {(profile, id): q for id, q in zip(judged, holm(list(judged.values())), strict=True)}
+        adjusted |= {(profile, id): q for id, q in zip(judged, statistics.holm(list(judged.values())), strict=True)}
     return pd.DataFrame([_row(v, adjusted) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
 
 
@@ -317,5 +300,5 @@ def _reproduction(verdict: Verdict) -> str:
     if verdict.stance != "supports" or part.paper is None or verdict.ours is None:
         return ""
     _, low, high = verdict.ours
-    slack = CHART_ERROR if part.paper_confidence == "read-chart" and part.kind != "ratio" else 0.0
+    slack = statistics.CHART_ERROR if part.paper_confidence == "read-chart" and part.kind != "ratio" else 0.0
     return "reproduced" if low - slack <= part.paper <= high + slack else ""

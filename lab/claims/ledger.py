@@ -12,15 +12,14 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from lab import paths
 from vitlib.errors import UsageError, unknown
 
 KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "slope", "ratio")
-POINT_KINDS = ("superiority", "equivalence", "non-inferiority", "slope")  # measured in percentage points, with a margin
 SCOPES = ("any", "trained", "imagenet", "gpu")
 PROFILES = ("smoke", "cpu", "study", "gpu", "imagenet")
 # What a profile may have otherwise, in a table of its own: [F1.gpu]
@@ -178,89 +177,93 @@ def ledger_hashes(path: Path | None = None) -> dict[str, str]:
 def _part(name: str, table: object) -> Part:
     if not isinstance(table, Mapping):
         raise UsageError(f"ledger entry {name!r} is not a table of keys")
-    allowed = [f for f in fields(Part) if f.name not in ("id", "at")]
-    for key, value in table.items():
-        if key in PROFILES and isinstance(value, Mapping):
-            for changed in value:
-                if changed not in OVERRIDES:
-                    raise unknown(f"key in ledger entry {name}.{key}:", changed, OVERRIDES)
-            _check_types(f"{name}.{key}", value)
-        elif key not in {f.name for f in allowed}:
-            raise unknown(f"key in ledger entry {name}:", key, [f.name for f in allowed])
-    for f in allowed:
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in table:
-            raise UsageError(f"ledger entry {name} lacks the key {f.name!r}")
-    _check_types(name, {key: value for key, value in table.items() if key not in PROFILES})
-    at = {profile: table[profile] for profile in PROFILES if profile in table}
-    values = _typed({key: value for key, value in table.items() if key not in at})
-    part = Part(id=name, at={profile: _typed(changed) for profile, changed in at.items()}, **values)
+    at = {profile: table[profile] for profile in PROFILES if isinstance(table.get(profile), Mapping)}
+    values = _values(name, {key: value for key, value in table.items() if key not in at}, KEYS)
+    at = {profile: _values(f"{name}.{profile}", changed, OVERRIDES) for profile, changed in at.items()}
+    if absent := [key for key in REQUIRED if key not in values]:
+        raise UsageError(f"ledger entry {name} lacks the key {absent[0]!r}")
+    part = Part(id=name, at=at, **values)
     for profile in ("", *at):
-        _check_values(part.entry(profile))
+        _check_whole(part.entry(profile))
     return part
 
 
-def _typed(table: Mapping[str, object]) -> dict[str, object]:
-    """The values as a Part holds them."""
-    values = dict(table)
-    if "contrast" in table:
-        values["contrast"] = {arm: float(c) for arm, c in table["contrast"].items()}
-    values |= {key: tuple(table[key]) for key in ("checks", "sizes", "profiles") if key in table}
-    return values | {key: float(table[key]) for key in ("margin", "margin_imagenet", "paper") if key in table}
-
-
-def _check_types(name: str, table: Mapping[str, object]) -> None:
-    """The kind of thing that each key must hold, before anything is computed from it."""
-
-    def number(x: object) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-    def count(x: object) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
-    rules = {
-        "contrast": ("a table of arm = number", lambda x: isinstance(x, Mapping) and all(map(number, x.values()))),
-        "checks": ("a list of names", lambda x: isinstance(x, list) and all(isinstance(c, str) for c in x)),
-        "sizes": (
-            "a list of two or more whole numbers, rising",
-            lambda x: isinstance(x, list) and all(map(count, x)) and len(x) > 1 and x == sorted(set(x)),
-        ),
-        "profiles": (
-            f"a list of {', '.join(PROFILES)}",
-            lambda x: isinstance(x, list) and bool(x) and all(p in PROFILES for p in x),
-        ),
-        "images": ('a whole number from 1, or "all"', lambda x: x == "all" or count(x)),
-        "n": ("a whole number from 2", lambda x: count(x) and x > 1),
-        "min_pairs": ("a whole number from 1", count),
-        "margin": ("a number above 0", lambda x: number(x) and x > 0),
-        "margin_imagenet": ("a number above 0", lambda x: number(x) and x > 0),
-        "paper": ("a number", number),
-    }
+def _values(where: str, table: Mapping[str, object], allowed: Sequence[str]) -> dict[str, object]:
+    """The values as a Part holds them. Raises UsageError for another key, kind of thing, or name."""
+    values = {}
     for key, value in table.items():
-        wanted, holds = rules.get(key, ("a text", lambda x: isinstance(x, str) and bool(x.strip())))
+        if key not in allowed:
+            raise unknown(f"key in ledger entry {where}:", key, allowed)
+        wanted, holds, convert = RULES.get(key, TEXT)
         if not holds(value):
-            raise UsageError(f"ledger entry {name} has {key} = {value!r}: allowed is {wanted}")
+            raise UsageError(f"ledger entry {where} has {key} = {value!r}: allowed is {wanted}")
+        for word in (value if isinstance(value, list) else [value]) if key in NAMES else ():
+            if word not in NAMES[key]:
+                raise unknown(f"{key} in ledger entry {where}:", word, NAMES[key])
+        values[key] = convert(value)
+    return values
 
 
-def _check_values(part: Part) -> None:
-    where = f"in ledger entry {part.id}:"
-    one_of = [("kind", part.kind, KINDS), ("scope", part.scope, SCOPES), *(("check", c, CHECKS) for c in part.checks)]
-    one_of += [("expected", part.expected, EXPECTED), ("paper_confidence", part.paper_confidence, CONFIDENCE)]
-    for what, given, allowed in one_of:
-        if given is not None and given not in allowed:
-            raise unknown(f"{what} {where}", given, allowed)
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _whole(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+def _text(x: object) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+def _list(x: object) -> bool:
+    return isinstance(x, list) and all(map(_text, x))
+
+
+def _coefficients(x: object) -> bool:
+    return isinstance(x, Mapping) and all(map(_number, x.values()))
+
+
+def _rising(x: object) -> bool:
+    return isinstance(x, list) and all(map(_whole, x)) and len(x) > 1 and x == sorted(set(x))
+
+
+KEYS = tuple(f.name for f in fields(Part) if f.name not in ("id", "at"))
+REQUIRED = ("claim", "title", "notebook", "kind", "metric", "scope")
+# key -> what is allowed, whether a value is that, and how a Part holds it; every other key is a text
+TEXT = ("a text", _text, str)
+ABOVE_0 = ("a number above 0", lambda x: _number(x) and x > 0, float)
+RULES = {
+    "contrast": ("a table of arm = number", _coefficients, lambda x: {arm: float(c) for arm, c in x.items()}),
+    "checks": ("a list of names", _list, tuple),
+    "sizes": ("a list of two or more whole numbers, rising", _rising, tuple),
+    "profiles": ("a list of profiles", lambda x: _list(x) and bool(x), tuple),
+    "images": ('a whole number from 1, or "all"', lambda x: x == "all" or _whole(x), lambda x: x),
+    "n": ("a whole number from 2", lambda x: _whole(x) and x > 1, int),
+    "min_pairs": ("a whole number from 1", _whole, int),
+    "margin": ABOVE_0,
+    "margin_imagenet": ABOVE_0,
+    "paper": ("a number", _number, float),
+}
+# key -> the names that it may hold
+NAMES = {
+    "kind": KINDS, "scope": SCOPES, "checks": tuple(CHECKS), "expected": EXPECTED, "paper_confidence": CONFIDENCE,
+    "profiles": PROFILES,
+}  # fmt: skip
+OF_POINTS = ("contrast", "margin", "margin_imagenet", "images", "n", "control")
+# kind -> the keys that it needs; the others are measured in points
+NEEDED = {"exact": ("expected",), "ratio": ("contrast", "n"), "slope": (*OF_POINTS, "sizes")}
+
+
+def _check_whole(part: Part) -> None:
+    """What the keys of an entry must be together."""
     if abs(sum(part.contrast.values())) > 1e-9:
         raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
-    needed = {
-        "exact": ("expected",),
-        "ratio": ("contrast", "n"),
-        "slope": ("contrast", "sizes", "margin", "margin_imagenet", "images", "n", "control"),
-    }.get(part.kind, ("contrast", "margin", "margin_imagenet", "images", "n", "control"))
-    if part.paper is not None:
-        needed = (*needed, "paper_source", "paper_confidence")
-    for key in needed:
+    source = () if part.paper is None else ("paper_source", "paper_confidence")
+    for key in (*NEEDED.get(part.kind, OF_POINTS), *source):
         if not getattr(part, key):
             raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
     if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
         raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
-    if part.kind in POINT_KINDS and "control learned" not in part.checks:
+    if part.kind not in ("exact", "ratio") and "control learned" not in part.checks:
         raise UsageError(f"ledger entry {part.id} lacks the check 'control learned' that every accuracy part has")

@@ -99,16 +99,11 @@ def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Est
 
 def slope(values: np.ndarray, sizes: Sequence[float], level: float = 0.95) -> Estimate:
     """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 per seed."""
-    return over_seeds(change(values, sizes), level)
-
-
-def change(values: np.ndarray, sizes: Sequence[float]) -> np.ndarray:
-    """What a slope is of, one value per seed: values (S, K) to (S,). Raises UsageError for other shapes."""
     values, x = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
     if values.ndim != 2 or values.shape[1] != len(x) or len(set(x)) < 2:
         raise UsageError(f"a slope needs values (seeds, sizes) at two or more sizes, not {values.shape} at {len(x)}")
     centred = x - x.mean()
-    return values @ centred / (centred**2).sum() * np.ptp(x)
+    return over_seeds(values @ centred / (centred**2).sum() * np.ptp(x), level)
 
 
 def _satterthwaite(mean_squares: tuple[float, float, float], n: int, images: int) -> float:
