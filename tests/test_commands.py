@@ -49,7 +49,6 @@ BAD = {
     "a part of a claim": (["run", "--part", "H9"], "unknown part of a claim 'H9'"),
     "a part without runs": (["run", "--profile", "study", "--part", "P1"], "part P1 has no runs at profile study"),
     "a part of another profile": (["run", "--profile", "study", "--part", "F5-cifar-10"], "part F5-cifar-10 has no runs"),
-    "a part to tune": (["tune", "--part", "P1"], "unknown part with a control 'P1'"),
     "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
 }  # fmt: skip
 

@@ -45,8 +45,8 @@ def is_plain(module: nn.Module, *kinds: type) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    weight = module._parameters.get("weight")  # a Tensor where torch.func puts its own in the place of a parameter
-    return weight is None or type(weight) is nn.Parameter or type(weight) is Tensor
+    weight = module._parameters.get("weight")
+    return weight is None or type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__")
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
