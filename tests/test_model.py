@@ -95,6 +95,7 @@ def ffn(x: Tensor, r: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("layer_scale", [None, 1e-4])
+@pytest.mark.check
 def test_two_layers_of_one_branch_are_equation_1(layer_scale):
     config = small("W64-2x1/4", layer_scale=layer_scale)
     first, second = (filled(ParallelLayer(config), seed) for seed in (1, 2))
@@ -109,6 +110,7 @@ def test_two_layers_of_one_branch_are_equation_1(layer_scale):
 
 @pytest.mark.parametrize("layer_scale", [None, 1e-4])
 @pytest.mark.parametrize("branches", [1, 2, 3])
+@pytest.mark.check
 def test_a_layer_of_k_branches_is_equation_2(branches, layer_scale):
     layer = filled(ParallelLayer(small(f"W64-1x{branches}/4", layer_scale=layer_scale)))
     x = noise(2, 17, 64)
@@ -122,6 +124,7 @@ def test_a_layer_of_k_branches_is_equation_2(branches, layer_scale):
             assert (layer(x) - x2).abs().max() > 1e-2
 
 
+@pytest.mark.check
 def test_the_whole_model_is_stem_positions_layers_norm_and_head():
     model = filled(ViT(small("W64-3x2/4", layer_scale=1e-4)))
     images = noise(2, 3, 16, 16)
@@ -162,6 +165,7 @@ def copy_branch(ours_mhsa: nn.Module, ours_ffn: nn.Module, norm1, attn, ls1, nor
 
 @pytest.mark.parametrize("layer_scale", [None, 1e-5])
 @pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.check
 def test_a_parallel_layer_equals_timms_with_the_same_weights(branches, layer_scale):
     norm = partial(nn.LayerNorm, eps=1e-6)
     theirs = ParallelThingsBlock(64, 2, branches, qkv_bias=True, init_values=layer_scale, norm_layer=norm)
@@ -216,6 +220,7 @@ STEM_SIZES = {"Ti": (147_648, 49_248), "S": (295_296, 190_656), "B": (590_592, 7
 
 
 @pytest.mark.parametrize("names", PARAMETERS)
+@pytest.mark.check
 def test_parameters_are_the_papers_to_the_digit(names):
     first, *twins = names.split()
     variants = list(itertools.product(("linear", "hmlp"), (None, 1e-4)))
@@ -229,6 +234,7 @@ def test_parameters_are_the_papers_to_the_digit(names):
 
 
 @pytest.mark.parametrize("width", STEM_SIZES)
+@pytest.mark.check
 def test_parameters_of_the_stem_alone_are_the_papers_to_the_digit(width):
     found = [count.params(make_stem(vit_config(f"{width}12", stem=stem))) for stem in ("linear", "hmlp")]
     assert found == list(STEM_SIZES[width])
@@ -525,6 +531,7 @@ def test_a_patch_reaches_other_tokens_through_overlap_or_batch_statistics(arm, t
 
 
 @pytest.mark.parametrize(("arm", "train", "commutes"), [(*a, True) for a in TIGHT] + [(*a, False) for a in LEAKY])
+@pytest.mark.check
 def test_masking_commutes_with_the_stem_unless_patches_overlap_or_share_statistics(arm, train, commutes):
     images = noise(2, 3, 64, 64)
     mask = noise(2, 16, seed=3) > 0  # True = masked
