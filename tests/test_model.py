@@ -333,7 +333,7 @@ def test_a_stem_has_its_norm_and_activation_however_the_configuration_is_made():
     named = small("W64-1/4", stem="hmlp")
     direct = replace(ViTConfig(64, 1, heads=2, patch_size=4, stem="hmlp", **SMALL), init_std=named.init_std)
     told = small("W64-1/4", stem="hmlp", stem_norm="bn", stem_act="gelu")
-    replaced = [replace(small("W64-1/4", stem=stem), stem="hmlp") for stem in STEMS]
+    replaced = [replace(small("W64-1/4", stem=stem), stem="hmlp") for stem in ("linear", "conv", "local")]
     assert all(config == named and config.norm == "bn" and config.act == "gelu" for config in (direct, told, *replaced))
     assert [type(m).__name__ for m in make_stem(direct)] == [
         *("Conv2d", "BatchNorm2d", "GELU") * 2,

@@ -127,7 +127,7 @@ class LocalStem(Stem):
     as in TNT's first version, takes away a patch's contrast: much worse in short training at small width.)
 
     Paper: Table 7 prints 19.12 GFLOPs for ViT-B12 with it and does not say how it is built. This one has 19.15 as the
-    paper counts (`lab.measure.macs`: 19.152 G, 0.17 % more; 19.120 G without norms). TNT itself passes from inner to
+    paper counts (`lab.cost.count.macs`: 19.152 G, 0.17 % more; 19.120 G without norms). TNT itself passes from inner to
     outer tokens in every layer, with inner tokens 40 long, and its first convolution is 7x7 over the whole image, which
     reaches into neighbouring patches.
     """
