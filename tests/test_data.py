@@ -828,3 +828,12 @@ def test_photographs_in_parquet_are_a_data_set_of_ones_own():
     assert (len(data), len(data.classes), data.image_size) == (10_000, 10, 24)
     batch = next(data.take(np.arange(16)).evaluation_batches(16))
     assert batch.images.shape == (16, 3, 24, 24) and batch.images.std() > 0.5
+
+
+def test_labels_that_are_identities_of_images_are_refused_before_a_class_is_made_for_each_number():
+    import pyarrow as pa
+
+    from vitlib.data.read import labelled
+
+    with pytest.raises(UsageError, match="0 to 1099511627776"):
+        labelled(pa.chunked_array([pa.array([0, 2**40])]), (), "column label of x")

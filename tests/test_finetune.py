@@ -142,3 +142,9 @@ def test_a_trunk_of_another_shape_is_refused_with_the_keys_that_differ():
     trunk = ViT(small()).state_dict()
     with pytest.raises(ValueError, match=r"layers\.0\.ffn\.1\.f\.fc1\.bias.*nothing was loaded"):
         start_from(trunk, vit_config("W32-6x1/4", image_size=16, in_chans=1, num_classes=10), 0)
+
+
+def test_a_backbone_without_classes_starts_a_model_without_a_head():
+    config = vit_config("W32-1x1/4", image_size=8, num_classes=0)
+    weights = ViT(config, 1).state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in start_from(weights, config, seed=0).state_dict().items())

@@ -15,7 +15,7 @@ from vitlib import draws
 from vitlib.data import subset
 from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
-from vitlib.model import ViT
+from vitlib.model import ViT, vit_config
 from vitlib.train import dvae as dvae_module
 from vitlib.train import loop
 from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
@@ -333,3 +333,8 @@ def test_normalised_pixels_have_mean_zero_and_unit_variance(images):
     assert len(busy) > 100
     assert torch.allclose(busy.mean(-1), torch.zeros(len(busy)), atol=1e-5)
     assert torch.allclose(busy.var(-1), torch.ones(len(busy)), atol=1e-3)
+
+
+def test_an_empty_batch_of_a_masked_model_predicts_nothing():
+    model = MaskedViT(vit_config("W32-1x1/4", image_size=8, num_classes=0), outputs=5)
+    assert model(torch.zeros(0, 3, 8, 8), torch.zeros(0, 4, dtype=torch.bool)).shape == (0, 5)

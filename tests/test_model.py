@@ -29,7 +29,7 @@ from vitlib.model import ParallelLayer, ViT, ViTConfig, fuse, make_stem, resize_
 from vitlib.model.layers import EPS, Reads
 from vitlib.model.stems import STEMS, Kind, Stem, hmlp_kernels, norm
 from vitlib.model.vit import RelativeBias
-from vitlib.model.weights import load, save, to_timm
+from vitlib.model.weights import from_timm, load, save, to_timm
 
 torch.set_num_threads(1)
 
@@ -1141,3 +1141,22 @@ import lab.cost.count
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 10])" in done.stdout
+
+
+@pytest.mark.parametrize(("width", "ffn"), [(32, 61), (224, 61)])
+def test_timms_model_has_the_ffn_width_of_ours_whatever_it_is(width, ffn):
+    model = ViT(vit_config(f"W{width}-1x1/4", image_size=8, num_classes=2, ffn_width=ffn))
+    assert to_timm(model).blocks[0].mlp.fc1.out_features == ffn
+
+
+def test_a_timm_model_without_pooling_is_refused():
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, global_pool="", num_classes=3)
+    with pytest.raises(UsageError, match="its pooling is none"):
+        from_timm(model)
+
+
+def test_a_convolutional_stem_whose_first_map_would_be_empty_is_refused():
+    with pytest.raises(UsageError, match="its first map is empty"):
+        ViTConfig(8, 1, heads=1, patch_size=64, image_size=64, stem="conv")

@@ -434,7 +434,9 @@ def labelled(column: pa.ChunkedArray, names: Sequence[str], what: str) -> tuple[
         fault = f"cells of type {column.type}"
     else:
         low, high = pc.min_max(column).as_py().values()
-        names = names or [str(k) for k in range(high + 1)] * (low == 0)
+        # Numbers that name their classes themselves: not without end, or they are identities of images and no classes.
+        if not names and low == 0 and high < max(len(column), 100_000):
+            names = [str(k) for k in range(high + 1)]
         if low < 0 or high >= len(names):
             fault = f"{low} to {high}" + (f", with {len(names)} classes" if names else "")
     if fault:

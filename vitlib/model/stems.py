@@ -116,6 +116,10 @@ def conv_stem(config: Patches) -> Stem:
 def conv_refuses(config: Patches) -> str | None:
     if config.patch_size not in (2, 4, 8, 16, 32, 64):
         return f"the convolutional stem has patch_size {config.patch_size}: allowed are 2, 4, 8, 16, 32, 64"
+    if config.width < config.patch_size // 2:  # its first width is D / (P / 2)
+        return (
+            f"the convolutional stem has width {config.width} at patch_size {config.patch_size}: its first map is empty"
+        )
     return None
 
 

@@ -211,7 +211,7 @@ def to_timm(model: ViT) -> nn.Module:
 
     twin = VisionTransformer(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.in_chans, num_classes=c.num_classes,
-        embed_dim=c.width, depth=c.depth, num_heads=c.heads, mlp_ratio=(c.ffn_width or 4 * c.width) / c.width,
+        embed_dim=c.width, depth=c.depth, num_heads=c.heads, mlp_ratio=((c.ffn_width or 4 * c.width) + 0.5) / c.width,  # timm cuts the half off
         init_values=c.layer_scale, global_pool="token" if c.pool == "cls" else "avg", fc_norm=False,
         no_embed_class=c.pos == "patches", weight_init="skip",
         block_fn=Block if c.branches == 1 else functools.partial(ParallelThingsBlock, num_parallel=c.branches),
@@ -267,7 +267,8 @@ def from_timm(model: nn.Module) -> ViT:
         ("pooling", {pooling}, {"token", "avg", "token, then fc_norm"}),
         ("pool_include_prefix", {model.pool_include_prefix}, {False}),
     ):
-        if other := " and ".join(sorted(map(str, theirs - ours))):
+        if others := theirs - ours:
+            other = " and ".join(sorted(str(one) or "none" for one in others))
             allowed = " or ".join(sorted(map(str, ours)))
             raise UsageError(f"{what} cannot be read: its {part} is {other}, allowed is {allowed}")
     # fmt: on

@@ -51,6 +51,8 @@ class DVAEConfig:
     pairs: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        if min(self.image_size, self.patch_size, self.in_chans) < 1:
+            raise UsageError("a dVAE needs image_size, patch_size and in_chans from 1")
         if self.image_size % self.patch_size:
             raise UsageError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if min(self.vocabulary, self.width) < 2 or min(self.temperature) <= 0 or self.kl_weight < 0:

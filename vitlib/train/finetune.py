@@ -144,8 +144,11 @@ def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_hea
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)
     # a fresh head where the classes are others
-    if new_head or weights.get("head.weight", torch.empty(0)).shape != fresh["head.weight"].shape:
-        weights |= {name: fresh[name] for name in ("head.weight", "head.bias")}
+    head = {
+        name: tensor for name, tensor in fresh.items() if name.startswith("head.")
+    }  # none where there are no classes
+    if new_head or any(weights.get(name, torch.empty(0)).shape != tensor.shape for name, tensor in head.items()):
+        weights |= head
     # every other tensor has the same name and shape
     shapes, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (fresh, weights))
     if differ := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):

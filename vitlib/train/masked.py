@@ -103,7 +103,9 @@ class MaskedViT(nn.Module):
         # the mask token takes the place of masked patches
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         # layers; of the last one only masked tokens are computed: (B, M, D)
-        tokens = mask.nonzero()[:, 1].view(len(mask), -1) + 1  # the class token is token 0
+        tokens = (
+            mask.nonzero()[:, 1].view(len(mask), int(counts[0]) if len(mask) else 1) + 1
+        )  # the class token is token 0
         x = self.vit.encode(x, draws, tokens)
         # one prediction per masked patch: (B * M, outputs)
         return self.predictor(x).flatten(0, 1)
