@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     plan = add("plan", plan_, "runs, time, memory and disk of a profile, before anything starts", "cpu")
     run = add("run", run_, "train what is missing, without rendering notebooks", "cpu")
     reproduce = add("reproduce", reproduce_, "train what is missing and render the notebooks", "cpu")
-    tune = add("tune", tune_, "three learning rates for every arm on validation images, and which one is best", "study")
+    tune = add("tune", tune_, "search every arm's learning rate on validation images", "study")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     text = "write the finished runs to a runs.jsonl (metrics, no weights)"
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
-    tune.add_argument("--group", **repeated, help="only this one, e.g. supervised; may be repeated")
+    tune.add_argument("--rate", **repeated, metavar="ARM", help="only the rate of this arm; may be repeated")
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
@@ -152,16 +152,16 @@ def run_(arguments) -> None:
 
 def tune_(arguments) -> None:
     from lab.claims import tuning
-    from lab.claims.ledger import ledger_hashes
     from lab.cost import plan
     from lab.report import tables
     from lab.runs.launch import launch
 
-    p, chosen = arguments.profile, tuning.groups(arguments.group)
-    specs = tuning.specs(p, chosen.values())
-    print(plan.cpu_text(specs, arguments.jobs))
-    launch(specs, arguments.jobs, plan.cpu_seconds, ledger_hashes())
-    print(tables.tuning_text(p, chosen))
+    p = arguments.profile
+    wanted = tuning.searches(p, arguments.rate)
+    while specs := tuning.missing(p, wanted):
+        print(plan.cpu_text(specs, arguments.jobs), flush=True)
+        launch(specs, arguments.jobs, plan.cpu_seconds)
+    print(tables.tuning_text(p, wanted))
 
 
 def reproduce_(arguments) -> None:

@@ -31,7 +31,7 @@ from lab.runs.spec import RunSpec
 from vitlib.model import ViT, ViTConfig, fuse, set_execution, vit_config
 from vitlib.model.weights import to_timm
 from vitlib.train.engine import resolve
-from vitlib.train.finetune import STRATEGIES, freeze
+from vitlib.train.finetune import PAPER_STRATEGIES, freeze
 from vitlib.train.loop import set_train_mode
 
 RESTARTS = 5  # of what a claim is judged on
@@ -74,7 +74,7 @@ def finetune(profile: Profile, device: str) -> list[Case]:
     spec, on_cpu = _full(profile), device == "cpu" and profile.paper
 
     def case(config: ViTConfig, batch: int, execution: str, **more: object) -> Case:
-        arms = {strategy: (execution, strategy) for strategy in STRATEGIES}
+        arms = {strategy: (execution, strategy) for strategy in PAPER_STRATEGIES}
         return _case(config, batch, "training", arms, "full", RESTARTS, **more)
 
     at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
@@ -84,7 +84,7 @@ def finetune(profile: Profile, device: str) -> list[Case]:
         every.append(case(large, 64 if device == "cuda" else CPU_BATCH, "seq"))
     if device == "cuda":  # a process for each, so that no other strategy's tensors count
         both = every[-1]
-        for s in STRATEGIES:
+        for s in PAPER_STRATEGIES:
             task = both.task | {"arms": {s: both.task["arms"][s]}}
             every.append(replace(both, name=f"{both.name}, {s} alone", task=task, reference=s, restarts=1))
     return every

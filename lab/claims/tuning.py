@@ -1,119 +1,177 @@
-"""Tuning: the same three learning rates for every arm, on validation images, before any judged run.
+"""Tuning: each arm's own learning rate, by one rule, on validation images of seeds from 1000, before any judged run.
 
-A group of arms shares one rate, the best on the mean over its arms; in Table 5 each strategy is a group, in Table 6 each arm,
-because there the best rate depends on the number of images and on the width. The chosen rates are beside the arms, in
-`lab/experiments/small.py`; what they were chosen from is committed (tuning.csv). Other arms of the same notebooks (more
-branches, pairs, widths, images, other stems) take the rate of their group.
+Rates are a factor 2 apart. Every tried rate has two seeds, the best three of a primary arm two more. The curve is flat where
+a rate's paired deficit to the best lies within its standard error; the grid grows until the flat part has a tried rate on
+each side, and its middle is chosen (of two, the lower). Exploratory arms have two seeds throughout. What a search found goes
+into `RATES` of profiles.py by hand; what it was chosen from is committed (outputs/reference/<profile>/tuning.csv).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lab.experiments import small
-from lab.experiments.catalogue import NOTEBOOKS, Arms, arms_of
-from lab.experiments.profiles import Arm, Profile, profile
+from lab.experiments.catalogue import Arms
+from lab.experiments.profiles import Profile
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
-from vitlib.errors import UsageError, unknown
-from vitlib.train.finetune import STRATEGIES
+from vitlib.errors import unknown
 
-SEEDS = (FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1)
+SEEDS = tuple(FIRST_TUNING_SEED + i for i in range(4))
+FIRST = 2  # seeds that every rate has
+MOST = 9  # rates of one search: then its best is at an end, and its parts fail the check "rate bracketed"
+TOP1 = dict[float, dict[int, float]]  # rate -> seed -> validation top-1
 
 
 @dataclass(frozen=True)
-class Group:
-    """Arms that share a rate."""
+class Search:
+    """The search for one rate of `Profile.rates`."""
 
+    rate: str
     table: Arms  # of `small.py`
-    arms: tuple[str, ...]
-    rates: tuple[float, float, float]  # lowest first
+    arms: tuple[str, ...]  # whose mean accuracy decides
+    primary: bool = False
+    after: str = ""  # the search whose chosen rate this one's runs need
 
-    @property
-    def notebook(self) -> str:
-        return next(one.number for one in NOTEBOOKS if one.small is self.table)
-
-    def specs(self, profile: Profile) -> list[tuple[str, float, RunSpec]]:
-        """(arm, rate, run) of every arm, rate and seed. Trunks keep the rate of their recipe."""
-        arms = _arms(self.table, profile)
-        if missing := [arm for arm in self.arms if arm not in arms]:
-            raise UsageError(
-                f"profile {profile.name} has no arm {missing[0]!r} to tune: the groups are those of profile study"
-            )
-        return [
-            (arm, lr, replace(spec, recipe=replace(spec.recipe, lr=lr)).with_seed(seed))
-            for seed in SEEDS for arm in self.arms for spec in [arms[arm].spec] for lr in self.rates
-        ]  # fmt: skip
+    def specs(self, p: Profile, lr: float, seed: int) -> list[RunSpec]:
+        arms = {arm.label: arm.spec for arm in self.table(replace(p, rates={**p.rates, self.rate: lr}))}
+        return [arms[arm].with_seed(seed) for arm in self.arms]
 
 
-@functools.lru_cache(maxsize=4)
-def _arms(table: Arms, profile: Profile) -> dict[str, Arm]:
-    """Once per table, not once per group."""
-    return arms_of(table, profile)
+def _searches() -> Iterator[Search]:
+    for form in ("12x1+LS", "6x2+LS"):
+        yield Search(form, small.branches, (form,), primary=True)
+    for stem in small.PRIMARY_STEMS:
+        yield Search(f"{stem} masked", small.stems, (f"{stem} pretrained",), primary=True)
+        yield Search(f"{stem} pretrained", small.stems, (f"{stem} pretrained",), primary=True, after=f"{stem} masked")
+        yield Search(f"{stem} supervised", small.stems, (f"{stem} supervised",), primary=True)
+    for strategy in small.STRATEGIES:
+        yield Search(strategy, small.resolution, (strategy,), strategy in ("full", "attn", "ffn"), after="12x1+LS")
+    for form in ("36x1+LS", "12x1", "6x2", "36x1", "18x2", "18x2+LS"):
+        yield Search(form, small.branches, (form,))
+    for strategy in ("full", "attn", "scratch"):
+        arms = tuple(f"digits 100 {strategy}, subset {k}" for k in range(1, small.SUBSETS + 1))
+        yield Search(f"digits 100 {strategy}", small.transfer, arms, after="12x1+LS")
+    for training in ("scratch", "pretrained"):
+        arm = f"linear {training} {{few}}"
+        yield Search(arm, small.stems, (arm,), after="linear masked")
 
 
-def _transfer() -> dict[str, Group]:
-    """Table 6: each arm that F5 and F6 read is a group, and so is each strategy at the middle number of images."""
-    arms = []
-    for data, (fewest, middle, most) in profile("study").transfer_images.items():
-        arms += [f"W64 {data} {fewest} {s}" for s in ("full", "attn", "head")]
-        arms += [f"W64 {data} {middle} {s}" for s in STRATEGIES]
-        arms += [f"W{width} {data} {most} {s}" for width in (32, 64) for s in ("full", "attn")]
-    return {f"transfer {arm}": Group(small.transfer, (arm,), (1e-3, 3e-3, 1e-2)) for arm in arms}
-
-
-# In the order in which they run: trunks first.
-GROUPS = {
-    "supervised+LS": Group(small.branches, ("12x1+LS", "6x2+LS"), (1.5e-3, 3e-3, 6e-3)),
-    "supervised": Group(small.branches, ("12x1", "6x2"), (5e-4, 1e-3, 2e-3)),
-    **{f"resolution {s}": Group(small.resolution, (s,), (1e-3, 2e-3, 4e-3)) for s in STRATEGIES},
-    "stems": Group(small.stems, ("linear supervised", "hmlp supervised", "conv supervised"), (5e-4, 1e-3, 2e-3)),
-    "few labels": Group(
-        small.stems, tuple(f"{s} {t}" for s in ("linear", "hmlp", "conv") for t in ("scratch", "pretrained")),
-        (5e-4, 1e-3, 2e-3),
-    ),
-    **_transfer(),
-}  # fmt: skip
-
-
-def groups(names: Sequence[str]) -> dict[str, Group]:
-    """The groups of these names, all by default; "resolution" names all strategies of it. UsageError for another."""
-    words = {name.split()[0] for name in GROUPS}
+def searches(p: Profile, names: Sequence[str] = ()) -> dict[str, Search]:
+    """The searches whose arms a profile has, or those of these names and the ones they come after."""
+    found = {}
+    for one in _searches():
+        few = {"few": p.stems.few_labels}
+        one = replace(one, rate=one.rate.format(**few), arms=tuple(arm.format(**few) for arm in one.arms))
+        if {*one.arms} <= {arm.label for arm in one.table(p)}:
+            found[one.rate] = one
     for name in names:
-        if name not in GROUPS and name not in words:
-            raise unknown("tuning group", name, GROUPS)
-    return {name: group for name, group in GROUPS.items() if not names or {name, name.split()[0]} & {*names}}
+        if name not in found:
+            raise unknown(f"rate of profile {p.name}", name, found)
+    wanted = {*(names or found)} | {found[name].after for name in names}
+    return {name: one for name, one in found.items() if name in wanted}
 
 
-def specs(profile: Profile, chosen: Iterable[Group]) -> list[RunSpec]:
-    """Every tuning run of these groups, each once."""
-    return list(dict.fromkeys(spec for group in chosen for _, _, spec in group.specs(profile)))
+@dataclass(frozen=True)
+class Curve:
+    """What a search has tried, and what follows: rates that are missing (rate, seed), or the chosen one."""
+
+    top1: TOP1
+    missing: tuple[tuple[float, int], ...] = ()
+    flat: tuple[float, ...] = ()
+    chosen: float | None = None
+    bracketed: bool = False
 
 
-def table(profile: Profile, chosen: dict[str, Group]) -> list[dict]:
-    """One row for each arm and rate that is finished at every seed: validation top-1, and whether its group takes the rate."""
-    rows = []
-    for name, group in chosen.items():
-        top1: dict[tuple[str, float], list[float]] = {}
-        for arm, lr, spec in group.specs(profile):
-            if result := store.find(spec):
-                top1.setdefault((arm, lr), []).append(result.metrics["top1"])
-        whole = {key: values for key, values in top1.items() if len(values) == len(SEEDS)}
-        taken = best(whole) if len(whole) == len(group.arms) * len(group.rates) else None
-        rows += [
-            {"group": name, "notebook": group.notebook, "arm": arm, "lr": lr, "n": len(values),
-             "top1_validation": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-             "chosen": lr == taken if taken else None}
-            for (arm, lr), values in whole.items()
-        ]  # fmt: skip
-    return rows
+def curve(start: float, primary: bool, look: Callable[[float, int], float | None]) -> Curve:
+    """The search by its rule; `look` gives the validation top-1 of (rate, seed), or None where it is not run yet."""
+    rates = [start / 2, start, 2 * start]
+    while True:
+        top1: TOP1 = {lr: {seed: look(lr, seed) for seed in SEEDS[:FIRST]} for lr in rates}
+        if missing := _absent(top1):
+            return Curve(top1, missing)
+        if primary:
+            best = sorted(rates, key=lambda lr: -np.mean([*top1[lr].values()]))[:3]
+            for lr in best:
+                top1[lr] = {seed: look(lr, seed) for seed in SEEDS}
+            if missing := _absent(top1):
+                return Curve(top1, missing)
+        flat = flat_part(top1)
+        low, high = flat[0] == rates[0], flat[-1] == rates[-1]
+        if not (low or high) or len(rates) >= MOST:
+            return Curve(top1, (), flat, flat[(len(flat) - 1) // 2], not (low or high))
+        rates = [*([rates[0] / 2] if low else []), *rates, *([2 * rates[-1]] if high else [])]
 
 
-def best(found: dict[tuple[str, float], Sequence[float]]) -> float:
-    """The rate whose mean over all arms is highest; of equals the lowest."""
-    rates = sorted({lr for _, lr in found})
-    return max(rates, key=lambda lr: (np.mean([v for (_, other), v in found.items() if other == lr]), -lr))
+def _absent(top1: TOP1) -> tuple[tuple[float, int], ...]:
+    return tuple((lr, seed) for lr, of_lr in top1.items() for seed, value in of_lr.items() if value is None)
+
+
+def flat_part(top1: Mapping[float, Mapping[int, float]]) -> tuple[float, ...]:
+    """The best rate of those with most seeds (of equals the lowest), and its neighbours whose deficit is within its SE."""
+    rates, most = sorted(top1), max(map(len, top1.values()))
+    best = max((lr for lr in rates if len(top1[lr]) == most), key=lambda lr: (np.mean([*top1[lr].values()]), -lr))
+
+    def level(lr: float) -> bool:
+        deficit = [top1[best][seed] - top1[lr][seed] for seed in top1[best].keys() & top1[lr].keys()]
+        return np.mean(deficit) <= np.std(deficit, ddof=1) / np.sqrt(len(deficit))
+
+    low = high = rates.index(best)
+    while low > 0 and level(rates[low - 1]):
+        low -= 1
+    while high + 1 < len(rates) and level(rates[high + 1]):
+        high += 1
+    return tuple(rates[low : high + 1])
+
+
+def curves(p: Profile, wanted: Mapping[str, Search]) -> dict[str, tuple[Search, Profile, Curve]]:
+    """Every search that can go on: those which it comes after are decided, and their rates are in its profile."""
+    found: dict[str, tuple[Search, Profile, Curve]] = {}
+    for name, one in wanted.items():
+        before = found.get(one.after)
+        if one.after and (before is None or before[2].chosen is None):
+            continue
+        there = replace(p, rates={**p.rates, one.after: before[2].chosen}) if before else p
+
+        def look(lr: float, seed: int, one: Search = one, there: Profile = there) -> float | None:
+            results = [store.find(spec) for spec in one.specs(there, lr, seed)]
+            return None if None in results else float(np.mean([r.metrics["top1"] for r in results]))
+
+        found[name] = one, there, curve(p.rates[name], one.primary, look)
+    return found
+
+
+def missing(p: Profile, wanted: Mapping[str, Search]) -> list[RunSpec]:
+    """The runs that the searches ask for next, seeds outermost; none when all are decided."""
+    asked = [
+        (seed, spec) for one, there, state in curves(p, wanted).values()
+        for lr, seed in state.missing for spec in one.specs(there, lr, seed)
+    ]  # fmt: skip
+    return list(dict.fromkeys(spec for _, spec in sorted(asked, key=lambda pair: pair[0])))
+
+
+def table(p: Profile, wanted: Mapping[str, Search]) -> list[dict]:
+    """One row per tried rate: its accuracy on each seed, whether it is in the flat part, chosen, bracketed."""
+    return [
+        {"rate_of": name, "primary": one.primary, "lr": lr, "n": len(of_lr), "top1_validation": float(np.mean([*of_lr.values()])),
+         **{f"seed_{seed}": of_lr.get(seed) for seed in SEEDS},
+         "flat": lr in state.flat, "chosen": lr == state.chosen, "bracketed": state.bracketed}
+        for name, (one, _, state) in curves(p, wanted).items()
+        for lr, of_lr in sorted(state.top1.items()) if None not in of_lr.values()
+    ]  # fmt: skip
+
+
+SHARES = (2, 4)  # of the images of `full` in the control of Thing 2: the one whose deficit is nearest to 2 m is taken
+
+
+def control_specs(p: Profile) -> dict[int, list[RunSpec]]:
+    """Images -> the runs of `full` on all and on fewer of them, at the chosen rates, on the tuning seeds."""
+    label, whole = "full, fewer steps", p.finetune_images or small.source(p.data).facts.sizes["train"]
+    classes = small.source(p.data).facts.num_classes
+    counts = [whole // share // classes * classes for share in SHARES]
+    arms = {n: {a.label: a.spec for a in small.resolution(replace(p, control_images=n))} for n in counts}
+    specs = {n: of_n[label] for n, of_n in arms.items()} | {whole: arms[counts[0]]["full"]}
+    return {n: [spec.with_seed(seed) for seed in SEEDS] for n, spec in specs.items()}

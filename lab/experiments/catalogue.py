@@ -76,7 +76,7 @@ class Experiment:
 
     def specs(self) -> list[RunSpec]:
         """Every run, seeds outermost."""
-        return in_order([arm.spec for arm in self.arms.values()], self.profile.seeds)
+        return in_order(self.arms.values(), self.profile.seeds)
 
     def run(
         self, jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Mapping[str, str] | None = None
@@ -93,7 +93,8 @@ class Experiment:
 
     def seeds_of(self, label: str) -> list[RunSpec]:
         """The runs of one arm, in the order of the profile's seeds."""
-        return [self.arms[label].spec.with_seed(seed) for seed in self.profile.seeds]
+        arm = self.arms[label]
+        return [arm.spec.with_seed(seed) for seed in self.profile.seeds[: arm.n]]
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,16 @@ def experiments(profile: Profile, notebooks: Iterable[Notebook]) -> list[Experim
 
 def all_specs(profile: Profile, notebooks: Iterable[Notebook]) -> list[RunSpec]:
     """The runs of several notebooks in one queue, each once, seeds outermost."""
-    specs = [arm.spec for one in experiments(profile, notebooks) for arm in one.arms.values()]
-    return in_order(specs, profile.seeds)
+    arms = [arm for one in experiments(profile, notebooks) for arm in one.arms.values()]
+    return in_order(arms, profile.seeds)
 
 
-def in_order(specs: Sequence[RunSpec], seeds: Sequence[int]) -> list[RunSpec]:
-    """Each run once, seeds outermost."""
-    return list(dict.fromkeys(spec.with_seed(seed) for seed in seeds for spec in specs))
+def in_order(arms: Iterable[Arm], seeds: Sequence[int]) -> list[RunSpec]:
+    """Each run once, seeds outermost; an arm has so many of the seeds as it says."""
+    arms = list(arms)
+    return list(dict.fromkeys(
+        arm.spec.with_seed(seed) for i, seed in enumerate(seeds) for arm in arms if arm.n is None or i < arm.n
+    ))  # fmt: skip
 
 
 def arms_of(table: Callable[[Profile], list[Arm]], profile: Profile) -> dict[str, Arm]:

@@ -19,7 +19,7 @@ from vitlib.data.augment import Augment
 from vitlib.errors import unknown
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train.dvae import DVAEConfig
-from vitlib.train.finetune import STRATEGIES, at_image_size
+from vitlib.train.finetune import PAPER_STRATEGIES, at_image_size
 from vitlib.train.recipe import Recipe
 
 LETTERS = {192: "Ti", 384: "S", 768: "B", 1024: "L"}
@@ -196,7 +196,7 @@ def resolution(p: Profile) -> list[Arm]:
         trunk = _trunk(p, letter)
         model = at_image_size(replace(trunk.model, drop_path=RESOLUTION_DROP_PATH[letter]), p.finetune_size)
         for optimizer, recipe in (("", RESOLUTION_ADAMW), ("SGD", RESOLUTION_SGD)):
-            for strategy in STRATEGIES:
+            for strategy in PAPER_STRATEGIES:
                 spec = _spec(p, "finetune", model, recipe, parent=trunk, strategy=strategy)
                 label, row = f"{name} {strategy} {optimizer}".strip(), f"{name} {optimizer}".strip()
                 arms.append(Arm(label, spec, row, strategy))
@@ -297,7 +297,7 @@ TOKENIZER_MODEL: dict[str, int] = {"image_size": 112, "patch_size": 8, "vocabula
 
 def stem_model(p: Profile, name: str) -> ViTConfig:
     """A row of Table 7 as it is trained with labels from the start."""
-    return vit_config(f"B{stem_pairs(name, p.stem_pairs)}", drop_path=DROP_PATH["B"], **STEM_ARMS[name])
+    return vit_config(f"B{stem_pairs(name, p.stems.pairs)}", drop_path=DROP_PATH["B"], **STEM_ARMS[name])
 
 
 def stems(p: Profile) -> list[Arm]:
@@ -308,7 +308,7 @@ def stems(p: Profile) -> list[Arm]:
     tokenizer = _spec(p, "tokenizer", DVAEConfig(in_chans=3, **TOKENIZER_MODEL), TOKENIZER)
     arms = []
     for name, stem in STEM_ARMS.items():
-        model = vit_config(f"B{stem_pairs(name, p.stem_pairs)}", **BEIT_MODEL, **stem)
+        model = vit_config(f"B{stem_pairs(name, p.stems.pairs)}", **BEIT_MODEL, **stem)
         trunk = _spec(
             p, "masked", model, BEIT_PRETRAINING, targets="dvae", tokenizer=tokenizer, masked=BEIT_MASKED
         )  # fmt: skip

@@ -20,6 +20,23 @@ class Arm:
     spec: RunSpec
     row: str  # the model, stem, or data set with width and images, as in the paper's table
     column: str  # what is compared within a row: branches, strategy, training
+    n: int | None = None  # of the profile's seeds the first n; None = all
+
+
+@dataclass(frozen=True)
+class Stems:
+    """The regime of Table 7 below ImageNet's scale."""
+
+    image_size: int
+    patch_size: int  # hMLP's kernels are (P / 4, 2, 2)
+    hidden: int  # channels inside the hMLP stem. Paper: width / 4, which is 96 to 192; of width 64 it would be 16
+    masked_epochs: int
+    supervised_epochs: int
+    finetune_epochs: int  # on all labels
+    few_labels: int = 500
+    few_labels_epochs: int = 24
+    pairs: int = 6
+    n: int | None = None  # seeds, where they are fewer than the profile's
 
 
 @dataclass(frozen=True)
@@ -34,27 +51,22 @@ class Profile:
     image_size: int  # pixels, after resize
     finetune_size: int  # Table 5's second resolution
     patch_size: int
-    stem_pairs: int  # of the models of Table 7
     images: int | None  # training images of supervised runs; None = all
     finetune_images: int | None
-    few_labels: int
+    control_images: int  # of `full, fewer steps`
     epochs: int
-    masked_epochs: int
-    few_labels_epochs: int
-    every_arm: bool  # False: the primary contrasts only
+    stems: Stems
+    controls: bool = False  # the positive controls, without which no equivalence is judged
+    exploratory: bool = False  # the arms of parts that are not primary
     # The same on every machine. float32: bfloat16 is 1.4 to 1.7 times as fast where the processor multiplies it and ten
     # times as slow where it does not. par: 4 branches train 1.2 times as fast as one after the other, 2 no slower.
     execution: str = "par"
     targets: str = "tokens"  # of masked pre-training: "dvae" as in the paper, "tokens" (k-means) where it must be quick
-    widths: tuple[int, ...] = (32, 64, 96)  # of Figure 2
-    wider: tuple[int, int] = (96, 16)  # width and pairs that cost what 36 pairs of `width` cost (Table 3)
-    # Of Table 6: data set -> its numbers of labelled images, class-balanced, the last one all that it has
+    # Of Table 6: data set -> its numbers of labelled images, class-balanced
     transfer_widths: tuple[int, ...] = ()
     transfer_images: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     trunk_data: str = "fashion-mnist-6"  # of Table 6: classes that no target has
-    # Factors on the recipes' batches and rates. Not tuned where they are not 1.
-    batch: int = 1
-    rate: float = 1.0
+    rates: Mapping[str, float] = field(default_factory=dict, hash=False)  # arm -> learning rate: see RATES
     device: str = "cpu"
     paper: bool = False  # the paper's own protocols: `imagenet.py`
 
@@ -63,42 +75,56 @@ class Profile:
         """At smoke the code runs and exact claims are judged; trained ones are not."""
         return self.name != "smoke"
 
-    @property
-    def only_primary(self) -> bool:
-        """Figures 2 and 3 and Tables 2 and 3 have no runs here: they show the paper and the committed reference."""
-        return self.judged and not self.every_arm
+    def rate(self, arm: str, default: str = "") -> float:
+        """The learning rate of an arm; of one that was not tuned that of `default`."""
+        return self.rates[arm] if arm in self.rates else self.rates[default or arm]
 
+
+# The learning rate of every arm, as `python -m lab tune` chose it (outputs/reference/study/tuning.csv), and where its
+# search begins. "<stem> masked" is the rate of pre-training, "<stem> pretrained" that of the fine-tuning after it.
+RATES = {
+    "12x1+LS": 3e-3, "6x2+LS": 3e-3, "36x1+LS": 3e-3, "18x2+LS": 3e-3,
+    "12x1": 1e-3, "6x2": 1e-3, "36x1": 5e-4, "18x2": 1e-3,
+    "full": 2e-3, "attn": 4e-3, "ffn": 8e-3, "head": 1.6e-2, "fc1": 8e-3, "norm": 1.6e-2, "bias": 1.6e-2,
+    "digits 100 full": 3e-3, "digits 100 attn": 6e-3, "digits 100 scratch": 3e-3,
+    "linear supervised": 2e-3, "hmlp supervised": 2e-3, "conv supervised": 1e-3,
+    "linear masked": 2e-3, "hmlp masked": 2e-3, "conv masked": 2e-3,
+    "linear pretrained": 1e-3, "hmlp pretrained": 1e-3, "conv pretrained": 1e-3,
+    "linear scratch 500": 1e-3, "linear pretrained 500": 1e-3,
+}  # fmt: skip
+PHOTOS_RATES = dict(RATES)
 
 _EMBEDDED = Profile(
-    name="study", data="fashion-mnist", seeds=(10, 11, 12, 13, 14), width=64, pairs=12, image_size=16, finetune_size=20,
-    patch_size=4, stem_pairs=6, images=None, finetune_images=6000, few_labels=500, epochs=2, masked_epochs=4,
-    few_labels_epochs=24, every_arm=True, targets="dvae", transfer_widths=(32, 64),
-    transfer_images={"fashion-mnist-4": (200, 1000, 7200), "digits": (100, 300, 1000), "animal-shapes": (200, 1000, 5000)},
+    name="study", data="fashion-mnist", seeds=tuple(range(40, 60)), width=64, pairs=12, image_size=16, finetune_size=20,
+    patch_size=4, images=None, finetune_images=6000, control_images=3000, epochs=2,
+    stems=Stems(32, 8, hidden=64, masked_epochs=8, supervised_epochs=8, finetune_epochs=2),
+    controls=True, exploratory=True, targets="dvae", transfer_widths=(64,), transfer_images={"digits": (100,)}, rates=RATES,
 )  # fmt: skip
-# smoke: the code runs. cpu: the primary contrasts. study: every arm, other seeds, longer pre-training.
+_PRIMARY = {"controls": False, "exploratory": False, "targets": "tokens"}
 PROFILES = {
+    # The code runs: a few steps of every kind.
     "smoke": replace(
-        _EMBEDDED, name="smoke", seeds=(1000,), width=32, images=500, finetune_images=500, few_labels=100, masked_epochs=1,
-        few_labels_epochs=8, every_arm=False, targets="tokens", transfer_widths=(32,),
-        transfer_images={"fashion-mnist-4": (200,)},
+        _EMBEDDED, name="smoke", seeds=(1000,), width=32, images=500, finetune_images=500, **_PRIMARY, transfer_widths=(32,),
+        stems=Stems(32, 8, hidden=32, masked_epochs=1, supervised_epochs=1, finetune_epochs=1, few_labels=100, few_labels_epochs=8),
     ),
+    # A1, F1 and F2 by the study's recipes; Thing 3 at a quarter of the length, shown and not judged.
     "cpu": replace(
-        _EMBEDDED, name="cpu", seeds=(0, 1, 2, 3, 4), images=12000, finetune_images=4500, masked_epochs=3, every_arm=False,
-        targets="tokens", transfer_widths=(), transfer_images={},
+        _EMBEDDED, name="cpu", seeds=(0, 1, 2, 3, 4), **_PRIMARY, transfer_widths=(), transfer_images={},
+        stems=Stems(32, 8, hidden=64, masked_epochs=2, supervised_epochs=2, finetune_epochs=1, n=2),
     ),
     "study": _EMBEDDED,
-    # float32: a GPU is bound by the number of kernels at this size, and bfloat16 needs more of them.
-    "gpu": Profile(
-        name="gpu", data="cifar-10", seeds=(20, 21, 22, 23, 24), width=192, pairs=12, image_size=24, finetune_size=32,
-        patch_size=4, stem_pairs=12, images=None, finetune_images=None, few_labels=5000, epochs=12, masked_epochs=24,
-        few_labels_epochs=24, every_arm=True, targets="dvae", widths=(96, 192, 288), wider=(288, 16),
-        transfer_widths=(96, 192), transfer_images={"cifar-10": (500, 5000, 45_000)},
-        trunk_data="tiny-imagenet", batch=4, rate=0.5, device="auto",
+    # Photographs in colour, 16 tokens as in `study`. float32: a GPU is bound by the number of kernels at this size.
+    "photos": Profile(
+        name="photos", data="tiny-imagenet", seeds=(20, 21, 22, 23, 24), width=64, pairs=12, image_size=64, finetune_size=96,
+        patch_size=16, images=None, finetune_images=None, control_images=11_200, epochs=4,
+        stems=Stems(64, 16, hidden=64, masked_epochs=8, supervised_epochs=8, finetune_epochs=2, few_labels=2000),
+        controls=True, targets="dvae", rates=PHOTOS_RATES, device="auto",
     ),
     "imagenet": Profile(
         name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
-        finetune_size=384, patch_size=16, stem_pairs=12, images=None, finetune_images=None, few_labels=0, epochs=300,
-        masked_epochs=300, few_labels_epochs=100, every_arm=True, execution="seq", targets="dvae", trunk_data="imagenet-1k",
+        finetune_size=384, patch_size=16, images=None, finetune_images=None, control_images=640_000, epochs=300,
+        stems=Stems(224, 16, hidden=192, masked_epochs=300, supervised_epochs=300, finetune_epochs=100, few_labels=0, pairs=12),
+        controls=True, exploratory=True, execution="seq", targets="dvae", trunk_data="imagenet-1k",
         transfer_widths=(384, 768, 1024),
         transfer_images={  # Table 9: every label of each
             "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,),

@@ -24,7 +24,7 @@ from lab.paper import paper_numbers, paper_table
 from lab.report import paper
 from lab.report.tables import NOT_RUN, columns, framed
 from vitlib.model import ViT, ViTConfig, fuse, vit_config
-from vitlib.train.finetune import STRATEGIES
+from vitlib.train.finetune import PAPER_STRATEGIES
 
 MB = 2**20
 FORM = columns("width layers branches pairs", params=",")
@@ -127,7 +127,7 @@ def _megabytes(column: str, digits: int = 0) -> tuple[str, str]:
 
 def trained_shares() -> pd.DataFrame:
     """Figure 4 and section 4: what each strategy trains of ViT-B at 384, and the memory in MB that it keeps, counted."""
-    kept = {strategy: exact.memory(strategy) for strategy in STRATEGIES}
+    kept = {strategy: exact.memory(strategy) for strategy in PAPER_STRATEGIES}
     columns_of = {
         "weights, MB": lambda m: m.weights, "gradients + AdamW state, MB": lambda m: m.gradients + m.optimizer,
         "saved activations, MB an image": lambda m: m.activations, "all, batch of 1, MB": lambda m: m.total,
@@ -207,7 +207,7 @@ def step_multiply_adds() -> pd.DataFrame:
 def step_costs(p: Profile) -> pd.DataFrame:
     """A training step at the profile's own size: time from five process restarts, memory counted; nothing at smoke."""
     if not p.judged:
-        return framed([{"strategy": s, "step": "no timing at smoke"} for s in STRATEGIES], columns("strategy step"))
+        return framed([{"strategy": s, "step": "no timing at smoke"} for s in PAPER_STRATEGIES], columns("strategy step"))
     part, rows = ledger()[cases.F3], []
     table = pd.DataFrame(cases.measured_evidence(p, part, part_hash(part.entry(p.name))))
     full = table[table["arm"] == "full"]

@@ -26,7 +26,7 @@ from lab.runs import store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.files import write_whole
-from vitlib.train.finetune import STRATEGIES
+from vitlib.train.finetune import PAPER_STRATEGIES
 
 Layout = dict[str, str | tuple[str, ...]]
 NOT_RUN, MISSING = "not run", "–"
@@ -194,7 +194,7 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
             row |= gap(these, labels[name, "attn"], labels[name, "full"])
         rows += table.values() or [{"measured": f"{measured}: {NOT_RUN}"}]
     layout = columns("measured") | {"data set": "{data}"} | columns(images=",") | columns("model")
-    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*STRATEGIES, "scratch")} | {"attn - full, points": bounds()}
+    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")} | {"attn - full, points": bounds()}
     return framed(rows, layout | columns(first_loss=".5f"))
 
 
@@ -334,9 +334,9 @@ def claims_text(p: Profile) -> str:
     return f"claims at profile {p.name}\n{markdown(framed(stances(every), columns('claim stance parts')), 'simple')}"
 
 
-def tuning_text(p: Profile, groups: Collection[str]) -> str:
-    """Validation accuracy of these groups at every rate; that of every group is written to outputs/<profile>/tuning.csv."""
-    table = pd.DataFrame(tuning.table(p, tuning.GROUPS))
+def tuning_text(p: Profile, wanted: Mapping[str, tuning.Search]) -> str:
+    """What was tried for these rates; that of all of the profile is written to outputs/<profile>/tuning.csv."""
+    table = pd.DataFrame(tuning.table(p, tuning.searches(p)))
     save(table, paths.outputs() / p.name / "tuning.csv")
-    shown = table[table["group"].isin(list(groups))] if len(table) else table
+    shown = table[table["rate_of"].isin(list(wanted))] if len(table) else table
     return shown.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")

@@ -76,7 +76,7 @@ def execute(
         files = {split: images.checksum for split, images in read.items() if images is not None}
         if files:
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
-        rows = subset(data, spec.images, spec.seed)
+        rows = subset(data, spec.images, spec.seed, spec.subset)
         if few := [f"one {what}" for what, n in (("image", len(rows)), ("class", len(data.classes))) if n == 1]:
             warnings.warn(f"the {spec} trains on {' of '.join(few)}", stacklevel=2)
         model, loss_function = prepare(spec, data, rows)
@@ -143,7 +143,7 @@ def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Mo
         model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, rows=rows, steps=spec.steps,
         weights=parent and weights(parent), new_head=parent is not None and parent.data != spec.data,
         strategy=spec.strategy, targets=spec.targets, tokenizer=tokenizer and trained_tokenizer(tokenizer),
-        masked=spec.masked, execution=spec.execution, device=resolve(spec.device),
+        masked=spec.masked, blank=spec.blank, execution=spec.execution, device=resolve(spec.device),
     )  # fmt: skip
     return PROTOCOLS[spec.protocol].start(setting)
 

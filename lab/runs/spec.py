@@ -40,12 +40,14 @@ class RunSpec:
     recipe: Recipe
     seed: int = 0
     images: int | None = None  # class-balanced subset of the training images; None = all
+    subset: int = 0  # which of several such subsets of one seed
     streamed: bool = False  # images are opened one by one as they are needed; else all are held in memory
     parent: RunSpec | None = None
     strategy: str = "full"
     targets: str = "none"  # of masked pre-training: see train/tokenizers.py
     tokenizer: RunSpec | None = None  # that makes the targets "dvae"
     masked: int = 0  # patches masked per image
+    blank: bool = False  # masked patches are blanked in the pixels too (H9)
     # Fixed by the profile, the same on every machine.
     precision: str = "float32"
     execution: str = "seq"

@@ -245,10 +245,11 @@ def resize(images: Tensor, size: int) -> Tensor:
     return torch.cat(parts).add_(0.5 + 1e-6).floor_().clamp_(0, 255).to(torch.uint8)
 
 
-def subset(data: DataSet, count: int | None, seed: int) -> np.ndarray:
+def subset(data: DataSet, count: int | None, seed: int, number: int = 0) -> np.ndarray:
     """Indices of `count` images, the same number of each class, nested: the 200 are among the 500. None = all.
 
-    Equal for all arms of a seed. Raises UsageError for a count that the classes cannot share equally.
+    Equal for all arms of a seed; `number` picks one of several subsets of that seed. Raises UsageError for a count
+    that the classes cannot share equally.
     """
     if count is None:
         return np.arange(len(data))
@@ -261,7 +262,7 @@ def subset(data: DataSet, count: int | None, seed: int) -> np.ndarray:
             f"from {classes} to {fewest * classes}"
         )
     # The order does not depend on `count`: a larger subset continues a smaller one.
-    position = draws.uniform(seed, "subset", 0, np.arange(len(data)))[:, 0]
+    position = draws.uniform(seed, "subset", number, np.arange(len(data)))[:, 0]
     # Of each class the images whose draws come first.
     chosen = [
         rows[np.argsort(position[rows], kind="stable")][: count // classes]

@@ -5,8 +5,11 @@ full       everything
 attn       qkv and proj of every branch's attention, head, position embedding
 ffn        fc1 and fc2 of every branch's feed-forward network, head, position embedding
 head       head, position embedding
+fc1        the first matrix of every feed-forward network with its bias, head, position embedding
+norm       every norm, head, position embedding
+bias       every bias, head, position embedding
 
-Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
+The last three are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
 --attn-only keeps every name that contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks
 is called `attn1`, so that it trains half of their attention. Here a module's role counts, not its name, in our models
 and in timm's; a model with attention of a class that is not known is refused, not trained in part.
@@ -50,10 +53,12 @@ ROLES = {  # strategy -> what it trains beside head and positions
     "attn": Role((MHSA, Attention), ("attn", "attention")),
     "ffn": Role((FFN, Mlp), ("mlp", "ffn", "feedforward")),
 }
-STRATEGIES = ("full", *ROLES, "head")
+PAPER_STRATEGIES = ("full", *ROLES, "head")  # the columns of Tables 5 and 6, and the head alone
+STRATEGIES = (*PAPER_STRATEGIES, "fc1", "norm", "bias")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
 POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
+BIAS = re.compile(r"(^|[._])bias$")  # `q_bias` of BEiT too
 HEADS = ("head", "head_dist", "fc")  # the second is distilled DeiT's
 WRAPPERS = (DataParallel, DistributedDataParallel)
 
@@ -74,24 +79,35 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     # positions: timm's tables by their names, ours of relative positions by its class
     kept |= {id(p) for name, p in model.named_parameters() if POSITIONS.search(name)}
     kept |= {id(p) for m in model.modules() if isinstance(m, RelativeBias) for p in m.parameters()}
-    # attention or feed-forward networks of every branch, all of their parameters
-    if role := ROLES.get(strategy):
+    kind = type(unwrapped(model)).__name__
+    # attention or feed-forward networks of every branch: all of their parameters, or their first matrix
+    if role := ROLES.get("ffn" if strategy == "fc1" else strategy):
         layers = [m for m in model.modules() if isinstance(m, role.classes)]
-        kept |= {id(p) for layer in layers for p in layer.parameters()}
+        whole = kept | {id(p) for layer in layers for p in layer.parameters()}
         # what cannot be told apart is refused
-        kind = type(unwrapped(model)).__name__
         known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
         if not layers:
             raise UsageError(f"{kind} has no {strategy} layers that can be told apart: known are {known}")
-        if unseen := left_out(unwrapped(model), role, kept):
+        if unseen := left_out(unwrapped(model), role, whole):
             raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
+        kept = kept | {id(p) for m in layers for p in m.fc1.parameters()} if strategy == "fc1" else whole
+    if strategy in ("norm", "bias"):
+        there = norms(model) if strategy == "norm" else {id(p) for name, p in model.named_parameters() if BIAS.search(name)}
+        if not there:
+            raise UsageError(f"{kind} has no {strategy} parameters that could be trained")
+        kept |= there
     return [name for name, p in model.named_parameters() if id(p) in kept]
+
+
+def norms(model: nn.Module) -> set[int]:
+    """The parameters of every norm, told by the name of its class, by identity."""
+    found = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+    return {id(p) for m in found for p in m.parameters(recurse=False)}
 
 
 def left_out(model: nn.Module, role: Role, kept: set[int]) -> str | None:
     """The first module that has this role by its name or class, but parameters that are not kept; norms do not count."""
-    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
-    seen = kept | norms
+    seen = kept | norms(model)
     for name, module in model.named_modules():
         suspect = module is not model and role.suspects(name, module)
         if suspect and any(id(p) not in seen for p in module.parameters()):

@@ -77,9 +77,9 @@ def block_masks(seed: int, epoch: int, index: np.ndarray, grid: int, masked: int
 class MaskedViT(nn.Module):
     """A ViT without head, a mask token, and a linear predictor for each patch."""
 
-    def __init__(self, config: ViTConfig, outputs: int, seed: int = 0):
+    def __init__(self, config: ViTConfig, outputs: int, seed: int = 0, blank: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.blank = config, blank
         self.vit = ViT(replace(config, num_classes=0), seed)
         self.mask_token = nn.Parameter(torch.empty(config.width))
         self.predictor = nn.Linear(config.width, outputs)
@@ -93,11 +93,14 @@ class MaskedViT(nn.Module):
         """(B, C, H, W), bool (B, patches) -> (masked patches of the batch, outputs), in `mask.nonzero()` order.
 
         The stem sees the whole image, as in BEiT: with a stem that keeps patches independent this is the same as
-        masking pixels (up to batch norm's statistics in training); with the convolutional stem masked pixels leak.
+        masking pixels (up to batch norm's statistics in training); with the convolutional stem masked pixels leak,
+        unless `blank` replaces them by the training images' mean, 0, before the stem.
         """
         counts = mask.sum(dim=1)
         if (counts != counts[:1]).any():
             raise ValueError(f"every image masks the same number of patches; these mask {counts.tolist()}")
+        if self.blank:
+            images = images.masked_fill(pixels(mask, self.config.grid, self.config.patch_size), 0.0)
         # the stem: (B, C, H, W) -> (B, patches, D)
         x = self.vit.embed(images)
         # the mask token takes the place of masked patches
@@ -112,6 +115,12 @@ class MaskedViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+
+def pixels(mask: Tensor, grid: int, patch_size: int) -> Tensor:
+    """The pixels of masked patches: bool (B, grid * grid) -> bool (B, 1, H, W)."""
+    square = mask.view(-1, 1, grid, grid)
+    return square.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 
 class MaskedLoss:
@@ -138,7 +147,7 @@ def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
     """A model with fresh weights, and the loss on masked patches."""
     tokenizer = setting.tokenizer and setting.tokenizer.to(setting.device)
     targets = make_targets(setting.targets, setting.data, setting.model.patch_size, setting.seed, tokenizer)
-    model = MaskedViT(setting.model, targets.outputs, setting.seed)
+    model = MaskedViT(setting.model, targets.outputs, setting.seed, setting.blank)
     set_execution(model.vit, setting.execution)
     return model, MaskedLoss(targets, setting.seed, setting.masked)
 

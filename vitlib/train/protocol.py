@@ -36,6 +36,7 @@ class Setting:
     targets: str = "none"  # what masked pre-training predicts
     tokenizer: nn.Module | None = None  # for targets "dvae": trained, in eval mode
     masked: int = 0  # patches masked per image
+    blank: bool = False  # masked patches are blanked in the pixels too, before the stem
     execution: str = "seq"  # of parallel branches
     device: str = "cpu"
 
