@@ -28,7 +28,7 @@ def main(words: list[str] | None = None) -> int:
             raise
         print(f"lab: {fault}", file=sys.stderr)  # a run or a notebook that failed: what and where
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         print("\nlab: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
 
@@ -219,4 +219,7 @@ def import_(arguments) -> None:
 
 
 if __name__ == "__main__":
+    from lab.runs.processes import end_cleanly
+
+    end_cleanly()
     sys.exit(main())

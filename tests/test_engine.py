@@ -246,14 +246,14 @@ def test_the_average_of_the_weights_is_kept_beside_them(run_store):
 
 
 def test_a_run_whose_average_cannot_be_written_is_not_kept(run_store, monkeypatch):
-    def full(state, path):
+    def full(path, state):
         if path.name.endswith("ema.safetensors"):
             raise OSError(errno.ENOSPC, "no space")
-        save_file(state, path)
+        write(path, state)
 
-    save_file = store.save_file
-    monkeypatch.setattr(store, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    write = store.write_safetensors
+    monkeypatch.setattr(store, "write_safetensors", full)
+    with pytest.raises(UsageError, match=r"no room on disk for the run .*: free some, and the same command goes on"):
         execute.execute(replace(TINY, recipe=replace(RECIPE, ema=0.8)))
     assert not [path for path in run_store.iterdir() if not path.name.startswith((".checkpoints", ".locks"))]
 
@@ -602,7 +602,7 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypa
         return 1
 
     monkeypatch.setattr(launch, "_until_it_ends", one)
-    monkeypatch.setattr(execute, "end_with_parents", lambda asker: None)
+    monkeypatch.setattr(execute, "end_with", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="'cuda' needs a GPU"):
         launch.distributed(replace(TINY, device="cuda"), 2)

@@ -1,11 +1,13 @@
 """Files are written whole or not at all."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vitlib.files import write_whole
+from vitlib.files import draft_name, sweep, write_whole
 
 
 def test_a_file_appears_when_it_is_complete_and_its_folder_is_made(tmp_path):
@@ -48,3 +50,26 @@ def test_a_link_stays_a_link_and_its_target_is_written(tmp_path):
     with write_whole(tmp_path / "link") as draft:
         draft.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+
+
+def test_what_a_killed_process_leaves_is_swept_and_what_a_living_one_writes_stays(tmp_path):
+    code = f"""
+import os, sys
+from vitlib.files import draft_name, write_whole
+os.mkdir(os.path.join({str(tmp_path)!r}, draft_name() + ".folder"))
+with write_whole(os.path.join({str(tmp_path)!r}, "kept.json")) as draft:
+    draft.write_text("half")
+    os._exit(9)
+"""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ).returncode
+        == 9
+    )
+    (tmp_path / f"{draft_name()}.mine").write_text("half")
+    (tmp_path / ".draft-of-something-else").write_text("whole")
+    assert len(os.listdir(tmp_path)) == 4
+    sweep(tmp_path)
+    left = [name.rsplit(".", 1)[-1] for name in os.listdir(tmp_path)]
+    assert sorted(left) == ["draft-of-something-else", "mine"]

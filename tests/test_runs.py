@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from lab.data.cards import card, load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import profile
-from lab.runs import execute, launch, results, store
+from lab.runs import execute, launch, processes, results, store
 from lab.runs import spec as specs
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
+from vitlib import files
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop
@@ -70,6 +72,7 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "protocol": replace(TINY, protocol="masked"), "model": replace(TINY, model=replace(MODEL, layer_scale=0.1)),
         "recipe": replace(TINY, recipe=replace(TINY.recipe, lr=2e-3)), "seed": replace(TINY, seed=1001),
         "images": replace(TINY, images=100), "parent": TUNED, "strategy": replace(TINY, strategy="ffn"),
+        "subset": replace(TINY, subset=1), "blank": replace(TINY, blank=True),
         "targets": replace(TINY, targets="pixels"), "masked": replace(TINY, masked=3),
         "threads": replace(TINY, threads=2), "tokenizer": MASKED, "accumulate": replace(TINY, accumulate=2),
         "compile": replace(TINY, compile=True),
@@ -160,12 +163,30 @@ def test_a_seed_changes_the_tokenizer_too():
 
 def test_loaders_share_the_cores_that_a_process_may_use_with_the_others_of_its_run(monkeypatch):
     monkeypatch.setattr(execute.os, "cpu_count", lambda: 64)
-    for cores, processes, expected in ((2, None, 2), (64, None, 8), (16, 4, 4), (4, 8, 1)):
+    monkeypatch.setattr(processes, "CGROUP", Path("nowhere"))
+    for cores, several, expected in ((2, None, 2), (64, None, 8), (16, 4, 4), (4, 8, 1)):
         monkeypatch.setattr(execute.os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        if processes:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        if several:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(several))
         assert execute.loaders() == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "1000 100000"}, 1), ({}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8), ({"cpu.max": "garbled"}, 8),
+    ],
+)  # fmt: skip
+def test_the_quota_of_a_container_counts(monkeypatch, tmp_path, files, expected):
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(processes, "CGROUP", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert processes.cores() == expected
 
 
 def test_without_the_module_resource_runs_are_trained_and_their_memory_is_not_measured(monkeypatch):
@@ -301,6 +322,71 @@ def test_a_changed_line_is_not_imported(tmp_path, run_store):
         store.import_runs(tmp_path / "runs.jsonl")
 
 
+POISON = {
+    "a spec that is null": lambda spec, result: ("null", results.hash_of(None), result),
+    "a spec that is a list": lambda spec, result: ("[]", results.hash_of([]), result),
+    "a spec nested without end": lambda spec, result: ("[" * 99_999 + "]" * 99_999, "0" * 16, result),
+    "seconds that are a text": lambda spec, result: (spec, TINY.hash, result | {"cpu_s": "1"}),
+    "metrics that are a list": lambda spec, result: (spec, TINY.hash, result | {"metrics": []}),
+    "bits that are a number": lambda spec, result: (spec, TINY.hash, result | {"correct": 5}),
+    "no bits for an image": lambda spec, result: (spec, TINY.hash, result | {"correct": {"images": 8, "bits": ""}}),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_a_poisoned_line_is_not_imported(what, tmp_path, run_store, monkeypatch):
+    execute.execute(TINY)
+    whole = (json.dumps(TINY.record()), json.loads((run_store / TINY.hash / "result.json").read_text()))
+    spec, name, result = POISON[what](*whole)
+    line = f'{{"spec": {spec}, "result": {json.dumps(result | {"hash": name})}}}'
+    (tmp_path / "runs.jsonl").write_text(line + "\n")
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "other"))
+    with pytest.raises(UsageError, match=r"line 1 of runs\.jsonl is not a run"):
+        store.import_runs(tmp_path / "runs.jsonl")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_stored_spec_that_is_no_spec_stops_no_plan(run_store):
+    execute.execute(TINY)
+    for text in ("null", "[" * 99_999, "{"):
+        (run_store / TINY.hash / "spec.json").write_text(text)
+        plan._measured.cache_clear()
+        assert plan.cost([TUNED], jobs=1).missing == 1
+
+
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_kill_between_the_two_renames_of_an_imported_run_loses_nothing(run_store, tmp_path):
+    execute.execute(TINY)
+    kept = store.find(TINY).record()
+    for name in (
+        f".draft-{platform.node()}-{gone()}-01234567-{TINY.hash}",
+        f".draft-{platform.node()}-{os.getpid()}-0",
+    ):
+        (run_store / name).mkdir()
+    (run_store / TINY.hash).rename(run_store / f".draft-{platform.node()}-{gone()}-01234567-{TINY.hash}-old")
+    store.sweep_store()
+    assert store.find(TINY).record() == kept
+    assert [p.name for p in run_store.glob(".draft-*")] == [f".draft-{platform.node()}-{os.getpid()}-0"]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut", "of another run"])
+def test_damaged_weights_are_noticed(damage, run_store):
+    for spec in (TINY, TINY.with_seed(1001)):
+        execute.execute(spec)
+    path = store.weights_path(TINY)
+    whole = path.read_bytes()
+    other = store.weights_path(TINY.with_seed(1001)).read_bytes()
+    path.write_bytes({"a bit": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-9]}.get(damage, other))
+    with pytest.raises(UsageError, match=rf"{path} (is damaged: its SHA-256|cannot be read as a safetensors file)"):
+        execute.execute(TUNED)
+
+
 # ---- the launcher
 
 
@@ -375,14 +461,35 @@ def test_workers_end_when_the_process_that_asked_is_killed_and_the_same_command_
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)  # only the parent
     process.wait()
-    wait_for(lambda: not store.alive(-process.pid))  # nobody of its group is left
+    wait_for(lambda: not files.alive(-process.pid), seconds=10)  # nobody of its group is left
     kept = {path.parent.name: path.stat().st_mtime_ns for path in run_store.glob("[0-9a-f]*/result.json")}
     assert {short.hash, short.with_seed(1001).hash} <= kept.keys() and len(kept) < 4
-    left = run_store / f".draft-{long.hash}-{platform.node()}-{process.pid}-left"
+    left = run_store / f".draft-{platform.node()}-{process.pid}-01234567-{long.hash}"
     left.mkdir()
     found = launch.launch(specs, jobs=2)
     assert all(found.values()) and not left.exists()  # drafts of the killed process are gone
     assert all((run_store / name / "result.json").stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def test_workers_that_wait_for_a_lock_end_with_the_process_that_asked(run_store, tmp_path):
+    (tmp_path / "study.py").write_text(COMMAND)
+    command = [sys.executable, str(tmp_path / "study.py"), json.dumps([asdict(TINY)])]
+    with store.held(TINY.hash):
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(paths.ROOT)}, start_new_session=True)
+        wait_for(lambda: b"forkserver" in b"".join(lines_of(process.pid)) and len(lines_of(process.pid)) >= 4)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not files.alive(-process.pid), seconds=10)
+
+
+def lines_of(group: int) -> list[bytes]:
+    """The command lines of a process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getpgid(int(folder.name)) == group:
+                found.append((folder / "cmdline").read_bytes())
+    return found
 
 
 def test_what_concerns_all_runs_stops_the_others():
@@ -408,7 +515,8 @@ TARGETS = profile("study").transfer_images
 @pytest.mark.parametrize("data", TARGETS)
 @pytest.mark.parametrize("trunk_data", ["fashion-mnist-6", "fashion-mnist"])
 def test_a_target_gets_a_fresh_head_though_it_may_have_as_many_classes_as_the_trunk(monkeypatch, data, trunk_data):
-    spec = arms_of(small.transfer, profile("study"))[f"W32 {data} {TARGETS[data][0]} attn"].spec.with_seed(10)
+    arms = arms_of(small.transfer, profile("study"))
+    spec = next(arm.spec for name, arm in arms.items() if name.startswith(f"{data} ") and " attn" in name).with_seed(10)
     classes = card(trunk_data)["vitlib"]["num_classes"]
     parent = replace(spec.parent, data=trunk_data, model=replace(spec.parent.model, num_classes=classes))
     trunk = {name: torch.full_like(w, 0.5) for name, w in ViT(parent.model).state_dict().items()}

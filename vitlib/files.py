@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import errno
+import hashlib
 import os
 import pathlib
+import platform
 import re
+import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -26,11 +30,11 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     """A draft beside `path`, which takes its place when the block ends, and is removed when the block fails.
 
     `with write_whole(path) as draft: draft.write_text(...)`. Makes the folder; another process sees the old file or the
-    new one. The draft's suffix is that of `path`; a link at `path` is followed.
+    new one. The draft's suffix is that of `path`; a link at `path` is followed. `sweep` removes what a kill leaves.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")  # unlike any other thread's or machine's
+    draft = path.with_name(f"{draft_name()}.{path.name}")
     try:
         yield draft
         with draft.open("rb+") as file:  # on the disk before it has its name: a power cut leaves no empty file
@@ -38,6 +42,60 @@ def write_whole(path: Path | str) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def draft_name() -> str:
+    """The beginning of a name that no other thread or machine gives, and that says which process writes there."""
+    return f".draft-{platform.node()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove the drafts, files and folders, that processes of this machine which are gone have left directly in `folder`."""
+    for draft in filter(abandoned, Path(folder).glob(".draft-*")):
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
+
+
+def abandoned(draft: Path) -> bool:
+    """Whether the process of this machine that made the draft is gone."""
+    match = re.match(rf"\.draft-{re.escape(platform.node()[:64])}-(\d+)-[0-9a-f]{{8}}", draft.name)
+    return match is not None and not alive(int(match[1]))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine is there; on Windows, where signal 0 is Ctrl-C, always True."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as fault:
+        return not isinstance(fault, ProcessLookupError)
+    return True
+
+
+@contextlib.contextmanager
+def no_room(what: str) -> Iterator[None]:
+    """Raises UsageError, `no room on disk` and `what`, where a disk, a quota or a limit on file sizes is full."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UsageError(f"no room on disk {what}") from fault
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors by name, and metadata, whole or not at all. Tensors that share memory are written one by one."""
+    from safetensors.torch import save
+
+    with write_whole(path) as draft:  # as bytes: the library's own writer says in its own words that a disk is full
+        # each by itself, for the library refuses tensors that share memory
+        alone = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+        draft.write_bytes(save(alone, metadata))
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

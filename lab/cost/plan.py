@@ -23,6 +23,7 @@ from lab import paths
 from lab.cost import count
 from lab.runs import store
 from lab.runs.execute import cores
+from lab.runs.results import FAULTS
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
 from vitlib.train.engine import own_parts
@@ -75,8 +76,9 @@ def _measured(folder: str) -> dict[str, float]:
     for path in paths.runs().glob("[0-9a-f]*/result.json"):
         try:
             spec = json.loads((path.parent / "spec.json").read_text(encoding="utf-8"))
-            seconds.setdefault(_kind(spec), []).append(json.loads(path.read_text(encoding="utf-8"))["cpu_s"])
-        except (OSError, ValueError, KeyError):
+            taken = float(json.loads(path.read_text(encoding="utf-8"))["cpu_s"])
+            seconds.setdefault(_kind(spec), []).append(taken)
+        except (OSError, *FAULTS):  # not this version's, or damaged: `store.find` says so where it is wanted
             continue
     return {kind: statistics.mean(values) for kind, values in seconds.items()}
 

@@ -14,7 +14,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,9 +28,10 @@ from timm.utils import ModelEmaV3
 from lab import paths
 from lab.data.cards import source
 from lab.data.published import locate
+from lab.runs.processes import cores, end_with
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from lab.runs.store import alive, checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
+from lab.runs.store import checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
 from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
 from vitlib.train import PROTOCOLS, loop
@@ -158,11 +158,6 @@ def trained_tokenizer(spec: RunSpec) -> DVAE:
 # ---------------------------------------------------------------------------------------------------- this machine
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def loaders() -> int:
     """Processes that decode for this one: its share of the cores, where several processes of a run are on this machine."""
     return min(LOADERS, max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
@@ -207,7 +202,7 @@ def commit() -> str:
 
 def main(order: Path) -> None:
     """One of the processes that torchrun started: train the run of `order` together with the others."""
-    end_with_parents(int(os.environ.get("VITLIB_PARENT", "0")) or os.getppid())
+    end_with(os.getppid(), int(os.environ.get("VITLIB_PARENT", "0")))
     wanted = json.loads(order.read_text(encoding="utf-8"))
     tell = now_and_then(lambda step, steps: print(f"step {step} of {steps}", flush=True), every_s=10)
     try:
@@ -231,18 +226,6 @@ def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[i
             act(step, steps)
 
     return on_step
-
-
-def end_with_parents(asker: int) -> None:
-    """End this process when torchrun or the process that asked for the run is gone, even while it waits for others."""
-    torchrun = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == torchrun and alive(asker):
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

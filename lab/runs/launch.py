@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -68,7 +69,7 @@ def launch(
     if jobs < 0:
         raise UsageError(f"jobs is {jobs}: allowed are 0 (one per core or GPU) and up")
     if todo := store.missing(specs):
-        store.sweep()
+        store.sweep_store()
         paths.runs().mkdir(parents=True, exist_ok=True)
         devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
         cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
@@ -124,7 +125,7 @@ def _train(
                 except UsageError:  # damaged data, say: every other run would meet it too
                     raise
                 except Exception as fault:
-                    failed[spec] = str(fault)
+                    failed[spec] = str(fault) if spec.hash in str(fault) else f"{spec}: {type(fault).__name__}: {fault}"
             bar.n = min(bar.total, sum(cost[name] * share for name, share in shares.items()))
             bar.update(0)
     except BaseException:  # Ctrl-C, or a worker that was killed: do not wait for the runs that are going
@@ -158,8 +159,12 @@ _steps = None
 
 
 def _begin(steps: SimpleQueue, devices: SimpleQueue, environment: dict[str, str]) -> None:
-    """In each worker: the caller's environment (the fork server keeps an older one), its GPU, and the way to report."""
+    """In each worker: the caller's environment (the fork server keeps an older one), its GPU, and the way to report.
+
+    It ends when the process that asked is gone, whatever it does then: a lock may be waited for, or data read.
+    """
     global _steps
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     _steps = steps
     os.environ.update(environment)
     if (gpu := devices.get()) is not None:
@@ -169,8 +174,6 @@ def _begin(steps: SimpleQueue, devices: SimpleQueue, environment: dict[str, str]
 def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
     def report(step: int, steps: int) -> None:
         _steps.put((spec.hash, step / steps))
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)  # the process that asked for this run is gone; sys.exit would only end the task
 
     execute.execute(spec, need_weights, execute.now_and_then(report, every_s=0.5), stamps=stamps)
 

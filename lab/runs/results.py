@@ -19,8 +19,11 @@ import numpy as np
 
 from vitlib.errors import UsageError
 
+# What JSON that is damaged, of another form or nested without end raises when it is read.
+FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 # What every result says of its surroundings besides its numbers.
 ABOUT = ("split", "wall_s", "cpu_s", "mem_mb", "device", "torch", "python", "commit", "date")
+NUMBERS = ("wall_s", "cpu_s", "mem_mb")  # of these
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,16 @@ class Result:
 
     @classmethod
     def from_record(cls, record: dict) -> Result:
-        """Raises KeyError or ValueError for a record that is not whole or contradicts itself."""
+        """Raises one of FAULTS for a record that is not whole or contradicts itself."""
         about = dict(record)
         named = {name: about.pop(name) for name in ("hash", "metrics", "ledger")}
         packed = about.pop("correct"), about.pop("correct_v2", None)
         if absent := [name for name in ABOUT if name not in about]:
             raise KeyError(", ".join(absent))
+        numbers = [*named["metrics"].values(), *(about[name] for name in NUMBERS)]
+        texts = [named["hash"], *named["ledger"].values(), *(about[name] for name in ABOUT if name not in NUMBERS)]
+        if not (all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)):
+            raise TypeError("a number or a text is of another type")
         correct, correct_v2 = map(_unpacked, packed, (named["metrics"],) * 2, ("top1", "top1_v2"))
         return cls(correct=correct, about=about, correct_v2=correct_v2, **named)
 
@@ -92,8 +99,10 @@ def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
         try:
             run = json.loads(line)
             spec, result = run["spec"], Result.from_record(run["result"])
+            if type(spec) is not dict:
+                raise TypeError("a spec is an object")
             name = hash_of(spec)
-        except (ValueError, KeyError, TypeError) as fault:
+        except FAULTS as fault:
             raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
         if name != result.hash:
             raise UsageError(f"line {number} of {path.name} says {result.hash}, but its spec is {name}")

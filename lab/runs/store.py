@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,15 +17,17 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lab import paths
-from lab.runs.results import Result, read_runs
+from lab.runs.results import FAULTS, Result, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import abandoned, draft_name, no_room, read_safetensors, sha256, sweep, write_safetensors, write_whole
 from vitlib.train import PROTOCOLS, loop
+
+OLD = "-old"  # how the name of a folder that was put aside ends
+AGAIN = "move that folder away and it is trained again"
 
 
 def find(spec: RunSpec) -> Result | None:
@@ -41,9 +40,9 @@ def find(spec: RunSpec) -> Result | None:
         if result.hash != spec.hash:
             raise ValueError(f"it says {result.hash}")
         return result
-    except (ValueError, KeyError, TypeError) as fault:
+    except (OSError, *FAULTS) as fault:
         what = f"{paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault})"
-        raise UsageError(f"the run {spec.hash} in {what}: move that folder away and it is trained again") from fault
+        raise UsageError(f"the run {spec.hash} in {what}: {AGAIN}") from fault
 
 
 def finished(spec: RunSpec, need_weights: bool = False) -> bool:
@@ -52,14 +51,22 @@ def finished(spec: RunSpec, need_weights: bool = False) -> bool:
 
 
 def weights(spec: RunSpec, ema: bool = False) -> dict[str, Tensor]:
-    """The trained weights of a finished run, or their moving average. Raises UsageError where they are not in the store."""
+    """The trained weights of a finished run, or their moving average.
+
+    Raises UsageError where they are not in the store, or not as they were written.
+    """
     if ema and spec.recipe.ema is None:
         raise UsageError(f"the {spec} keeps no moving average: its recipe's ema is None")
     name, what = ("ema", "moving average") if ema else ("weights", "weights")
     path = weights_path(spec).with_name(f"{name}.safetensors")
     if not path.is_file():
         raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
-    return load_file(path)
+    state, _ = read_safetensors(path)
+    result = find(spec)
+    wanted = result and result.about.get("sha256", {}).get(name)  # older results have none
+    if wanted and sha256(path) != wanted:
+        raise UsageError(f"{path} is damaged: its SHA-256 is not the one in result.json; {AGAIN}")
+    return state
 
 
 def weights_path(spec: RunSpec) -> Path:
@@ -86,8 +93,12 @@ def held(name: str, wait: bool = True) -> AbstractContextManager:
 def keep(
     spec: RunSpec, result: Result, history: list[loop.Step], model: nn.Module, ema: nn.Module | None = None
 ) -> None:
-    """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept."""
-    with _new_folder(spec.record(), result) as draft:
+    """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept.
+
+    The result gets the SHA-256 of the weights. Raises UsageError where there is no room on the disk.
+    """
+    goes_on = "free some, and the same command goes on from the last checkpoint"
+    with no_room(f"for the {spec} in {paths.runs()}: {goes_on}"), _new_folder(spec.record(), result) as draft:
         with write_whole(draft / "history.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
@@ -95,19 +106,21 @@ def keep(
         for name, whole in (("weights", model), ("ema", ema)):
             if whole is not None:
                 state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
-                with write_whole(draft / f"{name}.safetensors") as path:
-                    save_file({k: v.cpu().contiguous() for k, v in state.items()}, path)
+                write_safetensors(draft / f"{name}.safetensors", state)
+                result.about.setdefault("sha256", {})[name] = sha256(draft / f"{name}.safetensors")
 
 
 @contextmanager
 def _new_folder(record: dict, result: Result) -> Iterator[Path]:
     """A draft that becomes the run's folder when the block ends; its name says which process writes it.
 
-    An older folder of that name (an imported run without weights) goes only when the new one is there.
+    An older folder of that name (an imported run without weights) goes only when the new one is there: where a kill falls
+    between the two, `sweep_store` brings it back.
     """
-    paths.runs().mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".draft-{result.hash}-{platform.node()}-{os.getpid()}-", dir=paths.runs()))
-    folder, old = paths.runs() / result.hash, draft.with_name(f"{draft.name}-old")
+    folder = paths.runs() / result.hash
+    draft = folder.with_name(f"{draft_name()}-{result.hash}")
+    old = draft.with_name(f"{draft.name}{OLD}")
+    draft.mkdir(parents=True)
     try:
         yield draft
         for name, written in (("spec", record), ("result", result.record())):
@@ -121,23 +134,13 @@ def _new_folder(record: dict, result: Result) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def sweep() -> None:
-    """Remove the drafts of processes of this machine that are gone."""
-    for draft in paths.runs().glob(".draft-*"):
-        words = draft.name.removesuffix("-old").rsplit("-", 2)
-        if words[0].endswith(f"-{platform.node()}") and words[1].isdigit() and not alive(int(words[1])):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine is there; on Windows, where signal 0 is Ctrl-C, always True."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(pid, 0)
-    except OSError as fault:
-        return not isinstance(fault, ProcessLookupError)
-    return True
+def sweep_store() -> None:
+    """Remove the drafts of processes of this machine that are gone, and bring back what they had put aside."""
+    for old in paths.runs().glob(f".draft-*{OLD}"):
+        if not (folder := old.with_name(old.name.removesuffix(OLD)[-16:])).exists() and abandoned(old):
+            old.rename(folder)
+    for folder in (paths.runs(), paths.runs() / ".checkpoints"):
+        sweep(folder)
 
 
 def export_runs(path: Path, names: Collection[str] | None = None) -> int:
@@ -150,7 +153,7 @@ def export_runs(path: Path, names: Collection[str] | None = None) -> int:
             try:
                 run = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result")}
                 Result.from_record(run["result"])
-            except (OSError, ValueError, KeyError, TypeError) as fault:
+            except (OSError, *FAULTS) as fault:
                 what = f"cannot be exported ({type(fault).__name__}): move that folder away"
                 raise UsageError(f"the run {folder.name} {what}") from fault
             lines.append(json.dumps(run, sort_keys=True) + "\n")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError
-from vitlib.files import first_line, read_pth, read_safetensors, write_whole
+from vitlib.files import first_line, read_pth, read_safetensors, write_safetensors
 from vitlib.model.config import WIDTHS, ViTConfig
 from vitlib.model.layers import EPS, MHSA
 from vitlib.model.parallel import obstacle, side_by_side
@@ -80,10 +80,7 @@ def load(path: str | Path) -> nn.Module:
 
 
 def _write(state: State, path: str | Path, **metadata: str) -> None:
-    from safetensors.torch import save_file
-
-    with write_whole(path) as draft:
-        save_file({name: t.contiguous() for name, t in state.items()}, draft, metadata={"format": "pt"} | metadata)
+    write_safetensors(path, state, {"format": "pt"} | metadata)
 
 
 def _state(model: nn.Module, kind: str = "vit") -> dict[str, Tensor]:

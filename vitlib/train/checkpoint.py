@@ -7,7 +7,6 @@ draw is a function of names (`vitlib.draws`). Written whole or not at all, and r
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import time
@@ -20,10 +19,8 @@ from typing import Any
 
 import torch
 
-from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import no_room, write_whole
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 FAULTS = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -77,15 +74,14 @@ class Checkpoints:
         # The history says where the loader is: a step is a batch, and the order of an epoch's batches is fixed.
         state |= {"history": torch.tensor([astuple(s) for s in history], dtype=torch.float64), "notes": self.notes}
         state |= {"run": self.run, "wall_s": self.wall_s, "cpu_s": self.cpu_s}
-        try:
-            # Through a file of ours: torch's writer says nothing of a full disk.
-            with write_whole(self.path) as draft, draft.open("wb") as file:
-                torch.save(state, file)
-        except OSError as fault:
-            if fault.errno not in NO_ROOM:
-                raise
-            kept = f"the one of step {self.step} stays and the run goes on from there" if self.step else "none is kept"
-            raise UsageError(f"no room on disk for a checkpoint in {self.path.parent}: {kept}") from None
+        kept = f"the one of step {self.step} stays and the run goes on from there" if self.step else "none is kept"
+        # Through a file of ours: torch's writer says nothing of a full disk.
+        with (
+            no_room(f"for a checkpoint in {self.path.parent}: {kept}"),
+            write_whole(self.path) as draft,
+            draft.open("wb") as file,
+        ):
+            torch.save(state, file)
         self.step = len(history)
 
     def read(self, parts: Mapping[str, Any]) -> list[Step]:
@@ -132,7 +128,7 @@ class Checkpoints:
     def remove(self) -> None:
         """The run is finished: its checkpoint goes, and drafts of processes that were killed while they wrote one."""
         if self.writes:
-            for left in (self.path, *self.path.parent.glob(f".*.{self.path.name}")):
+            for left in (self.path, *self.path.parent.glob(f".draft-*.{self.path.name}")):
                 left.unlink(missing_ok=True)
 
     def __str__(self) -> str:
