@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if profile:
-            profiles = "smoke, cpu, study, gpu or imagenet (default: %(default)s)"
+            profiles = "smoke, cpu, study, photos or imagenet (default: %(default)s)"
             command.add_argument("--profile", default=profile, help=profiles)
         return command
 
@@ -81,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
-    claims.add_argument("--pilot", action="store_true", help="of the committed pilot instead")
+    claims.add_argument("part", nargs="?", help="only this part, e.g. F1")
+    claims.add_argument("--committed", action="store_true", help="of the committed study, not of the runs in the store")
+    claims.add_argument("--margin", type=float, help="every label at this margin too, in points")
+    claims.add_argument("--trace", action="store_true", help="from the part's verdict to its runs")
     return top
 
 
@@ -113,10 +116,10 @@ def check(_) -> None:
 
 def _specs(arguments) -> list:
     from lab.claims.evidence import part_specs, queue
-    from lab.claims.ledger import part
+    from lab.claims.ledger import ledger
     from lab.experiments.catalogue import experiments
 
-    if parts := [part(name) for name in getattr(arguments, "part", ())]:
+    if parts := [ledger().part(name) for name in getattr(arguments, "part", ())]:
         return part_specs(parts, arguments.profile)
     return queue(experiments(arguments.profile, arguments.notebook))
 
@@ -132,12 +135,12 @@ def plan_(arguments) -> None:
 
 
 def run_(arguments) -> None:
-    from lab.claims.ledger import ledger_hashes
+    from lab.claims.ledger import stamps as stamps_of
     from lab.cost.plan import cpu_seconds
     from lab.runs import store
     from lab.runs.launch import distributed, launch, submit
 
-    specs, stamps = _specs(arguments), ledger_hashes()
+    specs, stamps = _specs(arguments), stamps_of(arguments.profile.name)
     if arguments.slurm:
         sizes = {k: getattr(arguments, k) for k in ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")}
         jobs = submit(specs, arguments.slurm, **sizes, stamps=stamps)
@@ -161,6 +164,8 @@ def tune_(arguments) -> None:
     while specs := tuning.missing(p, wanted):
         print(plan.cpu_text(specs, arguments.jobs), flush=True)
         launch(specs, arguments.jobs, plan.cpu_seconds)
+    if not arguments.rate or "full" in arguments.rate:  # how many steps the control of Thing 2 leaves out
+        launch([spec for specs in tuning.control(p).values() for spec in specs], arguments.jobs, plan.cpu_seconds)
     print(tables.tuning_text(p, wanted))
 
 
@@ -182,28 +187,43 @@ def reproduce_(arguments) -> None:
 def bench_(arguments) -> None:
     from lab.bench import runner
     from lab.bench.cases import BENCHES
-    from lab.claims.ledger import ledger, part_hash
+    from lab.claims.ledger import ledger
 
     if arguments.name not in BENCHES:
         raise unknown("benchmark", arguments.name, BENCHES)
     bench, p, a = BENCHES[arguments.name], arguments.profile, arguments
-    stamps = {part.id: part_hash(part.entry(p.name)) for part in ledger().values()}
+    parts = [part for part in ledger().parts.values() if part.kind == "ratio" and p.name in part.n]
+    stamps = {part.id: ledger().hash(part, p.name) for part in parts}
     rows = runner.run(bench, p, a.device, a.restarts, a.only, stamps)
     print(runner.report(bench, p, rows))
 
 
 def claims_(arguments) -> None:
-    from lab.claims import evidence
-    from lab.claims.judge import verdict_table
-    from lab.experiments.profiles import profile
+    from lab.claims import evidence, judge
     from lab.paths import REFERENCE
     from lab.report import tables
 
-    if not arguments.pilot:
-        return print(tables.claims_text(arguments.profile))
-    pilot = evidence.Archived(REFERENCE / "pilot", profile("study"))
-    table = verdict_table(evidence.verdicts(pilot, pilot.parts()))
-    print(table[["part", "verdict", "stance"]].to_markdown(index=False, tablefmt="simple"))
+    p, folder = arguments.profile, REFERENCE / arguments.profile.name
+    source = evidence.Archived(folder, p.name) if arguments.committed else evidence.Stored(p)
+    if arguments.committed and not (folder / "runs.jsonl").is_file():
+        raise UsageError(f"there is no committed study of profile {p.name}")
+    if arguments.part:
+        part = source.ledger.part(arguments.part)
+        verdict = next(v for v in evidence.verdicts(source, evidence.reference()) if v.part.id == part.id)
+        print(f"{part.title}\n{tables.said(verdict)}\n{verdict.sentence or verdict.note}")
+        if arguments.trace:
+            print(
+                f"\nmargin {part.margin}, checks: {dict(verdict.checks)}\nledger entry {source.ledger.hash(part, p.name)}\n"
+            )
+            print(evidence.trace(source, part).to_markdown(index=False, tablefmt="simple"))
+        return
+    every = evidence.verdicts(source, evidence.reference())
+    if arguments.margin:
+        moved = judge.moved(every, (arguments.margin, *judge.MARGINS))
+        return print(moved.to_markdown(index=False, tablefmt="simple", floatfmt=".2f"))
+    if not arguments.committed:
+        tables.save_claims(p)
+    print(tables.claims_text(source, every))
 
 
 def export_(arguments) -> None:

@@ -15,7 +15,6 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from lab.claims.ledger import ledger_hashes
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import NOTEBOOKS, all_specs, notebook
 from lab.experiments.profiles import profile
@@ -37,7 +36,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(str(fault))
     with tempfile.TemporaryDirectory(prefix="vitlib-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"VITLIB_RUNS": f"{folder}/runs", "VITLIB_OUTPUTS": f"{folder}/outputs"}
-        launch(all_specs(profile("smoke"), notebooks), chosen.jobs, cpu_seconds, ledger_hashes())
+        launch(all_specs(profile("smoke"), notebooks), chosen.jobs, cpu_seconds)
         for path in map(source, notebooks):
             try:
                 changes = refresh(path)

@@ -211,14 +211,14 @@ BENCHES = {bench.name: bench for bench in (Bench("branches", branches), Bench("f
 def evidence(profile: Profile, part, stamp: str) -> list[dict]:
     """The rows that a part of a claim is judged on: of its case, every arm and restart, under `stamp`; else none.
 
-    `part` has id, scope, contrast and n, as in the ledger; `stamp` is its entry's hash. A part of scope "gpu" is judged
+    `part` has id, device, contrast and n, as in the ledger; `stamp` is its entry's hash. A part of device "cuda" is judged
     on a GPU's rows alone.
     """
     bench, case = _case_of(profile, part.id, "cuda")
     rows = [row for row in runner.read(runner.path_of(bench.name, profile))
             if (row.get("part"), row.get("ledger"), row.get("run", "")) == (part.id, stamp, case.run)
-            and (part.scope != "gpu" or row["kind"] == "cuda")]  # fmt: skip
-    whole = all(sum(row["arm"] == arm for row in rows) == part.n for arm in part.contrast)
+            and (part.device != "cuda" or row["kind"] == "cuda")]  # fmt: skip
+    whole = all(sum(row["arm"] == arm for row in rows) == part.n[profile.name] for arm in part.contrast)
     return rows if whole else []
 
 

@@ -1,79 +1,155 @@
 """Where verdicts are read from: the run store at a profile, or the archive of a study. Also which runs a verdict needs.
 
-An archive is read without torch, so that the verdicts of a study can be recomputed on any machine; exact parts are counted.
+An archive is read without torch, so that the verdicts of a study can be recomputed on any machine.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from lab.claims.judge import Verdict, judge, ratio
-from lab.claims.ledger import Part, ledger, part_hash
-from lab.claims.statistics import Estimate, difference, over_seeds
-from lab.experiments.profiles import Profile
+from lab import paths
+from lab.claims import judge
+from lab.claims.judge import Verdict
+from lab.claims.ledger import CHECKED, COMMITTED, PILOT, Ledger, Part, ledger, record_hash
+from lab.claims.statistics import flat_part, middle
 from lab.runs.results import Archive, Result
-from vitlib.errors import UsageError, unknown
+from vitlib.errors import UsageError
+from vitlib.stats import Estimate, difference, over_seeds
 
 if TYPE_CHECKING:  # both need torch
     from lab.experiments.catalogue import Experiment
+    from lab.experiments.profiles import Profile
     from lab.runs.spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished arm, and what of its configuration a verdict depends on."""
+class Evidence:
+    """A finished run, and what its verdict depends on: what was trained, and the runs that it began with."""
 
-    results: Sequence[Result]  # one per seed
-    images: int | None  # labelled; None = all
-    classes: int
-    ledgers: Sequence[Mapping[str, str]]  # the hashes that its runs stored, and those whose weights they began with
-
-
-def verdicts(source: Stored | Archived, parts: Iterable[Part]) -> list[Verdict]:
-    """The verdict on each part that belongs to the source's profile; nothing is trained."""
-    return [verdict(source, part) for part in parts if part.belongs(source.profile.name)]
+    result: Result
+    record: str  # `ledger.record_hash` of its family
+    family: Sequence[Result]
+    data: str = ""  # checksum of its images
 
 
-def verdict(source: Stored | Archived, entry: Part) -> Verdict:
-    """The verdict on one part. Raises UsageError where it names an arm that its notebook does not have."""
-    p = source.profile
-    if entry.kind == "exact":
-        from lab.claims import exact  # counts models, which needs torch
+def verdicts(source: Stored | Archived, reference: Archived | None = None, number: str = "") -> list[Verdict]:
+    """The verdict on every part of the ledger; nothing is trained. At `cpu` beside the reference's.
 
-        return judge(entry, {}, p.name, 0, 0, holds=exact.holds(entry))
-    part, blank = entry.at_profile(p.name), judge(entry, {}, p.name, p.pairs, 0)
+    number: of a notebook; what others count is left out then.
+    """
+    parts = [part for part in source.ledger.parts.values() if part.kind != "exact" or number in ("", part.notebook)]
+    found = judge.corrected([verdict(source, part) for part in parts])
+    if source.name != "cpu":
+        return found
+    theirs = {v.part.id: v for v in verdicts(reference)} if reference else {}
+    return [judge.replicated(v, theirs.get(v.part.id)) for v in found]
+
+
+def verdict(source: Stored | Archived, part: Part) -> Verdict:
+    """The verdict on one part, before Holm's correction."""
+    here, name = part.at_profile(source.name), source.name
+    blank = Verdict(here, name, judge.NOT_RUN)
+    if part.kind == "exact":
+        return replace(blank, label=judge.EXACT if source.holds(part) else judge.FAILS)
+    if name == "smoke":
+        return replace(blank, label=judge.SMOKE)
+    if name not in part.n:
+        return pilot(part) if name == "study" and PILOT in part.n else replace(blank, note=_elsewhere(part))
     if part.kind == "ratio":
-        estimate, said = source.ratio(entry) if p.judged else (None, "")
-        return ratio(blank, estimate, said) if estimate else replace(blank, note=said or blank.note)
-    there, absent = source.finished(entry, _labels(part, p))
-    if absent:
-        return replace(blank, note=absent)
-    wanted = part.min_pairs or p.pairs
-    pairs = wanted if all(arm in there for arm in part.contrast_at(wanted)) else p.pairs
-    arms = [arm for arm in part.arms(pairs) if arm in there]
-    contrasted = {arm for at_size in part.contrasts(pairs) for arm in at_size} & there.keys()
-    images = None if part.images == "all" else part.images
-    as_fixed = all(there[arm].images == images for arm in contrasted)  # the number of images that the entry fixes
-    hashes = [stored for arm in arms for stored in there[arm].ledgers] if as_fixed else []
-    correct = {arm: np.stack([r.correct for r in of_arm.results]) for arm, of_arm in there.items()}
-    classes = next((there[arm].classes for arm in part.controls(pairs) if arm in there), 0)
-    judged = judge(entry, correct, p.name, pairs, classes, hashes=hashes)
-    names = sorted(r.hash for arm in arms for r in there[arm].results) if judged.estimate else []
-    return replace(judged, runs=tuple(names))
+        estimate, said = source.ratio(part)
+        return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said)
+    fixed, found = source.ledger, {}
+    for arm in here.arms:
+        recipe = fixed.recipe(part, name, arm)
+        wanted = min(part.n[name], recipe["n"])
+        if arm in here.contrast and wanted < part.n[name]:
+            raise UsageError(
+                f"the ledger fixes n = {part.n[name]} of part {part.id}, and {wanted} seeds of its arm {arm!r}"
+            )
+        runs, absent = source.runs(part.notebook, arm)
+        if len(runs) < wanted:
+            return replace(blank, note=absent or f"{len(runs)} of {wanted} seeds of {arm}")
+        found[arm] = runs[:wanted]
+        if stale := _stale(part, arm, found[arm], fixed.hash(part, name), recipe["record"], name in COMMITTED):
+            return replace(blank, note=stale)
+    correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
+    recipes = {arm: fixed.recipe(part, name, arm) for arm in here.contrast}
+    tried = source.tried
+    judged = judge.judge(
+        here, name, correct, next(iter(recipes.values()))["classes"],
+        {arm: bracketed(recipe["rates"], tried) for arm, recipe in recipes.items()} if name in CHECKED else {},
+    )  # fmt: skip
+    return replace(judged, runs=tuple(sorted(run.result.hash for runs in found.values() for run in runs)))
 
 
-def _labels(part: Part, p: Profile) -> list[str]:
-    """Every arm that a verdict may read: at the profile's number of pairs, and at the fewest that the part asks for."""
-    labels = [arm for pairs in (p.pairs, part.min_pairs or p.pairs) for arm in (*part.arms(pairs), part.parent) if arm]
-    return list(dict.fromkeys(labels))
+def pilot(part: Part) -> Verdict:
+    """The first study's estimate under today's labels: its rules were others, and it decides nothing."""
+    here, archive = part.at_profile(PILOT), first_study()
+    there = archive.results(part.notebook)
+    correct = {arm: np.stack([r.correct for r in there[arm]]) for arm in here.contrast}
+    first = archive.record(there[next(iter(here.contrast))][0].hash)
+    judged = judge.judge(replace(here, checks=(), primary=False), PILOT, correct, first["model"]["num_classes"], {})
+    names = tuple(sorted(r.hash for arm in here.contrast for r in there[arm]))
+    return replace(judged, profile="study", source=PILOT, note="of the pilot: one rate of three tried", runs=names)
+
+
+@functools.cache
+def first_study() -> Archive:
+    return Archive(paths.REFERENCE / PILOT)
+
+
+def _stale(part: Part, arm: str, runs: Sequence[Evidence], fixed: str, record: str, committed: bool) -> str:
+    """Why these runs were not made under the ledger as it is now, or ""."""
+    if any(run.record != record for run in runs):
+        return f"{arm} was trained by another recipe than the ledger's"
+    members = [member for run in runs for member in run.family]
+    if any(member.ledger.get(part.id) != fixed for member in members):
+        return f"the runs of {arm} were not made under this entry of the ledger"
+    if committed and any(str(member.about["commit"]).endswith("+") for member in members):
+        return f"runs of {arm} were made from a tree with uncommitted changes"
+    return ""
+
+
+def _elsewhere(part: Part) -> str:
+    if not part.n:
+        return ""
+    return (
+        "needs a GPU"
+        if part.device == "cuda"
+        else f"measured at profile {' and '.join(n for n in part.n if n != PILOT)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- tuning
+
+
+def tried(profile: str) -> dict[str, dict[float, dict[int, float]]]:
+    """The curves that learning rates were chosen from: name -> rate -> seed -> validation top-1, as they were committed."""
+    path = paths.REFERENCE / ("study" if profile == "cpu" else profile) / "tuning.csv"
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
+        seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
+        found.setdefault(row["rate_of"], {})[row["lr"]] = {s: value for s, value in seeds.items() if not pd.isna(value)}
+    return found
+
+
+def bracketed(rates: Mapping[str, float], curves: Mapping[str, Mapping[float, Mapping[int, float]]]) -> bool:
+    """Whether each rate is the middle of the flat part of its curve, and a rate was tried on each side of that."""
+
+    def holds(name: str, lr: float) -> bool:
+        curve = curves.get(name)
+        flat = flat_part(curve) if curve else ()
+        return bool(curve) and math.isclose(middle(flat), lr) and min(curve) < flat[0] and flat[-1] < max(curve)
+
+    return all(holds(name, lr) for name, lr in rates.items())
 
 
 # ---------------------------------------------------------------------------------------------------- the run store
@@ -84,30 +160,49 @@ class Stored:
     """What the run store and the benchmarks of this checkout have at a profile."""
 
     profile: Profile
+    ledger: Ledger = field(default_factory=ledger)
+    _experiments: dict[str, Experiment] = field(default_factory=dict, repr=False)
 
-    def finished(self, part: Part, labels: Collection[str]) -> tuple[dict[str, Finished], str]:
-        """Those of a part's arms whose seeds are all finished, or why there can be none."""
+    @property
+    def name(self) -> str:
+        return self.profile.name
+
+    @functools.cached_property
+    def tried(self) -> dict:
+        return tried(self.name)
+
+    def holds(self, part: Part) -> bool:
+        from lab.claims import exact
+
+        return exact.holds(part)
+
+    def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
+        """The finished runs of an arm up to the first seed that is missing, and why there can be none."""
         from lab.data.published import DataAbsent
-        from lab.experiments.catalogue import experiment, notebook
         from lab.runs import store
 
-        shown = notebook(part.notebook)
-        if shown.arms_at(self.profile) is None:
-            return {}, ""
         try:
-            setting = experiment(shown, self.profile)
+            setting = self._experiment(number)
         except DataAbsent as fault:
-            return {}, str(fault)
-        known_arms(part, setting)
-        there, files = {}, {}
-        for arm, results in setting.finished(labels).results.items():
-            members = {member: store.find(member) for spec in setting.seeds_of(arm) for member in spec.family()}
-            whole = {spec: result for spec, result in members.items() if result is not None}
-            files |= {spec: result.files for spec, result in whole.items()}
-            spec = setting.arms[arm].spec
-            there[arm] = Finished(results, spec.images, spec.model.num_classes, [r.ledger for r in whole.values()])
+            return [], str(fault)
+        found, files = [], {}
+        for spec in setting.seeds_of(label) if label in setting.arms else ():
+            family = {member: store.find(member) for member in spec.family()}
+            if family[spec] is None:
+                break
+            record = record_hash([member.record() for member in family])
+            results = [result for result in family.values() if result is not None]
+            files |= {member: result.files for member, result in family.items() if result is not None}
+            found.append(Evidence(family[spec], record, results, spec.record()["data_checksum"]))
         store.warn_of_other_files(files)
-        return there, ""
+        return found, ""
+
+    def _experiment(self, number: str) -> Experiment:
+        from lab.experiments.catalogue import experiment, notebook
+
+        if number not in self._experiments:
+            self._experiments[number] = experiment(notebook(number), self.profile)
+        return self._experiments[number]
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
         """The estimate of the logarithm, and its device and case; or none, and why it cannot be measured."""
@@ -115,72 +210,53 @@ class Stored:
         from lab.data.published import DataAbsent
 
         try:
-            rows = cases.evidence(self.profile, part, part_hash(part.entry(self.profile.name)))
+            rows = cases.evidence(self.profile, part, self.ledger.hash(part, self.name))
         except DataAbsent as fault:
             return None, str(fault)
         if not rows:
-            return None, ""
+            return None, "needs a GPU" if part.device == "cuda" else ""
         seconds = {arm: np.log([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
         return over_seeds(difference(seconds, part.contrast)), f"{rows[0]['device']}, {rows[0]['case']}"
 
 
-def known_arms(part: Part, setting: Experiment) -> None:
-    """Raises UsageError where a part names an arm that its notebook does not have, at a profile that has every arm."""
-    p, there = setting.profile, part.at_profile(setting.profile.name)
-    if p.every_arm and (p.paper or (setting.arms and part.scope != "imagenet")):
-        named = [] if p.paper else [*there.contrast, there.control]  # 18x3 is 12x3 at 36 pairs, but no arm itself
-        for label in [*filter(None, named), *_labels(there, replace(p, pairs=max(p.pairs, part.min_pairs)))]:
-            if label not in setting.arms:
-                raise unknown(
-                    f"arm of notebook {setting.notebook.file} in ledger entry {part.id}:", label, setting.arms
-                )
+def read_by(part: Part, setting: Experiment) -> list[RunSpec]:
+    """The runs that the verdict on a part is read from, each arm with the seeds that it needs, seeds outermost."""
+    from lab.experiments.catalogue import in_order
+
+    p, here = setting.profile, part.at_profile(setting.profile.name)
+    n = part.n.get(p.name, 0)
+    arms = [setting.arms[label] for label in here.arms if label in setting.arms]
+    return in_order([replace(arm, n=min(n, arm.n or n)) for arm in arms], p.seeds)
 
 
-def part_specs(parts: Sequence[Part], profile: Profile) -> list[RunSpec]:
-    """The runs that the verdicts on these parts are read from, part by part, seeds outermost.
+def part_specs(parts: Sequence[Part], p: Profile) -> list[RunSpec]:
+    """The runs that the verdicts on these parts are read from, part by part.
 
     Raises UsageError for a part that has no runs at this profile.
     """
-    from lab.experiments.catalogue import experiment, in_order, notebook
+    from lab.experiments.catalogue import experiment, notebook
 
     specs: dict[RunSpec, None] = {}
     for part in parts:
         shown = notebook(part.notebook)
-        has_runs = part.belongs(profile.name) and shown.arms_at(profile)
-        read = _read(part, experiment(shown, profile)) if has_runs else []
+        read = read_by(part, experiment(shown, p)) if shown.arms_at(p) else []
         if not read:
-            raise UsageError(f"part {part.id} has no runs at profile {profile.name}")
-        specs |= dict.fromkeys(in_order(read, profile.seeds))
+            raise UsageError(f"part {part.id} has no runs at profile {p.name}")
+        specs |= dict.fromkeys(read)
     return list(specs)
 
 
-def queue(experiments: Sequence[Experiment]) -> list[RunSpec]:
-    """The runs of several experiments of one profile, each once, seeds outermost.
-
-    Where every arm is run, which takes hours: what each part of a claim reads, the cheapest part first, then the rest,
-    so that a stop leaves whole verdicts.
+def queue(settings: Sequence[Experiment]) -> list[RunSpec]:
+    """The runs of several experiments of one profile, each once: what the primary parts read, then what the others do, then
+    the rest; part by part, so that a stop leaves whole verdicts.
     """
-    from lab.cost.plan import formula_seconds
     from lab.experiments.catalogue import in_order
 
-    if not experiments:
-        return []
-    p, rest = experiments[0].profile, [arm.spec for one in experiments for arm in one.arms.values()]
-    blocks = [
-        _read(part, one)
-        for one in experiments if p.every_arm
-        for part in ledger().values() if part.notebook == one.notebook.number and part.belongs(p.name)
-    ]  # fmt: skip
-    blocks.sort(key=lambda specs: sum(formula_seconds(spec) for spec in {m for spec in specs for m in spec.family()}))
-    return list(dict.fromkeys(spec for block in (*blocks, rest) for spec in in_order(block, p.seeds)))
-
-
-def _read(part: Part, setting: Experiment) -> list[RunSpec]:
-    """The runs, without seeds, that the verdict on a part is read from."""
-    p = setting.profile
-    there = part.at_profile(p.name)
-    labels = dict.fromkeys([*there.arms(max(p.pairs, there.min_pairs)), there.parent])
-    return [setting.arms[label].spec for label in labels if label in setting.arms]
+    by_number = {setting.notebook.number: setting for setting in settings}
+    parts = sorted(ledger().parts.values(), key=lambda part: not part.primary)
+    read = [spec for part in parts if part.notebook in by_number for spec in read_by(part, by_number[part.notebook])]
+    rest = [arm for setting in settings for arm in setting.arms.values()]
+    return list(dict.fromkeys([*read, *(in_order(rest, settings[0].profile.seeds) if settings else ())]))
 
 
 # ---------------------------------------------------------------------------------------------------- an archive
@@ -188,40 +264,63 @@ def _read(part: Part, setting: Experiment) -> list[RunSpec]:
 
 @dataclass(frozen=True)
 class Archived:
-    """A study as it was kept: `runs.jsonl`, `arms.csv` (which run is which arm), its ledger and its claims table.
-
-    Runs are found by the hashes of that study, never by those of today's configurations.
-    """
+    """A study as it was kept: `runs.jsonl`, `arms.csv` (which run is which arm), its claims table and tuning curves."""
 
     folder: Path
-    profile: Profile
+    name: str = "study"
+    ledger: Ledger = field(default_factory=ledger)
 
     @functools.cached_property
     def archive(self) -> Archive:
         return Archive(self.folder)
 
     @functools.cached_property
+    def tried(self) -> dict:
+        return tried(self.name)
+
+    @functools.cached_property
     def claims(self) -> pd.DataFrame:
         """The claims table as it was committed, by part."""
         return pd.read_csv(self.folder / "claims.csv", dtype={"notebook": str, "runs": str}, index_col="part")
 
-    def parts(self) -> list[Part]:
-        """The ledger that the study was judged under."""
-        return list(ledger(self.folder / "claims.toml").values())
+    def holds(self, part: Part) -> bool:
+        """As it was counted when the study was written."""
+        return part.id in self.claims.index and self.claims.loc[part.id, "label"] == judge.EXACT
 
-    def finished(self, part: Part, labels: Collection[str]) -> tuple[dict[str, Finished], str]:
-        there, archive = {}, self.archive
-        for arm, results in archive.results(part.notebook).items():
-            if arm in labels:
-                spec = archive.record(results[0].hash)
-                ledgers = [member.ledger for result in results for member in archive.family(result.hash)]
-                there[arm] = Finished(results, spec["images"], spec["model"]["num_classes"], ledgers)
-        return there, ""
+    def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
+        return [
+            Evidence(
+                result, record_hash([self.archive.record(member.hash) for member in family]), family,
+                self.archive.record(result.hash)["data_checksum"],
+            )
+            for result in self.archive.results(number).get(label, ()) for family in [self.archive.family(result.hash)]
+        ], ""  # fmt: skip
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
-        """Timings were not kept, only their mean, standard deviation and number in the claims table: t is over those."""
-        row = self.claims.loc[part.id]
+        """Timings are not kept, only their mean, standard deviation and number in the claims table: t is over those."""
+        row = self.claims.loc[part.id] if part.id in self.claims.index else {"ours": math.nan}
         if pd.isna(row["ours"]):
-            return None, ""
+            return None, "needs a GPU" if part.device == "cuda" else ""
         estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
         return estimate, row["note"].removeprefix("on ")
+
+
+def reference() -> Archived | None:
+    """The committed second study, where there is one."""
+    folder = paths.REFERENCE / "study"
+    return Archived(folder) if (folder / "runs.jsonl").is_file() else None
+
+
+def trace(source: Stored | Archived, part: Part) -> pd.DataFrame:
+    """From a verdict to its runs: arm, seed by seed, with rates, run hash, commit, start, the ledger's hash and the data's."""
+    here, rows = part.at_profile(source.name), []
+    for arm in here.arms:
+        rates = source.ledger.recipe(part, source.name, arm)["rates"]
+        for run in source.runs(part.notebook, arm)[0]:
+            about, stored = run.result.about, run.result.ledger.get(part.id, "")
+            rows.append({
+                "arm": arm, "top1": run.result.metrics["top1"], "rates": " ".join(f"{lr:g}" for lr in rates.values()),
+                "run": run.result.hash, "commit": about["commit"], "began": about.get("began", about["date"]),
+                "ledger": stored, "as now": stored == source.ledger.hash(part, source.name), "data": run.data,
+            })  # fmt: skip
+    return pd.DataFrame(rows)

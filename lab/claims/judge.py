@@ -1,4 +1,4 @@
-"""How a claim is judged: the label of a part, the stance of a claim.
+"""How a claim is judged: the label of a part, and what a claim's parts say together.
 
 What is judged is fixed beforehand in the ledger (`lab.claims.ledger`, `outputs/paper/claims.toml`).
 """
@@ -6,111 +6,100 @@ What is judged is fixed beforehand in the ledger (`lab.claims.ledger`, `outputs/
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from lab.claims import statistics
-from lab.claims.ledger import PROFILES, Part, ledger, part_hash
-from lab.claims.statistics import Estimate, difference, interval
-from vitlib.errors import UsageError, unknown
+from lab.claims.ledger import PILOT, Check, Part
+from vitlib.stats import Estimate, difference, interval
 
-# The labels of a part.
-SAME, OPPOSITE = "same direction", "opposite direction"
-EQUIVALENT, DIFFERENT = "equivalent within m", "different by more than m"
-NOT_INFERIOR, INFERIOR = "not inferior by m", "inferior by more than m"
-EXACT, FAILS = "exact", "fails"
-INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
-OUT_OF_SCOPE, SMOKE = "out of scope at this scale", "not judged at smoke"
+# The labels of a part; three kinds of them carry numbers.
+SAME, OPPOSITE, LEVEL, NOT_WORSE = "same direction", "opposite direction", "level within", "not worse by"
+DIFFERENT, BETTER, WORSE = "different by", "better by", "worse by"
+EXACT, FAILS, UNDECIDED, NOT_RUN = "exact", "fails", "undecided", "not run"
+CHECK_FAILED, OUT_OF_SCOPE, SMOKE = "check failed", "out of scope at this scale", "not judged at smoke"
+AGREES, OUTSIDE, NO_REFERENCE = "as the reference", "outside the reference's prediction", "no reference yet"
 
-PREDICTED = {
-    "exact": EXACT, "superiority": SAME, "slope": SAME, "ratio": SAME, "equivalence": EQUIVALENT,
-    "non-inferiority": NOT_INFERIOR,
-}  # fmt: skip
+PREDICTED = {"exact": EXACT, "superiority": SAME, "ratio": SAME, "equivalence": LEVEL, "non-inferiority": NOT_WORSE}
+# What a claim's parts say together, below ImageNet's scale and there.
+HELD, NOT_HELD, OPEN = "held here", "did not hold here", "undecided here"
+EXPLORATORY, COUNTED = "exploratory", "counted"
+AT_IMAGENET = {HELD: "supports", NOT_HELD: "contradicts", OPEN: "open"}
+MARGINS = (0.3, 0.5, 1.0, 1.5)  # of the table that shows how labels move
 
 
-def superiority(estimate: Estimate, m: float | None) -> str:
-    """Also the label of a slope and of the logarithm of a ratio, both compared with 0; m None = no equivalence."""
+def label(part: Part, estimate: Estimate, m: float | None = None) -> str:
+    """The label of an estimate (of a ratio, of its logarithm) by the part's kind of test, at margin m (None: the part's)."""
+    m = part.margin if m is None else m
     low, high = estimate.bounds(0.95)
+    level = m is not None and statistics.tightest(estimate) < m
+    if part.kind in ("superiority", "ratio"):
+        if low > 0 or high < 0:
+            return SAME if low > 0 else OPPOSITE
+        return f"{LEVEL} {m:g}" if level else UNDECIDED
+    if part.kind == "non-inferiority":
+        if estimate.bounds(0.90)[0] > -m:
+            return f"{NOT_WORSE} {m:g}"
+        return f"{WORSE} {-high:.2f} to {-low:.2f}" if high < 0 else UNDECIDED
+    if level:
+        return f"{LEVEL} {m:g}"
     if low > 0:
-        return SAME
+        return f"{DIFFERENT if part.contrary == 'both' else BETTER} {low:.2f} to {high:.2f}"
     if high < 0:
-        return OPPOSITE
-    return EQUIVALENT if m is not None and _inside(estimate, m) else INCONCLUSIVE
+        return f"{DIFFERENT if part.contrary == 'both' else WORSE} {-high:.2f} to {-low:.2f}"
+    return UNDECIDED
 
 
-def equivalence(estimate: Estimate, m: float) -> str:
-    low, high = estimate.bounds(0.95)
-    if _inside(estimate, m):
-        return EQUIVALENT
-    return DIFFERENT if low > m or high < -m else INCONCLUSIVE
+def is_predicted(part: Part, word: str) -> bool:
+    return word.startswith(PREDICTED[part.kind])
 
 
-def non_inferiority(estimate: Estimate, m: float) -> str:
-    if estimate.bounds(0.90)[0] > -m:
-        return NOT_INFERIOR
-    return INFERIOR if estimate.bounds(0.95)[1] < -m else INCONCLUSIVE
+def is_contrary(part: Part, word: str) -> bool:
+    return word.startswith((OPPOSITE, DIFFERENT, WORSE, FAILS))
 
 
-def _inside(estimate: Estimate, m: float) -> bool:
-    """Two one-sided tests at 5 % each."""
-    low, high = estimate.bounds(0.90)
-    return -m < low and high < m
+def outcome(part: Part, word: str) -> str:
+    """Which of a part's sentences a label calls for: predicted, contrary, level, undecided; "" where nothing was judged."""
+    if is_predicted(part, word):
+        return "predicted"
+    if is_contrary(part, word):
+        return "contrary"
+    return "level" if word.startswith(LEVEL) else "undecided" if word.startswith((UNDECIDED, BETTER)) else ""
 
 
-LABELS: dict[str, Callable[[Estimate, float | None], str]] = {
-    "superiority": superiority, "slope": superiority, "ratio": superiority, "equivalence": equivalence,
-    "non-inferiority": non_inferiority,
-}  # fmt: skip
-
-
-def above(correct: Mapping[str, np.ndarray], a: str, b: str, bound: float) -> bool:
-    """The 95 % interval of a - b lies above `bound` points."""
-    return interval(difference(correct, {a: 1.0, b: -1.0})).low > bound
-
-
-def run_checks(
-    part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int
-) -> dict[str, bool]:
-    """Check -> passed, for the checks that apply at this profile; `part` as it is there."""
-
-    def control_learned() -> bool:  # at least twice chance, and an error of at least 5 %: neither floor nor ceiling
-        return all(2 / num_classes <= correct[arm].mean() <= 0.95 for arm in part.controls(pairs))
-
-    checks: dict[str, Callable[[], bool]] = {
-        "control learned": control_learned,
-        "full beats head": lambda: above(correct, *part.check_arms("full beats head"), part.margin),
-        "pre-training helps": lambda: above(correct, *part.check_arms("pre-training helps"), 0.0),
-    }
-    applying = [name for name in part.checks if not (name == "control learned" and profile == "imagenet")]
-    return {name: bool(checks[name]()) for name in applying}
+def passes(check: Check, correct: Mapping[str, np.ndarray]) -> bool:
+    """Whether a check's contrast lies above its bound, over the seeds that all its arms have."""
+    n = min(len(correct[arm]) for arm in check.contrast)
+    estimate = interval(difference({arm: correct[arm][:n] for arm in check.contrast}, check.contrast))
+    return estimate.bounds(0.95 if check.above == 0 else 0.90)[0] > check.above
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What is said about one part at one profile."""
 
-    part: Part
+    part: Part  # as it is at the profile
     profile: str
-    contrast: str  # in the arms of this scale
-    word: str
-    stance: str = "open"  # supports | contradicts | open
-    reproduction: str = ""  # "reproduced" | "not reproduced", at profile imagenet only
+    label: str
     estimate: Estimate | None = None
-    margin: float | None = None
-    p: float | None = None
-    checks: dict[str, bool] = field(default_factory=dict)
-    smallest_visible: float | None = None  # points, or a ratio
-    seeds_needed: int | str | None = None
+    p: float | None = None  # of the predicted label
+    p_holm: float | None = None  # over the primary parts
+    checks: Mapping[str, bool] = field(default_factory=dict)
     note: str = ""
     runs: tuple[str, ...] = ()  # the hashes of the runs that it was read from
+    source: str = ""  # "pilot" where the second study has no runs
 
     @property
-    def text(self) -> str:
-        """The label, with what only profile imagenet may add."""
-        return f"{self.word} ({self.reproduction})" if self.reproduction else self.word
+    def contrast(self) -> str:
+        """ "a - b", "a - b - c + d"."""
+        words = [
+            f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):.3g} '}{a}"
+            for a, c in self.part.contrast.items()
+        ]
+        return " ".join(words).removeprefix("+ ") if self.part.kind != "exact" else ""
 
     @property
     def ours(self) -> tuple[float, float, float] | None:
@@ -120,185 +109,180 @@ class Verdict:
         values = (self.estimate.mean, self.estimate.low, self.estimate.high)
         return tuple(map(math.exp, values)) if self.part.kind == "ratio" else values
 
+    @property
+    def contains_paper(self) -> str:
+        """Whether our interval contains the paper's value: yes, no, or too wide to say (it would contain a difference of 2 m)."""
+        if self.ours is None or self.part.paper is None:
+            return ""
+        slack = (
+            statistics.CHART_ERROR if self.part.paper_confidence == "read-chart" and self.part.kind != "ratio" else 0.0
+        )
+        _, low, high = self.ours
+        if not low - slack <= self.part.paper <= high + slack:
+            return "no"
+        return "too wide to say" if self.part.margin and high - low > 2 * self.part.margin else "yes"
+
+    @property
+    def times_paper(self) -> float | None:
+        """Our difference over the paper's, where one was found: a ratio of 10 is a warning about the scale."""
+        found = self.label.startswith((SAME, OPPOSITE, DIFFERENT, BETTER, WORSE)) and self.part.kind != "ratio"
+        return self.estimate.mean / self.part.paper if found and self.part.paper else None
+
+    @property
+    def smallest_visible(self) -> float | None:
+        """The smallest difference (or ratio) that these runs could have seen, with a power of 80 %."""
+        if self.estimate is None:
+            return None
+        seen = statistics.smallest_visible(self.estimate)
+        return math.exp(seen) if self.part.kind == "ratio" else seen
+
+    @property
+    def seeds_needed(self) -> int | str | None:
+        """The fewest seeds at which the paper's difference would be seen."""
+        if self.estimate is None or not self.part.paper or self.part.kind == "ratio":
+            return None
+        return statistics.seeds_needed(self.estimate, self.part.paper)
+
+    @property
+    def sentence(self) -> str:
+        """The ledger's sentence for this outcome."""
+        return self.part.says.get(outcome(self.part, self.label), "")
+
 
 def judge(
-    part: Part, correct: Mapping[str, np.ndarray], profile: str, pairs: int, num_classes: int, *,
-    hashes: Iterable[Mapping[str, str]] = (), holds: bool | None = None, device: str = "",
-) -> Verdict:  # fmt: skip
-    """The verdict on one part.
+    part: Part,
+    profile: str,
+    correct: Mapping[str, np.ndarray],
+    classes: int,
+    bracketed: Mapping[str, bool],
+    note: str = "",
+) -> Verdict:
+    """The verdict on a part that is measured in points, before Holm's correction.
 
-    correct: arm -> (S, N) bool, or for a ratio arm -> (restarts,) seconds or MB. pairs: of the models compared, which
-    picks the arms of a contrast over layers. hashes: the ledger's hashes that each run stored; without them a trained
-    part reads `not run`. holds: the outcome of an exact part. device: named beside a ratio.
+    part: as it is at the profile. correct: arm -> (S, N) bool of the part's own seeds; an arm of a check may have fewer.
+    bracketed: arm -> whether its rate has a worse one on each side; arms that were not tuned are absent.
     """
-    if profile not in PROFILES:
-        raise unknown("profile", profile, PROFILES)
-    key, fixed, part = part.key(profile), part_hash(part.entry(profile)), part.at_profile(profile)
-    contrast = {} if part.kind == "exact" else part.contrast_at(pairs)
-    blank = Verdict(part, profile, _text(contrast), NOT_RUN, margin=part.margin)
-    if part.kind == "exact":
-        return blank if holds is None else _with_stance(replace(blank, word=EXACT if holds else FAILS))
-    if profile == "smoke":
-        return replace(blank, word=SMOKE)
+    estimate = interval(difference({arm: correct[arm] for arm in part.contrast}, part.contrast))
+    # Neither floor nor ceiling: at least twice chance, an error of at least 5 %. ImageNet's models are what they are.
+    learned = profile == "imagenet" or all(2 / classes <= correct[arm].mean() <= 0.95 for arm in part.contrast)
+    checks = {"learned": learned} | {f"rate of {arm} bracketed": held for arm, held in bracketed.items()}
+    checks |= {check.name: passes(check, correct) for check in part.checks}
+    failed = [name for name, passed in checks.items() if not passed]
+    word = label(part, estimate)
+    if profile in part.out_of_scope:
+        word = OUT_OF_SCOPE
+    elif failed:
+        word = f"{CHECK_FAILED}: {', '.join(failed)}"
+    p = statistics.p_value(part.kind, estimate, part.margin)
+    return Verdict(part, profile, word, estimate, p, None, checks, note)
 
-    in_scope = (part.scope != "imagenet" or profile == "imagenet") and pairs >= part.min_pairs
-    missing = _missing(part, correct, pairs, in_scope) or _stale(key, fixed, list(hashes))
-    if missing:
-        return replace(blank, note=missing)
-    if part.kind == "ratio":
-        if not device:
-            raise UsageError(f"part {part.id} is a ratio of times or memory: the device must be named")
-        estimate = statistics.over_seeds(difference({arm: np.log(correct[arm]) for arm in contrast}, contrast))
-        return ratio(blank, estimate, device)
-    if part.kind == "slope":
-        points = [100 * difference(correct, at_size).mean(axis=1) for at_size in part.contrasts(pairs)]
-        estimate = statistics.slope(np.stack(points, axis=1), part.sizes)
+
+def ratio(part: Part, profile: str, estimate: Estimate, device: str) -> Verdict:
+    """The verdict on a ratio of times from the estimate of its logarithm."""
+    p = statistics.p_value(part.kind, estimate, None)
+    return Verdict(part, profile, label(part, estimate), estimate, p, note=f"on {device}")
+
+
+def replicated(verdict: Verdict, reference: Verdict | None) -> Verdict:
+    """A reader's own estimate beside the reference's: inside of its prediction interval or not; no label of its own."""
+    if verdict.estimate is None:
+        return verdict
+    if reference is None or reference.estimate is None or reference.source == PILOT:
+        return replace(verdict, label=NO_REFERENCE)
+    low, high = statistics.prediction(reference.estimate, verdict.estimate.n)
+    inside = low <= verdict.estimate.mean <= high
+    note = f"the reference, {reference.estimate.mean:+.2f}, predicts {low:+.2f} to {high:+.2f} for {verdict.estimate.n} seeds"
+    return replace(verdict, label=AGREES if inside else OUTSIDE, note=note)
+
+
+def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """With Holm's correction over all primary parts: one that is not run or failed a check counts as p = 1.
+
+    A primary part keeps its predicted label only if its corrected p is at most 0.05.
+    """
+    primary = [v for v in verdicts if v.part.primary]
+    there = [v.p if outcome(v.part, v.label) and v.p is not None else 1.0 for v in primary]
+    adjusted = {v.part.id: float(q) for v, q in zip(primary, statistics.holm(there), strict=True)}
+    result = []
+    for v in verdicts:
+        if v.part.id in adjusted and v.estimate is not None:
+            v = replace(v, p_holm=adjusted[v.part.id])
+            if is_predicted(v.part, v.label) and v.p_holm > 0.05:
+                v = replace(v, label=UNDECIDED, note=f"{v.label} without Holm's correction")
+        result.append(v)
+    return result
+
+
+def claim_verdict(verdicts: Sequence[Verdict]) -> str:
+    """What all parts of one claim say together at one profile.
+
+    A contrary label counts after Holm's correction within the claim, over its parts' two-sided p against 0.
+    """
+    trained = [v for v in verdicts if v.part.kind != "exact"]
+    if not trained:
+        return COUNTED
+    if not any(v.part.primary for v in trained):
+        return EXPLORATORY
+    mine = [v for v in trained if v.source != PILOT and v.label != OUT_OF_SCOPE]
+    against = [_two_sided(v) if is_contrary(v.part, v.label) else 1.0 for v in mine]
+    if any(q <= 0.05 for q in statistics.holm(against)):
+        word = NOT_HELD
+    elif mine and all(is_predicted(v.part, v.label) for v in mine):
+        word = HELD
     else:
-        estimate = interval(difference(correct, contrast))
-    measured = replace(blank, estimate=estimate, note=_note(part, correct, pairs))
-    if not in_scope:
-        return replace(measured, word=OUT_OF_SCOPE)
-    return _concluded(replace(measured, checks=run_checks(part, correct, profile, pairs, num_classes)), part.paper)
+        word = OPEN
+    return AT_IMAGENET[word] if mine and mine[0].profile == "imagenet" else word
 
 
-def ratio(blank: Verdict, estimate: Estimate, device: str) -> Verdict:
-    """The verdict on a ratio of times or memory from the estimate of its logarithm."""
-    paper = blank.part.paper
-    verdict = _concluded(replace(blank, estimate=estimate, note=f"on {device}"), paper and math.log(paper))
-    return replace(verdict, smallest_visible=math.exp(verdict.smallest_visible))
+def _two_sided(verdict: Verdict) -> float:
+    return statistics.p_value("superiority", verdict.estimate, None)
 
 
-def _concluded(verdict: Verdict, paper: float | None) -> Verdict:
-    """With label, p, stance, and what would have been seen; the paper's value in the unit of the estimate."""
-    part, estimate = verdict.part, verdict.estimate
-    failed = [name for name, passed in verdict.checks.items() if not passed]
-    word = f"{INCONCLUSIVE} (check failed: {', '.join(failed)})" if failed else LABELS[part.kind](estimate, part.margin)
-    needed = statistics.seeds_needed(estimate, paper) if paper else None  # a difference of 0 cannot be seen
-    p, visible = statistics.p_value(part.kind, estimate, part.margin), statistics.smallest_visible(estimate)
-    return _with_stance(replace(verdict, word=word, p=p, smallest_visible=visible, seeds_needed=needed))
-
-
-def claim_stance(verdicts: Sequence[Verdict], entries: Mapping[str, Part] | None = None) -> str:
-    """`contradicts` if any part does, `supports` if all parts of the claim do, else `open (the open parts)`.
-
-    Parts that the ledger has and `verdicts` has not are open.
-    """
-    claims = {verdict.part.claim for verdict in verdicts}
-    if len(claims) != 1:
-        raise UsageError(f"the stance of one claim was asked for, with parts of {len(claims)}: {sorted(claims)}")
-    profile = verdicts[0].profile
-    parts = [part for part in (entries or ledger()).values() if part.claim in claims and part.belongs(profile)]
-    stances = {part.id: "open" for part in parts}
-    return stance_of(stances | {verdict.part.id: verdict.stance for verdict in verdicts})
-
-
-def stance_of(parts: Mapping[str, str]) -> str:
-    """What a claim's parts say together, from each part's stance."""
-    if "contradicts" in parts.values():
-        return "contradicts"
-    still_open = [id for id, stance in parts.items() if stance == "open"]
-    return f"open ({', '.join(still_open)})" if still_open else "supports"
-
-
-def verdict_table(verdicts: Sequence[Verdict], family: Sequence[Verdict] | None = None) -> pd.DataFrame:
-    """One row per verdict, numbers not rounded.
-
-    Holm's family is every non-exact part judged in one profile: pass all of them as `family` when the table shows
-    only some.
-    """
-    adjusted = {}
-    for profile in PROFILES:
-        judged = {v.part.id: v.p for v in (*(family or ()), *verdicts) if v.profile == profile and v.p is not None}
-        adjusted |= {(profile, id): q for id, q in zip(judged, statistics.holm(list(judged.values())), strict=True)}
-    return pd.DataFrame([_row(v, adjusted) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
+def moved(verdicts: Sequence[Verdict], margins: Sequence[float] = MARGINS) -> pd.DataFrame:
+    """How labels move: each measured part at several margins, before Holm's correction."""
+    margins = sorted({*margins})
+    measured = [v for v in verdicts if v.estimate is not None and v.part.margin is not None]
+    rows = [
+        {"part": v.part.id, "margin": v.part.margin, "tightest": statistics.tightest(v.estimate)}
+        | {f"at {m:g}": label(v.part, v.estimate, m) for m in margins}
+        for v in measured
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["part", "margin", "tightest", *(f"at {m:g}" for m in margins)])
 
 
 # Columns of the claims table. sd, seed_se, image_se: in points, of a ratio of its logarithm.
-COLUMNS = dict.fromkeys(("part", "claim", "title", "notebook", "contrast", "test"), object) | {
+COLUMNS = dict.fromkeys(("part", "claim", "title", "notebook", "primary", "contrast", "test"), object) | {
     "n": "Int64", "test_images": "Int64",
     **dict.fromkeys(("ours", "sd", "low", "high", "seed_se", "image_se", "paired_low", "paired_high", "paper"), float),
-    "paper_source": object, "paper_confidence": object,
-    **dict.fromkeys(("margin", "p", "p_holm"), float),
-    **dict.fromkeys(("checks", "verdict", "stance"), object),
+    **dict.fromkeys(("paper_source", "paper_confidence", "contains_paper"), object),
+    **dict.fromkeys(("times_paper", "margin", "tightest", "p", "p_holm"), float),
+    **dict.fromkeys(("checks", "label", "says"), object),
     "smallest_visible": float, "seeds_needed": object,  # a number or words
-    "note": object, "runs": object,
+    **dict.fromkeys(("power", "note", "source", "runs"), object),
 }  # fmt: skip
 
 
-def _row(v: Verdict, adjusted: Mapping[tuple[str, str], float]) -> dict[str, object]:
+def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per verdict, numbers not rounded."""
+    return pd.DataFrame([_row(v) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def _row(v: Verdict) -> dict[str, object]:
     part, e = v.part, v.estimate
     row = {
-        "part": part.id, "claim": part.claim, "title": part.title, "notebook": part.notebook, "contrast": v.contrast,
-        "test": part.kind, "paper": part.paper, "paper_source": part.paper_source,
-        "paper_confidence": part.paper_confidence, "margin": v.margin, "p": v.p, "p_holm": adjusted.get((v.profile, part.id)),
+        "part": part.id, "claim": part.claim, "title": part.title, "notebook": part.notebook, "primary": part.primary,
+        "contrast": v.contrast, "test": part.kind, "paper": part.paper, "paper_source": part.paper_source,
+        "paper_confidence": part.paper_confidence, "contains_paper": v.contains_paper, "times_paper": v.times_paper,
+        "margin": part.margin, "p": v.p, "p_holm": v.p_holm,
         "checks": "; ".join(f"{name}: {'passed' if passed else 'failed'}" for name, passed in v.checks.items()),
-        "verdict": v.text, "stance": v.stance, "smallest_visible": v.smallest_visible, "seeds_needed": v.seeds_needed,
-        "note": v.note, "runs": " ".join(v.runs),
+        "label": v.label, "says": v.sentence, "smallest_visible": v.smallest_visible, "seeds_needed": v.seeds_needed,
+        "power": part.power, "note": v.note, "source": v.source, "runs": " ".join(v.runs),
     }  # fmt: skip
     if e is None:
         return row
     mean, low, high = v.ours
     return row | {
         "n": e.n, "test_images": e.images if e.images > 1 else None, "ours": mean, "sd": e.sd, "low": low, "high": high,
-        "seed_se": math.sqrt(e.seed_term), "image_se": math.sqrt(e.image_term),
+        "seed_se": math.sqrt(e.seed_term), "image_se": math.sqrt(e.image_term), "tightest": statistics.tightest(e),
         "paired_low": e.paired[0], "paired_high": e.paired[1],
     }  # fmt: skip
-
-
-def _text(contrast: Mapping[str, float]) -> str:
-    """ "a - b", "a - b - c + d"."""
-    terms = [f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):g} '}{arm}" for arm, c in contrast.items()]
-    return " ".join(terms).removeprefix("+ ")
-
-
-def _missing(part: Part, correct: Mapping[str, np.ndarray], pairs: int, in_scope: bool) -> str:
-    """Which runs a part lacks, or ""."""
-    arms = part.arms(pairs) if in_scope else [arm for contrast in part.contrasts(pairs) for arm in contrast]
-    if absent := [arm for arm in arms if arm not in correct]:
-        return f"no runs of {', '.join(absent)}"
-    wrong = [f"{arm} {len(correct[arm])}" for arm in arms if len(correct[arm]) != part.n]
-    return f"the ledger fixes n = {part.n}, but there are {', '.join(wrong)}" if wrong else ""
-
-
-def _stale(key: str, fixed: str, hashes: Sequence[Mapping[str, str]]) -> str:
-    """Whether the runs stored another hash of the entry than it has now, or none."""
-    if not hashes or any(stored.get(key) != fixed for stored in hashes):
-        return "the runs were not made under this entry of the ledger: move outputs/runs away to make them again"
-    return ""
-
-
-def _note(part: Part, correct: Mapping[str, np.ndarray], pairs: int) -> str:
-    if part.parent is not None:
-        if part.parent not in correct:
-            return "adaptation to a new resolution (the low-resolution parent was not run)"
-        return "" if above(correct, "full", part.parent, 0.0) else "adaptation to a new resolution"
-    if part.sizes:
-        return f"the change of this difference from {part.sizes[0]} to {part.sizes[-1]}, a line on log2 a seed"
-    return f"at {pairs} pairs" if part.names_layers else ""
-
-
-def _with_stance(verdict: Verdict) -> Verdict:
-    part, word, paper = verdict.part, verdict.word, verdict.part.paper
-    stance = "open"
-    if word == PREDICTED[part.kind]:
-        stance = "supports"
-    elif word in (OPPOSITE, DIFFERENT, INFERIOR, FAILS):
-        stance = "contradicts"
-    elif word == EQUIVALENT and paper is not None and abs(paper) > verdict.margin:
-        stance = "contradicts"
-    verdict = replace(verdict, stance=stance)
-    return replace(verdict, reproduction=_reproduction(verdict))
-
-
-def _reproduction(verdict: Verdict) -> str:
-    """Only ImageNet can reproduce a number that was measured on ImageNet."""
-    part = verdict.part
-    if verdict.profile != "imagenet":
-        return ""
-    if verdict.stance == "contradicts":
-        return "not reproduced"
-    if verdict.stance != "supports" or part.paper is None or verdict.ours is None:
-        return ""
-    _, low, high = verdict.ours
-    slack = statistics.CHART_ERROR if part.paper_confidence == "read-chart" and part.kind != "ratio" else 0.0
-    return "reproduced" if low - slack <= part.paper <= high + slack else ""

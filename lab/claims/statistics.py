@@ -7,32 +7,17 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from scipy import stats
 
-from vitlib.errors import UsageError
-from vitlib.stats import Estimate, difference, interval, over_seeds
-
-__all__ = [
-    "Estimate", "difference", "holm", "interval", "over_seeds", "p_value", "prints_as", "seeds_needed", "slope",
-    "smallest_visible",
-]  # fmt: skip
+from vitlib.stats import Estimate
 
 UNREACHABLE = "not reachable with this test set"
 MOST_SEEDS = 2**40
 CHART_ERROR = 0.1  # points; how far a value read off one of the paper's charts may be wrong
-
-
-def slope(values: np.ndarray, sizes: Sequence[float], level: float = 0.95) -> Estimate:
-    """Change from the smallest to the largest size: values (S, K) in points at K sizes, a line on log2 per seed."""
-    values, x = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
-    if values.ndim != 2 or values.shape[1] != len(x) or len(set(x)) < 2:
-        raise UsageError(f"a slope needs values (seeds, sizes) at two or more sizes, not {values.shape} at {len(x)}")
-    centred = x - x.mean()
-    return over_seeds(values @ centred / (centred**2).sum() * np.ptp(x), level)
 
 
 def prints_as(value: float, printed: str) -> bool:
@@ -60,6 +45,50 @@ def holm(p: Sequence[float]) -> np.ndarray:
     from statsmodels.stats.multitest import multipletests
 
     return multipletests(p, method="holm")[1] if len(p) else np.array([])
+
+
+def tightest(estimate: Estimate) -> float:
+    """The smallest margin at which two one-sided tests at 5 % pass."""
+    return max(map(abs, estimate.bounds(0.90)))
+
+
+def prediction(estimate: Estimate, n: int) -> tuple[float, float]:
+    """Where the mean over n new seeds falls with 95 %, on the same test images: t with the estimate's seeds."""
+    half = stats.t.ppf(0.975, estimate.n - 1) * estimate.sd * math.sqrt(1 / estimate.n + 1 / n)
+    return float(estimate.mean - half), float(estimate.mean + half)
+
+
+def flat_part(top1: Mapping[float, Mapping[int, float]]) -> tuple[float, ...]:
+    """Of a curve of tuning, rate -> seed -> accuracy: the best rate of those with most seeds (of equals the lowest), and its
+    neighbours whose paired deficit to it lies within its standard error.
+    """
+    rates, most = sorted(top1), max(map(len, top1.values()))
+    best = max((lr for lr in rates if len(top1[lr]) == most), key=lambda lr: (np.mean([*top1[lr].values()]), -lr))
+
+    def level(lr: float) -> bool:
+        deficit = [top1[best][seed] - top1[lr][seed] for seed in top1[best].keys() & top1[lr].keys()]
+        return np.mean(deficit) <= np.std(deficit, ddof=1) / math.sqrt(len(deficit))
+
+    low = high = rates.index(best)
+    while low > 0 and level(rates[low - 1]):
+        low -= 1
+    while high + 1 < len(rates) and level(rates[high + 1]):
+        high += 1
+    return tuple(rates[low : high + 1])
+
+
+def middle(flat: Sequence[float]) -> float:
+    """The middle rate of a flat part; of two the lower."""
+    return flat[(len(flat) - 1) // 2]
+
+
+def power(paper: float, se: float, df: float, kind: str, m: float) -> float:
+    """The probability of the predicted label where the paper's own difference is true, at a standard error."""
+    if kind == "superiority":
+        return float(stats.nct.sf(stats.t.ppf(0.975, df), df, abs(paper) / se))
+    t = stats.t.ppf(0.95, df)
+    low, high = -m + t * se, math.inf if kind == "non-inferiority" else m - t * se
+    return max(float(stats.norm.cdf((high - paper) / se) - stats.norm.cdf((low - paper) / se)), 0.0)
 
 
 def smallest_visible(estimate: Estimate) -> float:

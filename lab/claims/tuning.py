@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lab.claims.statistics import flat_part, middle
+from lab.data.cards import source
 from lab.experiments import small
 from lab.experiments.catalogue import Arms
 from lab.experiments.profiles import Profile
@@ -23,6 +25,17 @@ from vitlib.errors import unknown
 SEEDS = tuple(FIRST_TUNING_SEED + i for i in range(4))
 FIRST = 2  # seeds that every rate has
 MOST = 9  # rates of one search: then its best is at an end, and its parts fail the check "rate bracketed"
+# Where the searches begin, from the pilot; a search that comes after another has the other's chosen rate, and these otherwise.
+START = {
+    "12x1+LS": 3e-3, "6x2+LS": 3e-3, "36x1+LS": 3e-3, "18x2+LS": 3e-3,
+    "12x1": 1e-3, "6x2": 1e-3, "36x1": 5e-4, "18x2": 1e-3,
+    "full": 2e-3, "attn": 4e-3, "ffn": 8e-3, "head": 1.6e-2, "fc1": 8e-3, "norm": 1.6e-2, "bias": 1.6e-2,
+    "digits 100 full": 3e-3, "digits 100 attn": 6e-3, "digits 100 scratch": 3e-3,
+    "linear supervised": 2e-3, "hmlp supervised": 2e-3, "conv supervised": 1e-3,
+    "linear masked": 2e-3, "hmlp masked": 2e-3, "conv masked": 2e-3,
+    "linear pretrained": 1e-3, "hmlp pretrained": 1e-3, "conv pretrained": 1e-3,
+    "linear scratch few": 1e-3, "linear pretrained few": 1e-3,
+}  # fmt: skip
 TOP1 = dict[float, dict[int, float]]  # rate -> seed -> validation top-1
 
 
@@ -102,7 +115,7 @@ def curve(start: float, primary: bool, look: Callable[[float, int], float | None
         flat = flat_part(top1)
         low, high = flat[0] == rates[0], flat[-1] == rates[-1]
         if not (low or high) or len(rates) >= MOST:
-            return Curve(top1, (), flat, flat[(len(flat) - 1) // 2], not (low or high))
+            return Curve(top1, (), flat, middle(flat), not (low or high))
         rates = [*([rates[0] / 2] if low else []), *rates, *([2 * rates[-1]] if high else [])]
 
 
@@ -110,26 +123,10 @@ def _absent(top1: TOP1) -> tuple[tuple[float, int], ...]:
     return tuple((lr, seed) for lr, of_lr in top1.items() for seed, value in of_lr.items() if value is None)
 
 
-def flat_part(top1: Mapping[float, Mapping[int, float]]) -> tuple[float, ...]:
-    """The best rate of those with most seeds (of equals the lowest), and its neighbours whose deficit is within its SE."""
-    rates, most = sorted(top1), max(map(len, top1.values()))
-    best = max((lr for lr in rates if len(top1[lr]) == most), key=lambda lr: (np.mean([*top1[lr].values()]), -lr))
-
-    def level(lr: float) -> bool:
-        deficit = [top1[best][seed] - top1[lr][seed] for seed in top1[best].keys() & top1[lr].keys()]
-        return np.mean(deficit) <= np.std(deficit, ddof=1) / np.sqrt(len(deficit))
-
-    low = high = rates.index(best)
-    while low > 0 and level(rates[low - 1]):
-        low -= 1
-    while high + 1 < len(rates) and level(rates[high + 1]):
-        high += 1
-    return tuple(rates[low : high + 1])
-
-
 def curves(p: Profile, wanted: Mapping[str, Search]) -> dict[str, tuple[Search, Profile, Curve]]:
     """Every search that can go on: those which it comes after are decided, and their rates are in its profile."""
     found: dict[str, tuple[Search, Profile, Curve]] = {}
+    p = replace(p, rates={name.replace("few", str(p.stems.few_labels)): lr for name, lr in START.items()})
     for name, one in wanted.items():
         before = found.get(one.after)
         if one.after and (before is None or before[2].chosen is None):
@@ -167,11 +164,16 @@ def table(p: Profile, wanted: Mapping[str, Search]) -> list[dict]:
 SHARES = (2, 4)  # of the images of `full` in the control of Thing 2: the one whose deficit is nearest to 2 m is taken
 
 
-def control_specs(p: Profile) -> dict[int, list[RunSpec]]:
-    """Images -> the runs of `full` on all and on fewer of them, at the chosen rates, on the tuning seeds."""
-    label, whole = "full, fewer steps", p.finetune_images or small.source(p.data).facts.sizes["train"]
-    classes = small.source(p.data).facts.num_classes
-    counts = [whole // share // classes * classes for share in SHARES]
-    arms = {n: {a.label: a.spec for a in small.resolution(replace(p, control_images=n))} for n in counts}
-    specs = {n: of_n[label] for n, of_n in arms.items()} | {whole: arms[counts[0]]["full"]}
-    return {n: [spec.with_seed(seed) for seed in SEEDS] for n, spec in specs.items()}
+def control(p: Profile) -> dict[int, list[RunSpec]]:
+    """Images -> the runs of `full` on all and on fewer of them on the tuning seeds; none before its rate is chosen."""
+    there = curves(p, searches(p, ["full"]))
+    if "full" not in there or (lr := there["full"][2].chosen) is None:
+        return {}
+    facts, chosen = source(p.data).facts, there["full"][1]
+    whole = p.finetune_images or facts.sizes["train"]
+    chosen = replace(chosen, rates={**chosen.rates, "full": lr})
+    found = {}
+    for n in (whole // share // facts.num_classes * facts.num_classes for share in SHARES):
+        arms = {arm.label: arm.spec for arm in small.resolution(replace(chosen, control_images=n))}
+        found |= {whole: arms["full"], n: arms["full, fewer steps"]}
+    return {n: [spec.with_seed(seed) for seed in SEEDS] for n, spec in found.items()}

@@ -101,9 +101,7 @@ def layer_scale(p: Profile) -> list[Arm]:
 def depth_or_width(p: Profile) -> list[Arm]:
     """Table 3: more pairs, in one branch and in two, against more width at like multiply-adds. Judged in the pilot alone."""
     forms = [] if p.judged else [(32, 8, 1), (32, 8, 2), (64, 2, 1)]
-    return [
-        Arm(f"W{w} {n // k}x{k}+LS", _form(p, n, k, LAYER_SCALE, w), f"W{w}", f"{n // k}x{k}") for w, n, k in forms
-    ]
+    return [Arm(f"W{w} {n // k}x{k}+LS", _form(p, n, k, LAYER_SCALE, w), f"W{w}", f"{n // k}x{k}") for w, n, k in forms]
 
 
 # ---------------------------------------------------------------------------------------------------- thing 2

@@ -13,7 +13,7 @@ import torch
 from lab import paths
 from lab.bench import cases, runner
 from lab.claims import exact
-from lab.claims.ledger import ledger, part_hash
+from lab.claims.ledger import ledger
 from lab.claims.statistics import prints_as
 from lab.cost import count
 from lab.data.cards import source
@@ -207,9 +207,11 @@ def step_multiply_adds() -> pd.DataFrame:
 def step_costs(p: Profile) -> pd.DataFrame:
     """A training step at the profile's own size: time from five process restarts, memory counted; nothing at smoke."""
     if not p.judged:
-        return framed([{"strategy": s, "step": "no timing at smoke"} for s in PAPER_STRATEGIES], columns("strategy step"))
-    part, rows = ledger()[cases.F3], []
-    table = pd.DataFrame(cases.measured_evidence(p, part, part_hash(part.entry(p.name))))
+        return framed(
+            [{"strategy": s, "step": "no timing at smoke"} for s in PAPER_STRATEGIES], columns("strategy step")
+        )
+    part, rows = ledger().part(cases.F3), []
+    table = pd.DataFrame(cases.measured_evidence(p, part, ledger().hash(part, p.name)))
     full = table[table["arm"] == "full"]
     for strategy, group in table.groupby("arm", sort=False):
         ratio, memory = full["time_s"].to_numpy() / group["time_s"].to_numpy(), group["mem_mb"].iloc[0]
@@ -227,7 +229,9 @@ def step_costs(p: Profile) -> pd.DataFrame:
 
 
 def form_memory() -> pd.DataFrame:
-    """Table 3's memory in MB: more pairs over the width of like cost, a training step and a forward pass, counted."""
+    """Table 3's memory in MB: more pairs over the width of like cost, counted: inference as in the table, and a training step,
+    which is ours and without a verdict.
+    """
     printed, rows = paper_numbers("table3").set_index("model")["peak_mem_mb"], []
     layout = {"more pairs / more width": "{models}", "paper, MB": "{paper more} / {paper wide}"}
     layout |= {"paper, ratio": "{paper ratio:.2f}"}

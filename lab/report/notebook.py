@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from lab import paths
 from lab.claims.judge import Verdict
-from lab.claims.ledger import ledger_hashes
+from lab.claims.ledger import stamps
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
 from lab.experiments.profiles import Arm, Profile, profile
@@ -53,7 +53,9 @@ class Page:
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
         train = os.environ.get("VITLIB_TRAIN") != "0"
-        runs = self.experiment.run(jobs, cpu_seconds, ledger_hashes()) if train else self.experiment.finished()
+        runs = (
+            self.experiment.run(jobs, cpu_seconds, stamps(self.profile.name)) if train else self.experiment.finished()
+        )
         display(Markdown(tables.provenance(runs)))
         return runs
 
@@ -107,8 +109,8 @@ class Page:
         """The verdict on each part of a claim that this notebook carries."""
         every = tables.judged(self.profile, self.notebook.number)  # all that Holm's correction is over
         mine = [v for v in every if v.part.notebook == self.notebook.number]
-        display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.text}**" for v in mine)))
-        self.table(tables.verdicts(mine, every), "verdicts")
+        display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine)))
+        self.table(tables.verdicts(mine), "verdicts")
 
     def _path(self, folder: str, name: str) -> Path:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"

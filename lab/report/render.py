@@ -25,7 +25,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from lab import paths
 from lab.bench import cases, runner
-from lab.claims.ledger import ledger, ledger_hashes, part_hash
+from lab.claims import evidence
+from lab.claims.ledger import ledger, stamps
 from lab.cost import plan
 from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
@@ -63,11 +64,11 @@ def reproduce(
     parameters = {n: _parameters(source(n), {"profile": p.name, "jobs": jobs}, settings) for n in notebooks}
     print(plan.cpu_text(specs, jobs))
     if train:
-        launch(specs, jobs, plan.cpu_seconds, ledger_hashes())
-    part = ledger()[cases.F3]
+        launch(specs, jobs, plan.cpu_seconds, stamps(p.name))
+    part = ledger().part(cases.F3)
     if p.judged and part.notebook in {n.number for n in notebooks}:
         cases.measured_evidence(
-            p, part, part_hash(part.entry(p.name))
+            p, part, ledger().hash(part, p.name)
         )  # timed alone on the machine, before kernels start
     folder, last = paths.outputs() / p.name / "notebooks", [n for n in notebooks if collects(n)]
 
@@ -87,14 +88,14 @@ def reproduce(
     # One kernel per core.
     with kernel_environment(VITLIB_TRAIN=str(int(train))), ThreadPoolExecutor(cores()) as pool:
         failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
-    print(f"\n{tables.claims_text(p)}\n\nexecuted notebooks: {folder}")
+    print(f"\n{tables.claims_text(evidence.Stored(p), tables.save_claims(p))}\n\nexecuted notebooks: {folder}")
     if any(failed):
         raise NotebookFailed("; ".join(filter(None, failed)))
 
 
 def collects(notebook: Notebook) -> bool:
     """Whether a notebook has no runs and no claims of its own, and shows what the others say."""
-    return not notebook.has_runs and all(part.notebook != notebook.number for part in ledger().values())
+    return not notebook.has_runs and all(part.notebook != notebook.number for part in ledger().parts.values())
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[str]) -> dict[str, object]:

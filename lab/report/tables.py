@@ -7,6 +7,7 @@ are printed: column header -> a format over the frame's columns, or several, of 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +15,9 @@ import numpy as np
 import pandas as pd
 
 from lab import paths
-from lab.claims import evidence, tuning
-from lab.claims.judge import Verdict, claim_stance, verdict_table
-from lab.claims.ledger import ledger
-from lab.claims.statistics import difference, interval
+from lab.claims import evidence, judge, tuning
+from lab.claims.judge import Verdict, claim_verdict, verdict_table
+from lab.claims.ledger import PILOT, ledger
 from lab.data.cards import card
 from lab.experiments.catalogue import Experiment, Runs, notebook
 from lab.experiments.profiles import Arm, Profile
@@ -26,6 +26,7 @@ from lab.runs import store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.files import write_whole
+from vitlib.stats import difference, interval
 from vitlib.train.finetune import PAPER_STRATEGIES
 
 Layout = dict[str, str | tuple[str, ...]]
@@ -194,7 +195,9 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
             row |= gap(these, labels[name, "attn"], labels[name, "full"])
         rows += table.values() or [{"measured": f"{measured}: {NOT_RUN}"}]
     layout = columns("measured") | {"data set": "{data}"} | columns(images=",") | columns("model")
-    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")} | {"attn - full, points": bounds()}
+    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")} | {
+        "attn - full, points": bounds()
+    }
     return framed(rows, layout | columns(first_loss=".5f"))
 
 
@@ -254,39 +257,61 @@ def codebook_use(runs: Mapping[RunSpec, Result]) -> pd.DataFrame:
 
 def judged(p: Profile, number: str = "") -> list[Verdict]:
     """The verdicts on all parts of the ledger, from what is finished; with a notebook's number without the counts of others."""
-    parts = [part for part in ledger().values() if part.kind != "exact" or number in ("", part.notebook)]
-    return evidence.verdicts(evidence.Stored(p), parts)
+    return evidence.verdicts(evidence.Stored(p), evidence.reference(), number)
 
 
-def verdicts(chosen: Sequence[Verdict], family: Sequence[Verdict]) -> pd.DataFrame:
+def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
     """The claims table as it is printed in a notebook; columns without a number are left out."""
-    table = verdict_table(chosen, family)
-    table["contrast"] = table["contrast"].replace("", "exact")
-    table["note"] = table["note"].replace("", None)
-    ratio = table["part"].map(lambda part: ledger()[part].kind) == "ratio"
+    table = verdict_table(chosen)
+    table["contrast"] = table["contrast"].replace("", "counted")
+    for column in ("note", "contains_paper", "power"):
+        table[column] = table[column].replace("", None)
+    ratio = table["test"] == "ratio"
     table["sign"] = np.where(ratio, "", "+")
-    table.loc[ratio, ["paired_low", "paired_high"]] = np.nan
+    table.loc[ratio, ["paired_low", "paired_high", "tightest"]] = np.nan
     for p in ("p", "p_holm"):
         table[f"small {p}"] = np.where(table[p] < 0.001, 0.001, np.nan)
     layout = columns("part contrast n") | {
         "ours, points (ratio for F3)": "{ours:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]",
-        "paper, at its scale": "{paper:{sign}.2f}", "margin": "{margin:.1f}", "p": ("< {small p}", "{p:.3f}"),
-        "p (Holm)": ("< {small p_holm}", "{p_holm:.3f}"), **columns("verdict note"),
+        "paper, at its scale": "{paper:{sign}.2f}", "our interval contains it": "{contains_paper}", "**label**": "{label}",
+        "margin": "{margin:.1f}", "tightest margin": "{tightest:.2f}", "p": ("< {small p}", "{p:.3f}"),
+        "p (Holm)": ("< {small p_holm}", "{p_holm:.3f}"), **columns("note"),
+        "times the paper's": "{times_paper:.1f}", "power for the paper's": "{power}",
         "paired t over seeds": "[{paired_low:+.2f}, {paired_high:+.2f}]", "smallest visible": "{smallest_visible:.2f}",
         "seeds for the paper's difference": "{seeds_needed}",
     }  # fmt: skip
     return framed(table, layout, always=())
 
 
-def stances(chosen: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim: what its parts say together."""
-    rows = []
+def claims(chosen: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per claim: what its parts say together, and the part that decided it with its number."""
+    titles, rows = ledger().claims, []
     for claim in dict.fromkeys(v.part.claim for v in chosen):
         mine = [v for v in chosen if v.part.claim == claim]
-        parts = "; ".join(f"{v.part.id}: {v.text}" if len(mine) > 1 else v.text for v in mine)
-        rows.append({"claim": claim, "says": mine[0].part.title, "parts": parts, "stance": claim_stance(mine),
-                     "notebook": notebook(mine[0].part.notebook).file})  # fmt: skip
-    return framed(rows, columns("claim says parts stance notebook"))
+        word = claim_verdict(mine)
+        rows.append({
+            "claim": claim, "title": titles[claim], "verdict": word, "decided by": "; ".join(map(said, deciding(mine, word))),
+            "notebook": notebook(mine[0].part.notebook).file,
+        })  # fmt: skip
+    return framed(rows, columns("claim title verdict") | {"decided by": "{decided by}"} | columns("notebook"))
+
+
+def deciding(mine: Sequence[Verdict], word: str) -> list[Verdict]:
+    """The parts that made a claim's verdict: those against it, those that keep it open, or all."""
+    if word in (judge.NOT_HELD, judge.AT_IMAGENET[judge.NOT_HELD]):
+        return [v for v in mine if judge.is_contrary(v.part, v.label)]
+    if word in (judge.OPEN, judge.AT_IMAGENET[judge.OPEN]):
+        return [v for v in mine if v.source != PILOT and not judge.is_predicted(v.part, v.label)]
+    return list(mine)
+
+
+def said(v: Verdict) -> str:
+    """A verdict in a few words: "A1: level within 0.5, -0.11 [-0.27, +0.05]"."""
+    marked = f"{v.label} (pilot)" if v.source == PILOT else v.label
+    if v.ours is None:
+        return f"{v.part.id}: {marked}"
+    sign = "" if v.part.kind == "ratio" else "+"
+    return f"{v.part.id}: {marked}, " + "{:{s}.2f} [{:{s}.2f}, {:{s}.2f}]".format(*v.ours, s=sign)
 
 
 # ---------------------------------------------------------------------------------------------------- sentences
@@ -327,11 +352,27 @@ def provenance(runs: Runs) -> str:
     return f"{about}; n = {len(p.seeds)}; {devices}; {seconds / 60:.0f} CPU minutes in {len(results)} runs."
 
 
-def claims_text(p: Profile) -> str:
-    """Every claim's stance at a profile, for the terminal; the verdicts are also written to outputs/<profile>/claims.csv."""
+WIDE = 100  # columns of a terminal
+
+
+def claims_text(source: evidence.Stored | evidence.Archived, every: Sequence[Verdict]) -> str:
+    """Every claim's verdict for the terminal, with the sentences of the parts that were judged."""
+    lines = [f"claims at profile {source.name}"]
+    for row in claims(every).to_dict("records"):
+        mine = [v for v in every if v.part.claim == row["claim"]]
+        lines += ["", *textwrap.wrap(f"{row['claim']}: {row['title']}", WIDE), f"    {row['verdict'].upper()}"]
+        for v in mine:
+            lines += textwrap.wrap(said(v), WIDE, initial_indent="    ", subsequent_indent="        ")
+            lines += textwrap.wrap(v.sentence or v.note, WIDE, initial_indent="        ", subsequent_indent="        ")
+    return "\n".join(lines)
+
+
+def save_claims(p: Profile) -> list[Verdict]:
+    """The verdicts at a profile, also written to outputs/<profile>/claims.csv and margins.csv."""
     every = judged(p)
     save(verdict_table(every), paths.outputs() / p.name / "claims.csv")
-    return f"claims at profile {p.name}\n{markdown(framed(stances(every), columns('claim stance parts')), 'simple')}"
+    save(judge.moved(every), paths.outputs() / p.name / "margins.csv")
+    return every
 
 
 def tuning_text(p: Profile, wanted: Mapping[str, tuning.Search]) -> str:
@@ -339,4 +380,11 @@ def tuning_text(p: Profile, wanted: Mapping[str, tuning.Search]) -> str:
     table = pd.DataFrame(tuning.table(p, tuning.searches(p)))
     save(table, paths.outputs() / p.name / "tuning.csv")
     shown = table[table["rate_of"].isin(list(wanted))] if len(table) else table
-    return shown.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")
+    text = shown.to_markdown(index=False, tablefmt="simple", floatfmt=".4g")
+    runs = {n: [store.find(spec) for spec in specs] for n, specs in tuning.control(p).items()}
+    if not runs or None in [result for results in runs.values() for result in results]:
+        return text
+    top1 = pd.DataFrame({n: [r.metrics["top1"] for r in results] for n, results in runs.items()})
+    rows = pd.DataFrame({"images": top1.columns, "deficit of full": [(top1[max(runs)] - top1[n]).mean() for n in top1]})
+    save(rows, paths.outputs() / p.name / "control.csv")
+    return f"{text}\n\n{rows.to_markdown(index=False, tablefmt='simple', floatfmt='.4g')}"

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -68,7 +67,8 @@ def execute(
             return find(spec)
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
-        checkpoints = Checkpoints(checkpoint_path(spec), every_s, dict(stamps or {}), first, spec.hash)
+        notes = dict(stamps or {}) | {"began": now(), "commit": paths.commit()}
+        checkpoints = Checkpoints(checkpoint_path(spec), every_s, notes, first, spec.hash)
         data = data_of(spec, "train")
         tested = data_of(spec, spec.split)  # read now, so that a fault costs no time
         other = second_test(spec)
@@ -103,7 +103,9 @@ def execute(
         metrics["trained_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
         about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
-        result = Result(spec.hash, metrics, correct, checkpoints.notes, about, correct_v2)
+        fixed = dict(checkpoints.notes)  # as it was at the run's first start
+        about |= {name: fixed.pop(name, "unknown") for name in ("began", "commit")}
+        result = Result(spec.hash, metrics, correct, fixed, about, correct_v2)
         if first:
             keep(spec, result, history, model, ema and ema.module)
             checkpoints.remove()
@@ -169,9 +171,12 @@ def surroundings(device: str) -> dict:
     gpu = {"gpu_mem_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if device == "cuda" else {}
     return gpu | {
         "mem_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10)), "device": device_name(device),
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "torch": torch.__version__, "python": platform.python_version(), "date": now()[:10],
     }  # fmt: skip
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @functools.cache
@@ -183,18 +188,6 @@ def device_name(device: str) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-@functools.cache
-def commit() -> str:
-    """The commit of this checkout, with `+` where code was changed since; empty outside git."""
-    commands = ("rev-parse --short HEAD", "status --porcelain vitlib lab outputs/paper")
-    options = {"cwd": paths.ROOT, "capture_output": True, "text": True, "timeout": 10}
-    try:
-        head, changes = (subprocess.run(["git", *c.split()], **options).stdout.strip() for c in commands)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head + ("+" if changes else "")
 
 
 # ---------------------------------------------------------------------------------------------------- under torchrun

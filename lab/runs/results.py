@@ -134,8 +134,9 @@ class Archive:
         except (OSError, KeyError, ValueError) as fault:
             raise UsageError(f"{table} is no table of arms ({type(fault).__name__}: {fault})") from fault
         self.seeds = tuple(sorted({seed for by_seed in self._arms.values() for seed in by_seed}))
-        for (notebook, arm), by_seed in self._arms.items():
-            if lost := [seed for seed in self.seeds if by_seed.get(seed) not in self._runs]:
+        for (notebook, arm), by_seed in self._arms.items():  # an arm may have fewer seeds than others, the first ones
+            first = self.seeds[: len(by_seed)]
+            if lost := [seed for seed in first if by_seed.get(seed) not in self._runs]:
                 raise UsageError(f"{self.folder} has no run of arm {arm!r} of notebook {notebook} at seed {lost[0]}")
 
     @property
@@ -143,9 +144,9 @@ class Archive:
         return tuple(dict.fromkeys(notebook for notebook, _ in self._arms))
 
     def results(self, notebook: str) -> dict[str, list[Result]]:
-        """The results of each arm, in the order of `seeds`; no arms for a notebook that trains nothing."""
+        """The results of each arm, in the order of its seeds; no arms for a notebook that trains nothing."""
         arms = {arm: by_seed for (of, arm), by_seed in self._arms.items() if of == notebook}
-        return {arm: [self._runs[by_seed[seed]][1] for seed in self.seeds] for arm, by_seed in arms.items()}
+        return {arm: [self._runs[by_seed[seed]][1] for seed in sorted(by_seed)] for arm, by_seed in arms.items()}
 
     def record(self, name: str) -> dict:
         """What was trained under this hash: the fields of its spec, parents and tokenizers by their hashes."""
