@@ -32,6 +32,16 @@ def test_each_strategy_trains_exactly_its_roles_in_every_branch():
         trainable(model, "attention")
 
 
+def test_the_last_layers_are_trained_whole_in_our_models_and_in_timms():
+    around = {"pos_embed", "head.weight", "head.bias"}
+    ours, theirs = ViT(small(layer_scale=0.1)), timm.create_model("vit_tiny_patch16_224", depth=3)
+    for model, layers in ((ours, "layers"), (theirs, "blocks")):
+        last_two = {n for n, _ in model.named_parameters() if n.startswith((f"{layers}.1.", f"{layers}.2."))}
+        assert set(trainable(model, "last-2")) == last_two | around
+        with pytest.raises(UsageError, match=r"'last-4' is for models of 4 layers and more: this .* has 3"):
+            trainable(model, "last-4")
+
+
 def test_attention_only_of_vit_b_at_384_trains_what_the_released_code_trains():
     counts = {"attn": 29_559_784, "ffn": 57_880_552, "full": 86_877_160}
     for strategy, count in counts.items():

@@ -26,6 +26,7 @@ ROOMS = (
     ("vitlib.errors", "vitlib.draws", "vitlib.files", "vitlib.stats"),
     ("vitlib.model", "vitlib.data"),
     ("vitlib.train",),
+    ("vitlib.tasks",),
     ("vitlib.__main__",),
     ("lab.paths", "lab.paper"),
     ("lab.data",),

@@ -203,7 +203,7 @@ REFUSED = {
     "image size is (18, 18), allowed is (16, 16)": {"img_size": 18},
     "image size is (8, 32)": {"img_size": (8, 32)},
     "q_norm.weight (32, not known)": {"qk_norm": True},
-    "reg_token (1x1x64, not known)": {"reg_tokens": 1, "no_embed_class": True},
+    "has register tokens (reg_token), which this ViT has not": {"reg_tokens": 1, "no_embed_class": True},
     "blocks.0.attn.qkv.bias (missing, not 192)": {"qkv_bias": False},
     "cls_token is missing": {"class_token": False, "global_pool": "avg", "fc_norm": False},
     "norm.weight (missing, not 64)": {"final_norm": False},

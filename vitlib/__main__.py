@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import vitlib
 from vitlib.errors import UsageError
+from vitlib.files import no_room
 
 BESIDE = ("numpy", "pillow", "pyarrow", "safetensors", "pyyaml", "filelock", "tqdm")
+
+
+def rate(text: str) -> float | None:
+    """A learning rate; None for auto. Raises ArgumentTypeError."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from fault
+
+
+def option(names: str, text: str, **settings: object) -> tuple[str, dict[str, object]]:
+    return names, {"help": text, **settings}
+
+
+FOLDER = option("folder", "class folders of images, <folder>/<class>/*.jpg", metavar="DIR")
+LABELS = option("--labels", "a CSV with columns path and label, in the place of class folders", metavar="FILE.csv")
+TASK = [
+    FOLDER,
+    option("--from", "weights: a file (ours, DeiT, DeiT III, timm, DINOv2, Hugging Face ViT), a timm name; else the small "
+           "trunk that ships", dest="weights", metavar="WEIGHTS"),
+    LABELS,
+    option("--group", "column of that CSV: images of one group stay in one part", metavar="COLUMN"),
+    option("--epochs", "passes over the training part (%(default)s)", type=int, default=10),
+    option("--batch-size", "images per step (%(default)s)", type=int, default=32),
+    option("--image-size", "pixels per side; else the trunk's, at most 224", type=int),
+    option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
+]  # fmt: skip
+OUT = option("--out", "folder of what comes of it", required=True)
+COMMANDS = {
+    "finetune": ("fine-tune pretrained weights on a folder of images", [
+        *TASK, OUT,
+        option("--strategy", "what is trained: full, attn, ffn, head, fc1, norm, bias, last-2 (%(default)s)", default="attn"),
+        option("--lr", "peak learning rate, or auto: searched on the validation part (%(default)s)", type=rate, default="auto"),
+        option("--seed", "of the head and the order of images (%(default)s)", type=int, default=0),
+    ]),
+    "predict": ("the class of each image, by a fine-tuned model", [
+        option("model", "folder or file that finetune wrote", metavar="MODEL"),
+        option("paths", "images and folders of images", nargs="+", metavar="PATHS"),
+        option("--csv", "write a table in the place of printing it", metavar="FILE.csv"),
+        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
+    ]),
+    "evaluate": ("top-1 with its interval, per class, and the confusion matrix as a picture", [
+        option("model", "folder or file that finetune wrote", metavar="MODEL"),
+        FOLDER, LABELS,
+        option("--picture", "of the confusion matrix", metavar="FILE.png"),
+        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
+    ]),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,12 +75,27 @@ def main(words: list[str] | None = None) -> int:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     text = "the installed versions; is the installation whole?"
     commands.add_parser("check", help=text, description=text).set_defaults(command=check)
+    for name, (text, options) in COMMANDS.items():
+        parser = commands.add_parser(name, help=text, description=text)
+        for option in options:
+            parser.add_argument(*option[0].split(), **option[1])
+        parser.set_defaults(command=functools.partial(call, name))
     try:
-        top.parse_args(words).command()
+        given = vars(top.parse_args(words))
+        with no_room("for what this command writes"):
+            given.pop("command")(**given)
     except UsageError as fault:
         print(f"vitlib: {fault}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vitlib: interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
+
+
+def call(name: str, **given: object) -> None:
+    """Call the function that a command is, and print what it returns."""
+    print(getattr(vitlib, name)(**given))
 
 
 def check() -> None:

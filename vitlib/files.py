@@ -109,6 +109,17 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
         raise UsageError(f"{path} cannot be read as a safetensors file ({first_line(fault)})") from fault
 
 
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises UsageError as `read_safetensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as fault:
+        raise UsageError(f"{path} cannot be read as a safetensors file ({first_line(fault)})") from fault
+
+
 def read_pth(path: Path | str) -> object:
     """What torch.save wrote, on the CPU: tensors, and the values that training programs keep beside them.
 

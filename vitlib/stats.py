@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -119,3 +120,10 @@ def difference(correct: Mapping[str, np.ndarray], contrast: Mapping[str, float])
     if len(set(shapes.values())) != 1:
         raise UsageError(f"the arms of one contrast must have the same seeds and images, not {shapes}")
     return sum(c * np.asarray(correct[arm], dtype=np.float64) for arm, c in contrast.items())
+
+
+def wilson(correct: int, images: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of an accuracy over test images, in percent."""
+    z, share = NormalDist().inv_cdf(0.5 + level / 2), correct / images
+    middle, half = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + z * z / (4 * images**2))
+    return tuple(100 * (middle + sign * half) / (1 + z * z / images) for sign in (-1, 1))

@@ -17,8 +17,8 @@ from vitlib.data.stream import Streamed
 from vitlib.errors import UsageError
 
 __all__ = [
-    "WHOLE", "Augment", "Batch", "DataSet", "Found", "InMemory", "Shard", "Streamed", "held_out", "open_folder", "read_folder",
-    "resize", "subset",
+    "HELD", "WHOLE", "Augment", "Batch", "DataSet", "Found", "InMemory", "Shard", "Streamed", "held_out", "middle", "open_folder",
+    "read_folder", "resize", "subset",
 ]  # fmt: skip
 
 HELD = 2**30  # bytes of pixels up to which a folder is held in memory

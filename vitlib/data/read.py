@@ -189,6 +189,9 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
         with rows.open(i) as image:
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise UsageError(f"{rows.name(i)} has {pixels:,} pixels: allowed are at most {MAX_PIXELS:,}")
+            # a photograph with a preview beside it (MPO) is one image
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise UsageError(f"{rows.name(i)} holds {image.n_frames} images, an animation or pages: allowed is one")
             if image.getexif().get(ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
@@ -277,7 +280,7 @@ def find_split(folder: Path, names: Sequence[str]) -> Path | list[Path] | None:
             return shards
     # Class folders alone are training images.
     split_folders = any((folder / name).exists() for words in SPLITS.values() for name in words)
-    flat = "train" in names and not split_folders and any(_images_in(folder / name) for name in _folders_in(folder))
+    flat = "train" in names and not split_folders and any(images_in(folder / name) for name in _folders_in(folder))
     if flat:
         return folder
     # An archive may have been unpacked beside it, so archives come last.
@@ -302,7 +305,7 @@ def read_class_folders(place: Path, numbered: bool = False) -> Found:
     if numbered and (other := [name for name in names if not name.isdecimal()]):
         raise UsageError(f"the class folders of {place} are numbers, it holds {other[0]!r}")
     ranks = list(map(int, names)) if numbered else list(range(len(names)))
-    images = [_images_in(place / name) for name in names]
+    images = [images_in(place / name) for name in names]
     if empty := [name for name, paths in zip(names, images, strict=True) if not paths]:
         raise UsageError(
             f"{len(empty)} of {len(names)} class folders in {place} hold no image, the first is {printable(empty[0])}: "
@@ -319,7 +322,7 @@ def _folders_in(place: Path) -> list[str]:
     return sorted(names, key=int if all(name.isdecimal() for name in names) else printable)
 
 
-def _images_in(place: Path) -> list[str]:
+def images_in(place: Path) -> list[str]:
     """Every image below a folder, by its path from there, in the order of folders, then names. Links are followed."""
     walked, seen = [], set()
     for base, folders, names in os.walk(place, followlinks=True):

@@ -48,15 +48,16 @@ class Savable(NamedTuple):
 KINDS = {"vit": Savable(ViT, ViTConfig, lambda config, state: ViT(config))}  # vitlib.train adds its own
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Weights and configuration in one safetensors file.
+def save(model: nn.Module, path: str | Path, notes: Mapping[str, str] = {}) -> None:
+    """Weights and configuration in one safetensors file, with `notes` in its metadata.
 
     Raises UsageError for a model that `load` would refuse: of another class, or changed since its configuration.
     """
     kind = next((name for name, kind in KINDS.items() if type(model) is kind.model), None)
     if kind is None:
         raise UsageError(f"{type(model).__name__} cannot be saved: known are {', '.join(KINDS)}")
-    _write(_state(model, kind), path, kind=kind, vitlib=json.dumps(asdict(model.config)))
+    about = {"format": "pt", "kind": kind, "vitlib": json.dumps(asdict(model.config)), **notes}
+    write_safetensors(path, _state(model, kind), about)
 
 
 def load(path: str | Path) -> nn.Module:
@@ -71,16 +72,22 @@ def load(path: str | Path) -> nn.Module:
     if kind not in KINDS:
         known = ", ".join(KINDS)
         raise UsageError(f"{path} holds a model of kind {kind!r}: known are {known}; import vitlib.train first")
-    try:
-        values = json.loads(metadata["vitlib"])
-        config = KINDS[kind].config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, AttributeError, json.JSONDecodeError) as fault:
-        raise UsageError(f"{path} names a configuration that cannot be read ({fault})") from fault
+    config = read_config(metadata, path, KINDS[kind].config)
     return _fill(_empty(config, kind, state), state, {}, str(path))
 
 
-def _write(state: State, path: str | Path, **metadata: str) -> None:
-    write_safetensors(path, state, {"format": "pt"} | metadata)
+def read_config(metadata: Mapping[str, str], path: str | Path, kind: type = ViTConfig) -> object:
+    """The configuration in a file's metadata."""
+    try:
+        values = json.loads(metadata["vitlib"])
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (TypeError, AttributeError, json.JSONDecodeError) as fault:
+        raise UsageError(f"{path} names a configuration that cannot be read ({fault})") from fault
+
+
+def assemble(config: ViTConfig, state: State, what: str) -> ViT:
+    """A ViT whose tensors are those of `state`, shared with whoever has them. Raises UsageError with the keys that differ."""
+    return _fill(_empty(config), state, {}, what)
 
 
 def _state(model: nn.Module, kind: str = "vit") -> dict[str, Tensor]:
@@ -234,7 +241,7 @@ def timm_state(model: ViT) -> dict[str, Tensor]:
 
 def save_timm(model: ViT, path: str | Path) -> None:
     """The weights under timm's names in one safetensors file, for `timm.create_model(..., checkpoint_path=path)`."""
-    _write(timm_state(model), path)
+    write_safetensors(path, timm_state(model), {"format": "pt"})
 
 
 def from_timm(model: nn.Module) -> ViT:
@@ -303,7 +310,42 @@ def read_checkpoint(
         # half precision is for storage; what DistributedDataParallel and torch.compile put before a name goes
         exact = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
         state[re.sub(r"^((module|_orig_mod|model)\.)+", "", name)] = tensor.to(exact)
-    return _ours(state, str(source), heads, pool, layer_scale)
+    return _ours(plain_names(state), str(source), heads, pool, layer_scale)
+
+
+# Hugging Face's ViT and DINOv2 -> DeiT's and timm's names; query, key and value are joined besides
+_HUGGING_FACE = [
+    (r"^(vit|deit|dinov2)\.", ""), (r"^classifier\.", "head."), (r"^layernorm\.", "norm."),
+    (r"^embeddings\.(cls_token|mask_token)", r"\1"), (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^encoder\.layer\.", "blocks."),
+    (r"attention\.output\.dense\.", "attn.proj."), (r"layernorm_before\.", "norm1."),
+    (r"layernorm_after\.", "norm2."), (r"intermediate\.dense\.", "mlp.fc1."), (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+]  # fmt: skip
+_UNUSED = re.compile(r"mask_token|pooler\.")  # of pre-training, and a layer that no classifier reads
+
+
+def plain_names(state: State) -> dict[str, Tensor]:
+    """A state under DeiT's names where it has Hugging Face's; what a classifier does not read is left out."""
+    if any("attention.attention.query" in name for name in state):
+        renamed = {}
+        for name, tensor in state.items():
+            for theirs, ours in _HUGGING_FACE:
+                name = re.sub(theirs, ours, name)
+            renamed[name] = tensor
+        state, (q, k, v) = renamed, (f"attention.attention.{part}." for part in ("query", "key", "value"))
+        for name in [name for name in state if q in name]:
+            three = [state.pop(name.replace(q, part)) for part in (q, k, v)]
+            state[name.replace(q, "attn.qkv.")] = torch.cat(three)
+    return {name: tensor for name, tensor in state.items() if not _UNUSED.match(name)}
+
+
+# words in a key -> what our ViT has not
+_FOREIGN = {
+    r"reg(ister)?_tokens?": "register tokens",
+    r"rope|rotary": "rotary positions",
+    r"\bw12\b|fc1_g": "a gated FFN",
+}
 
 
 def _download(name: str) -> nn.Module:
@@ -343,6 +385,9 @@ def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: fl
         raise UsageError(
             f"{what} is a distilled model ({distilled[0]}): allowed are those with one class token and head"
         )
+    for word, part in _FOREIGN.items():
+        if key := next((name for name in state if re.search(word, name)), None):
+            raise UsageError(f"{what} has {part} ({key}), which this ViT has not: give a checkpoint without them")
     names, branches = find_names(state)
     read = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
             f"blocks.0.{names['mhsa.0.f']}.qkv.weight": 2, f"blocks.0.{names['ffn.0.f']}.fc1.weight": 2}  # fmt: skip

@@ -8,8 +8,9 @@ head       head, position embedding
 fc1        the first matrix of every feed-forward network with its bias, head, position embedding
 norm       every norm, head, position embedding
 bias       every bias, head, position embedding
+last-k     the last k layers, whole, head, position embedding
 
-The last three are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
+The last four are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
 --attn-only keeps every name that contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks
 is called `attn1`, so that it trains half of their attention. Here a module's role counts, not its name, in our models
 and in timm's; a model with attention of a class that is not known is refused, not trained in part.
@@ -55,6 +56,7 @@ ROLES = {  # strategy -> what it trains beside head and positions
 }
 PAPER_STRATEGIES = ("full", *ROLES, "head")  # the columns of Tables 5 and 6, and the head alone
 STRATEGIES = (*PAPER_STRATEGIES, "fc1", "norm", "bias")
+LAST = re.compile(r"last-(\d+)")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
 POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
@@ -69,8 +71,9 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     Raises UsageError for an unknown strategy, a model without a head, and layers of the strategy's role in a class
     that is not known, because they would stay frozen without a word.
     """
-    if strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
+    last = LAST.fullmatch(strategy)
+    if strategy not in STRATEGIES and not last:
+        raise unknown("strategy", strategy, (*STRATEGIES, "last-1, last-2, ..."))
     names = [name for name, _ in model.named_parameters()]
     if strategy == "full":
         return names
@@ -92,11 +95,29 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
             raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
         kept = kept | {id(p) for m in layers for p in m.fc1.parameters()} if strategy == "fc1" else whole
     if strategy in ("norm", "bias"):
-        there = norms(model) if strategy == "norm" else {id(p) for name, p in model.named_parameters() if BIAS.search(name)}
+        there = (
+            norms(model) if strategy == "norm" else {id(p) for name, p in model.named_parameters() if BIAS.search(name)}
+        )
         if not there:
             raise UsageError(f"{kind} has no {strategy} parameters that could be trained")
         kept |= there
+    if last:
+        layers = layers_of(model)
+        if not 0 < (k := int(last[1])) <= len(layers):
+            raise UsageError(
+                f"strategy {strategy!r} is for models of {last[1]} layers and more: this {kind} has {len(layers)}"
+            )
+        kept |= {id(p) for layer in layers[-k:] for p in layer.parameters()}
     return [name for name, p in model.named_parameters() if id(p) in kept]
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a ViT in their order: ours, timm's blocks. Raises UsageError where there are none."""
+    plain = unwrapped(model)
+    layers = getattr(plain, "layers", None) or getattr(plain, "blocks", None)
+    if layers is None:
+        raise UsageError(f"{type(plain).__name__} has no layers that can be counted: known are layers and blocks")
+    return list(layers)
 
 
 def norms(model: nn.Module) -> set[int]:

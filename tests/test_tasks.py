@@ -1,0 +1,379 @@
+"""People's own images: what a folder may be, what comes of it, and what is refused in one sentence before time is spent."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from pictures import picture
+from PIL import Image
+
+from vitlib.__main__ import main
+from vitlib.errors import UsageError
+from vitlib.model import ViT, vit_config
+from vitlib.model.weights import load, save
+from vitlib.tasks import runs
+from vitlib.tasks.finetune import finetune
+from vitlib.tasks.images import PARTS, View, read_task
+from vitlib.tasks.predict import evaluate, predict
+from vitlib.tasks.trunk import read_trunk
+
+torch.set_num_threads(1)
+VIEW = View(16, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+GREY = View(16, 4, (0.5,), (0.5,))
+
+
+def put(path, number, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(number, (18 + number % 5, 22)).save(path, **options)
+    return path
+
+
+def class_folders(folder, classes=("cat", "dog", "owl"), images=8):
+    for k, name in enumerate(classes):
+        for i in range(images):
+            put(folder / name / f"{i}.png", 100 * k + i)
+    return folder
+
+
+def labels_file(path, rows, columns=("path", "label")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+@pytest.fixture
+def pets(tmp_path):
+    return class_folders(tmp_path / "pets")
+
+
+@pytest.fixture(scope="session")
+def trunk_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
+    save(ViT(vit_config("W32-2x2/4", image_size=16, num_classes=0, layer_scale=0.1)), path)
+    return path
+
+
+# --- the split ---
+
+
+def test_every_part_has_its_share_of_every_class_and_no_picture_is_in_two(tmp_path):
+    task = read_task(class_folders(tmp_path / "pets", images=20), VIEW)
+    labels = task.data.labels.numpy()
+    counts = {part: np.bincount(labels[task.parts == part], minlength=3).tolist() for part in PARTS}
+    assert counts == {"train": [14] * 3, "validation": [3] * 3, "test": [3] * 3}
+    assert (len(task.part("test")), task.part("test").classes) == (9, ("cat", "dog", "owl"))
+
+
+def test_the_content_decides_the_part_not_the_name_and_not_the_form(pets):
+    first = read_task(pets, VIEW)
+    part_of = dict(zip(first.digests, first.parts, strict=True))
+    (pets / "cat" / "0.png").rename(pets / "cat" / "zebra.png")
+    with Image.open(pets / "dog" / "1.png") as image:
+        image.save(pets / "dog" / "1.bmp")
+    (pets / "dog" / "1.png").unlink()
+    (pets / "owl" / "again.png").write_bytes((pets / "owl" / "3.png").read_bytes())
+    again = read_task(pets, VIEW)
+    assert first.checksum != again.checksum  # one picture more
+    assert all(part_of[digest] == part for digest, part in zip(again.digests, again.parts, strict=True))
+
+
+def test_a_split_that_was_written_is_read_again(pets, tmp_path):
+    task = read_task(pets, VIEW)
+    task.write_split(tmp_path / "split.csv")
+    again = read_task(pets, VIEW, labels=tmp_path / "split.csv")
+    assert again.checksum == task.checksum and "are used as they are" in again.notes[0]
+
+
+def test_parts_of_a_folder_are_used_as_they_are_and_that_is_said(tmp_path):
+    for part in ("train", "val", "test"):
+        for k, name in enumerate(("a", "b")):
+            for i in range(3):
+                put(tmp_path / part / name / f"{i}.png", {"train": 0, "val": 50, "test": 90}[part] + 10 * k + i)
+    task = read_task(tmp_path, VIEW)
+    assert [int((task.parts == part).sum()) for part in PARTS] == [6, 6, 6]
+    assert task.notes == ("the parts train, validation, test are used as they are",)
+    (tmp_path / "test").rename(tmp_path.parent / "gone")
+    task = read_task(tmp_path, VIEW)
+    assert [int((task.parts == part).sum()) for part in PARTS] == [4, 2, 6]
+    assert "validation as the test part; validation images are cut off those of training" in task.notes[0]
+
+
+def test_a_group_stays_in_one_part(tmp_path):
+    rows = [(f"{i}.png", "ab"[i % 2], f"patient {i // 4}") for i in range(32)]
+    for i in range(32):
+        put(tmp_path / f"{i}.png", i)
+    table = labels_file(tmp_path / "labels.csv", rows, ("file", "class", "who"))
+    task = read_task(tmp_path, VIEW, labels=table, group="who")
+    met = {group: {p for g, p in zip(task.groups, task.parts, strict=True) if g == group} for group in task.groups}
+    assert len(met) == 8 and all(len(parts) == 1 for parts in met.values()) and set(task.parts) == set(PARTS)
+
+
+def test_images_of_every_size_and_mode_are_read_upright(tmp_path):
+    for k, name in enumerate("ab"):
+        for i, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "1", "I;16")):
+            image = picture(10 * k + i, (30 + i, 17 + 3 * k))
+            image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+            path = tmp_path / name / f"{i}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}"
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+    turned = Image.new("RGB", (40, 20), "white")
+    turned.paste("black", (0, 0, 20, 20))  # the left half; it is the upper one once the tag is followed
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a" / "turned.jpg", exif=exif, quality=95)
+    task = read_task(tmp_path, VIEW)
+    i = task.names.index("a/turned.jpg")
+    image = task.data.images[i].float().mean(0)
+    assert image[0].mean() < 60 and image[-1].mean() > 200  # of 20x40 the middle square: rows 10 to 30
+
+
+# --- bad input ---
+
+
+def one_class(folder):
+    return class_folders(folder, ("cat",))
+
+
+def empty_class(folder):
+    (class_folders(folder) / "newt").mkdir()
+
+
+def unreadable(folder):
+    (class_folders(folder) / "cat" / "bad.png").write_bytes(b"no picture")
+
+
+def animated(folder):
+    frames = [picture(k) for k in range(3)]
+    frames[0].save(class_folders(folder) / "cat" / "film.webp", save_all=True, append_images=frames[1:])
+
+
+def one_each(folder):
+    class_folders(folder, images=1)
+
+
+def two_spellings(folder):
+    class_folders(folder, ("Great tit", "great_tit", "owl"))
+
+
+def two_labels(folder):
+    class_folders(folder)
+    (folder / "dog" / "x.png").write_bytes((folder / "cat" / "3.png").read_bytes())
+
+
+def tiny(folder):
+    Image.new("RGB", (30, 3)).save(class_folders(folder) / "cat" / "tiny.png")
+
+
+BAD = {
+    one_class: "has one class, cat: at least two are needed",
+    empty_class: "1 of 4 class folders in .* hold no image, the first is newt",
+    unreadable: r"bad.png cannot be read \(UnidentifiedImageError\)",
+    animated: "film.webp holds 3 images, an animation or pages: allowed is one",
+    one_each: "class cat has 1 different images: at least 3 are needed, one for each part",
+    two_spellings: "has classes 'Great tit' and 'great_tit', two spellings of one: rename one",
+    two_labels: "cat/3.png and dog/x.png are the same picture under two labels, cat and dog",
+    tiny: "tiny.png has 30x3 pixels: a patch of this model has 4",
+}
+
+
+@pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
+def test_a_folder_that_is_no_task_is_one_sentence_and_nothing_is_written(make, tmp_path, trunk_file, capsys):
+    make(tmp_path / "data")
+    with pytest.raises(UsageError, match=BAD[make]):
+        read_task(tmp_path / "data", VIEW)
+    words = ["finetune", str(tmp_path / "data"), "--from", str(trunk_file), "--out", str(tmp_path / "out")]
+    assert main(words) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_are_numbers_are_names_in_the_order_of_numbers(tmp_path):
+    task = read_task(class_folders(tmp_path / "digits", ("10", "9", "0")), VIEW)
+    assert task.data.classes == ("0", "9", "10")
+    with pytest.raises(UsageError, match="classes '01' and '1', two spellings"):
+        read_task(class_folders(tmp_path / "twice", ("1", "01", "2")), VIEW)
+
+
+LABELS = {
+    "has no label": [("0.png", "a"), ("1.png", " ")],
+    "names 9.png, which is not in": [("0.png", "a"), ("9.png", "b")],
+    "2 images of .* have no label in .*, the first is 2.png": [("0.png", "a"), ("1.png", "b")],
+    "names 0.png more than once": [("0.png", "a"), ("0.png", "b")],
+}
+
+
+@pytest.mark.parametrize("sentence", LABELS)
+def test_a_labels_file_that_does_not_fit_is_one_sentence(sentence, tmp_path):
+    for i in range(4):
+        put(tmp_path / f"{i}.png", i)
+    with pytest.raises(UsageError, match=sentence):
+        read_task(tmp_path, VIEW, labels=labels_file(tmp_path / "labels.csv", LABELS[sentence]))
+    with pytest.raises(UsageError, match="has the columns a, b: wanted are path/file/filename/image and label"):
+        read_task(tmp_path, VIEW, labels=labels_file(tmp_path / "other.csv", [("0.png", "x")], ("a", "b")))
+
+
+def test_a_group_in_two_parts_is_refused(tmp_path):
+    rows = [(f"{i}.png", "ab"[i % 2], PARTS[i // 4], f"g{i // 6}") for i in range(12)]
+    for i in range(12):
+        put(tmp_path / f"{i}.png", i)
+    table = labels_file(tmp_path / "labels.csv", rows, ("path", "label", "part", "who"))
+    with pytest.raises(UsageError, match="group 'g0' is in more than one part"):
+        read_task(tmp_path, VIEW, labels=table, group="who")
+    read_task(tmp_path, VIEW, labels=table)
+
+
+def test_colour_under_grey_weights_is_said(pets, tmp_path):
+    assert "24 images are in colour, and these weights see grey alone" in read_task(pets, GREY).notes[0]
+    for path in pets.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    assert read_task(pets, GREY).notes == ()
+
+
+# --- fine-tuning ---
+
+
+def short(pets, out, trunk_file, **options):
+    return finetune(pets, out, trunk_file, **{"epochs": 2, "batch_size": 8} | options)
+
+
+def test_fine_tuning_keeps_the_best_and_the_last_with_classes_and_preprocessing(pets, tmp_path, trunk_file, capsys):
+    tuned = short(pets, tmp_path / "out", trunk_file, lr=1e-3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"best.safetensors", "last.safetensors", "split.csv", "rates.csv", "result.json"}
+    best = read_trunk(tmp_path / "out")
+    assert best.classes == ("cat", "dog", "owl") and best.model.config.num_classes == 3
+    trunk, last = read_trunk(trunk_file).model.state_dict(), load(tmp_path / "out" / "last.safetensors").state_dict()
+    moved = {name for name, tensor in trunk.items() if not torch.equal(tensor, last[name])}
+    assert moved == {name for name in trunk if ".mhsa." in name and ".f." in name} | {"pos_embed"}
+    assert tuned.lr == 1e-3 and tuned.test_images == 6 and tuned.test_low < tuned.test_top1 < tuned.test_high
+    # asked again, it is read
+    assert short(pets, tmp_path / "out", trunk_file, lr=1e-3) == tuned
+    with pytest.raises(UsageError, match="holds another model: give another place with --out"):
+        short(pets, tmp_path / "out", trunk_file, lr=2e-3)
+
+
+def test_the_search_goes_on_until_the_best_rate_is_inside(monkeypatch, pets, tmp_path, trunk_file):
+    """Validation is best at 64 times the first rate."""
+    first = runs.Job.first_rate
+
+    def outcome(run, job):
+        return runs.Outcome(50 - abs(np.log2(run.lr / (64 * first(job, "attn")))), 1.0, 1, 0.0)
+
+    monkeypatch.setattr(runs, "execute", outcome)
+    job = runs.Job(None, read_trunk(trunk_file), VIEW, tmp_path)
+    tried = runs.search(job, "attn", 0)
+    assert [round(lr / first(job, "attn"), 3) for lr in tried] == [0.5, 1, 2, 4, 8, 16, 32, 64, 128]
+    assert runs.best_of(tried) == 64 * first(job, "attn")
+
+
+def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(monkeypatch, pets, tmp_path, trunk_file):
+    whole = short(pets, tmp_path / "whole", trunk_file, lr=1e-3)
+    looked = runs.Watch.after
+
+    def kill(watch, step, steps):
+        looked(watch, step, steps)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Watch, "due", lambda watch: True)
+    monkeypatch.setattr(runs.Watch, "after", kill)
+    words = ["--from", trunk_file, "--out", tmp_path / "out", "--lr", "1e-3", "--epochs", "2", "--batch-size", "8"]
+    assert main(["finetune", str(pets), *map(str, words)]) == 130
+    monkeypatch.setattr(runs.Watch, "after", looked)
+    again = short(pets, tmp_path / "out", trunk_file, lr=1e-3)
+    assert (again.test_top1, again.validation_top1) == (whole.test_top1, whole.validation_top1)
+    for name in ("best", "last"):
+        pair = [load(tmp_path / out / f"{name}.safetensors").state_dict() for out in ("out", "whole")]
+        assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[1])
+
+
+MISTAKES = {
+    "unknown strategy 'atn'": {"strategy": "atn"},
+    "lr is -1.0: allowed are numbers above 0": {"lr": -1.0},
+    "epochs is 0": {"epochs": 0},
+    "image_size 18 is not a multiple of patch_size 4": {"image_size": 18},
+    "there is no folder": {"folder": "nowhere"},
+    "group 'who' is a column of a labels file": {"group": "who"},
+    "name weights with --from": {"weights": None},
+    "nowhere.safetensors is not there": {"weights": "nowhere.safetensors"},
+}
+
+
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_a_mistake_is_one_sentence_before_anything_is_written(sentence, monkeypatch, pets, tmp_path, trunk_file):
+    monkeypatch.setattr("vitlib.tasks.trunk.SHIPPED", tmp_path / "absent")
+    given = {"folder": pets, "out": tmp_path / "out", "weights": trunk_file} | MISTAKES[sentence]
+    with pytest.raises(UsageError, match=sentence):
+        finetune(**given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_not_written_into(pets, trunk_file):
+    with pytest.raises(UsageError, match="is there and was not written by finetune"):
+        finetune(pets, pets, trunk_file)
+
+
+def test_no_memory_and_no_room_are_one_sentence(monkeypatch, pets, tmp_path, trunk_file, capsys):
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(runs.loop, "train", no_memory)
+    with pytest.raises(UsageError, match="no memory for batches of 8 images of 16 pixels"):
+        short(pets, tmp_path / "out", trunk_file, lr=1e-3)
+
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device", "out/best.safetensors")
+
+    monkeypatch.setattr(runs.loop, "train", no_room)
+    assert main(["finetune", str(pets), "--from", str(trunk_file), "--out", str(tmp_path / "o"), "--lr", "1e-3"]) == 2
+    assert "vitlib: no room on disk for what this command writes" in capsys.readouterr().err
+
+
+# --- predictions ---
+
+
+@pytest.fixture
+def tuned(pets, tmp_path, trunk_file):
+    """A model that knows its three classes: pictures of a class have a colour of their own."""
+    for k, path in enumerate(sorted(pets.rglob("*.png"))):
+        noise = np.random.default_rng(k).integers(0, 60, (20, 24, 3))
+        colour = np.eye(3)[["cat", "dog", "owl"].index(path.parent.name)] * 180
+        Image.fromarray((noise + colour).astype(np.uint8)).save(path)
+    short(pets, tmp_path / "model", trunk_file, strategy="full", lr=1e-2, epochs=12)
+    return tmp_path / "model"
+
+
+def test_a_model_says_the_class_of_images_and_folders(tuned, pets, tmp_path, capsys):
+    words = ["predict", tuned, pets / "owl", pets / "cat" / "0.png", "--csv", tmp_path / "said.csv"]
+    assert main(list(map(str, words))) == 0
+    with (tmp_path / "said.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["owl"] * 8 + ["cat"]
+    assert rows[-1]["path"] == str(pets / "cat" / "0.png") and 1 / 3 < float(rows[-1]["share"]) <= 1
+    assert capsys.readouterr().out.count("owl\t") == 8
+    assert main(["predict", str(tuned), str(pets / "gone.png")]) == 2
+    assert "there is no file or folder" in capsys.readouterr().err
+
+
+def test_a_model_is_judged_on_images_that_it_was_not_trained_on(tuned, pets, tmp_path):
+    result = evaluate(tuned, pets, picture=tmp_path / "confusion.png")
+    assert result.confusion.tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 2]] and result.left_out == 18
+    assert "top-1 100.0 % (95 % over 6 images: 61.0 to 100.0)" in str(result)
+    assert Image.open(tmp_path / "confusion.png").size[0] > 200
+    # of other images, some classes, whose labels here are other numbers
+    other = tmp_path / "other"
+    for i in range(3):
+        Image.new("RGB", (20, 20), (200, 10 * i, 5)).save(put(other / "owl" / f"{i}.png", i))
+        Image.new("RGB", (20, 20), (10 * i, 200, 5)).save(put(other / "dog" / f"{i}.png", i))
+    result = evaluate(tuned, other)
+    assert result.confusion.tolist() == [[0, 0, 0], [0, 3, 0], [3, 0, 0]] and result.top1 == 50
+    (other / "owl").rename(other / "eagle")
+    with pytest.raises(
+        UsageError, match="has 1 classes that the model has not, the first is eagle: it knows cat, dog, owl"
+    ):
+        evaluate(tuned, other)
+
+
+def test_weights_without_classes_do_not_predict(pets, trunk_file):
+    with pytest.raises(UsageError, match="names no classes"):
+        predict(trunk_file, [pets])

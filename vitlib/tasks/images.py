@@ -1,0 +1,315 @@
+"""A folder of labelled images as one task: what is trained on, what chooses, what is tested, split by content.
+
+    class folders   <folder>/<class>/*.jpg; under train/, val/ and test/, those parts are used as they are; parquet too
+    a labels file   a CSV with the columns path and label, and if wanted part (train, validation, test) and a group
+
+Images with the same pixels, or of the same group, are in the same part. The split that was made is written as such a CSV,
+so that `--labels split.csv` makes it again. Every image is decoded once before anything is trained.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from vitlib import draws
+from vitlib.data import HELD, Augment, DataSet, Found, InMemory, Streamed, middle, read_folder
+from vitlib.data.read import SPLITS, Rows, decode, files, find_split, images_in
+from vitlib.errors import UsageError
+from vitlib.files import write_whole
+
+PARTS = tuple(SPLITS)  # train, validation, test
+HELD_OUT = 0.15  # of each class: for validation, and again for test
+COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "category")}
+# What is too large for memory is cropped anew in every epoch; its test view is the middle square, as in memory.
+STREAMED = Augment(crop_scale=(0.35, 1.0), test_crop=1.0, interpolation="bilinear")
+
+
+class View(NamedTuple):
+    """What a model sees of an image: the middle square, resized to `image_size`, normalised."""
+
+    image_size: int
+    patch_size: int
+    mean: tuple[float, ...]  # of pixels / 255; one number for a model of grey images
+    std: tuple[float, ...]
+
+    @property
+    def mode(self) -> str:
+        return "L" if len(self.mean) == 1 else "RGB"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """All images with the part that each is in."""
+
+    data: DataSet
+    names: tuple[str, ...]  # relative to the folder where they are files
+    digests: tuple[str, ...]  # of the decoded pixels
+    parts: np.ndarray  # of PARTS, (N,)
+    groups: tuple[str, ...]  # "" without
+    notes: tuple[str, ...]  # sentences: what was found and done
+
+    def part(self, name: str) -> DataSet:
+        return self.data.take(np.flatnonzero(self.parts == name))
+
+    @property
+    def checksum(self) -> str:
+        """Over pixels, labels and parts."""
+        lines = sorted(map("\t".join, zip(self.digests, map(str, self.data.labels.tolist()), self.parts, strict=True)))
+        return hashlib.sha256("\n".join([*self.data.classes, *lines]).encode()).hexdigest()[:16]
+
+    def write_split(self, path: Path) -> None:
+        with write_whole(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("path", "label", "part", "group", "content"))
+            labels = [self.data.classes[k] for k in self.data.labels.tolist()]
+            table.writerows(zip(self.names, labels, self.parts, self.groups, self.digests, strict=True))
+
+    def describe(self) -> str:
+        sizes = ", ".join(f"{(self.parts == part).sum()} {part}" for part in PARTS)
+        return f"{self.data.name}: {len(self.parts)} images of {len(self.data.classes)} classes ({sizes})"
+
+
+def read_task(folder: Path | str, view: View, labels: Path | str | None = None, group: str | None = None) -> Task:
+    """Read, check and split a folder. Parts that are there are used; what is missing is cut off the training images.
+
+    Without test images, the validation images are the test part. Raises UsageError for what cannot be a task: one class,
+    an empty one, two spellings of one, too few images to split, the same picture under two labels, a group in two parts,
+    an image that is unreadable, animated or smaller than a patch, a labels file that does not fit the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    if group is not None and labels is None:
+        raise UsageError(f"group {group!r} is a column of a labels file: give one with --labels")
+    found, given, groups = listed(folder, Path(labels), group) if labels else in_folders(folder)
+    check_classes(found, labels or folder)
+    data, digests, notes = read_images(found, view, folder.resolve().name)
+    names = [relative(found.rows.name(i), folder) for i in range(len(digests))]
+    check_content(digests, found, names)
+    parts = split(given, [g or d for g, d in zip(groups, digests, strict=True)], found, bool(group), notes)
+    twice = [d for d, where in pairs(digests, parts).items() if len(where) > 1]
+    if twice:
+        notes.append(f"{len(twice)} pictures are in more than one part, the first is {names[digests.index(twice[0])]}")
+    return Task(data, tuple(names), tuple(digests), parts, tuple(groups), tuple(notes))
+
+
+def read_all(folder: Path | str, view: View, labels: Path | str | None = None) -> tuple[DataSet, list[str], list[str]]:
+    """Every image of a folder without a split: data, names and digests. Of a folder with parts, its test part alone."""
+    folder = Path(folder)
+    found, given, _ = listed(folder, Path(labels), None) if labels else in_folders(folder)
+    kept = next((p for p in ("test", "validation") if p in given), None)
+    found = found.take(np.flatnonzero(np.array(given) == kept)) if kept else found
+    data, digests, _ = read_images(found, view, folder.resolve().name)
+    return data, [relative(found.rows.name(i), folder) for i in range(len(digests))], digests
+
+
+# ------------------------------------------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The images of several splits, one after the other."""
+
+    several: tuple[Rows, ...]
+    places: np.ndarray  # int64 (N, 2): which of them, and the row in it
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, i: int) -> str:
+        return self.several[self.places[i][0]].name(int(self.places[i][1]))
+
+    def open(self, i: int) -> Image.Image:
+        return self.several[self.places[i][0]].open(int(self.places[i][1]))
+
+    def listing(self) -> Iterator[tuple[str, int]]:
+        every = [list(rows.listing()) for rows in self.several]
+        return ((f"{k}/{every[k][i][0]}", every[k][i][1]) for k, i in self.places.tolist())
+
+    def take(self, index: np.ndarray) -> Joined:
+        return Joined(self.several, self.places[index])
+
+
+def in_folders(folder: Path) -> tuple[Found, list[str], list[str]]:
+    """Images, the part of each ("" where the folder has none) and no groups."""
+    places = {part: find_split(folder, names) for part, names in SPLITS.items()}
+    if places["train"] is None:
+        raise UsageError(
+            f"{folder} holds no class folders with images: allowed are {folder}/<class>/*.jpg and the like"
+        )
+    there = {part: read_folder(folder, part) for part, place in places.items() if place is not None}
+    sizes = [len(found.labels) for found in there.values()]
+    places_in = np.concatenate([np.stack([np.full(n, k), np.arange(n)], axis=1) for k, n in enumerate(sizes)])
+    rows = Joined(tuple(found.rows for found in there.values()), places_in)
+    labels = np.concatenate([found.labels for found in there.values()])
+    parts = [part if len(there) > 1 else "" for part, n in zip(there, sizes, strict=True) for _ in range(n)]
+    return Found(rows, labels, there["train"].classes), parts, [""] * len(labels)
+
+
+def listed(folder: Path, path: Path, group: str | None) -> tuple[Found, list[str], list[str]]:
+    """Images, parts and groups as a CSV names them."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            columns, lines = [name for name in table.fieldnames or () if name], list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as fault:
+        raise UsageError(f"{path} cannot be read as a CSV ({fault})") from fault
+    image, label = (next((n for n in COLUMNS[c] if n in columns), None) for c in ("path", "label"))
+    if image is None or label is None or (group and group not in columns):
+        wanted = " and ".join("/".join(names) for names in COLUMNS.values()) + (f" and {group}" if group else "")
+        raise UsageError(f"{path} has the columns {', '.join(columns) or 'of none'}: wanted are {wanted}")
+    part = "part" if "part" in columns else None
+    for number, line in enumerate(lines, start=2):
+        for column in filter(None, (image, label, part, group)):
+            if not (line[column] or "").strip():
+                raise UsageError(f"line {number} of {path} has no {column}")
+        if not (folder / line[image]).is_file():
+            raise UsageError(f"line {number} of {path} names {line[image]}, which is not in {folder}")
+        if part and line[part] not in PARTS:
+            raise UsageError(f"line {number} of {path} has part {line[part]!r}: allowed are {', '.join(PARTS)}")
+    paths, labels = [line[image] for line in lines], [line[label].strip() for line in lines]
+    if again := next((p for p, n in Counter(paths).items() if n > 1), None):
+        raise UsageError(f"{path} names {again} more than once: allowed is one label for each image")
+    known = set(map(str, map(Path, paths)))
+    if absent := [name for name in images_in(folder) if name not in known]:
+        raise UsageError(f"{len(absent)} images of {folder} have no label in {path}, the first is {absent[0]}")
+    numbers = all(name.isdecimal() for name in labels)
+    classes = sorted(set(labels), key=int if numbers else None)
+    found = files(folder, paths, [classes.index(name) for name in labels], classes)
+    return found, [line[part] if part else "" for line in lines], [line[group] if group else "" for line in lines]
+
+
+def relative(name: str, folder: Path) -> str:
+    return name.removeprefix(f"{folder}/")
+
+
+# ------------------------------------------------------------------------------------------------- what is wrong with it
+
+
+def check_classes(found: Found, where: object) -> None:
+    """Two classes or more, each spelt once."""
+    if len(found.classes) < 2:
+        raise UsageError(f"{where} has one class, {found.classes[0]}: at least two are needed")
+    spelt: dict[str, str] = {}
+    for name in found.classes:
+        plain = re.sub(r"[\W_]+", "", name.casefold())
+        plain = str(int(plain)) if plain.isdecimal() else plain or name
+        if plain in spelt:
+            raise UsageError(f"{where} has classes {spelt[plain]!r} and {name!r}, two spellings of one: rename one")
+        spelt[plain] = name
+
+
+def check_content(digests: Sequence[str], found: Found, names: Sequence[str]) -> None:
+    """No picture has two labels."""
+    seen: dict[str, int] = {}
+    for i, digest in enumerate(digests):
+        first = seen.setdefault(digest, i)
+        if found.labels[first] != found.labels[i]:
+            labels = " and ".join(found.classes[found.labels[k]] for k in (first, i))
+            raise UsageError(f"{names[first]} and {names[i]} are the same picture under two labels, {labels}")
+
+
+def read_images(found: Found, view: View, name: str) -> tuple[DataSet, list[str], list[str]]:
+    """Decode every image once: data in memory, or to be streamed where it is too large; digests of pixels; notes."""
+    count, channels = len(found.labels), len(view.mean)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
+    held = count * channels * view.image_size**2 <= HELD or channels == 1
+    images = torch.empty(count if held else 0, channels, view.image_size, view.image_size, dtype=torch.uint8)
+    digests, colour = [], 0
+    for i in tqdm(range(count), desc=f"reading {name}", unit="image", leave=False, disable=None):
+        image = decode(found.rows, i)
+        if min(image.size) < view.patch_size:
+            width, height = image.size
+            raise UsageError(
+                f"{found.rows.name(i)} has {width}x{height} pixels: a patch of this model has {view.patch_size}"
+            )
+        digests.append(hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12).hexdigest())
+        if channels == 1:
+            small = np.asarray(image.resize((8, 8))).astype(int)
+            colour += int(np.ptp(small, axis=2).max() > 16)
+        if held:
+            images[i] = middle(pil_to_tensor(image.convert(view.mode)), view.image_size)
+    notes = []
+    if colour:
+        notes.append(f"{colour} images are in colour, and these weights see grey alone: name weights with --from")
+    if not held:
+        return Streamed(name, "all", found, view.image_size, STREAMED, 4, mean, std), digests, notes
+    labels = torch.from_numpy(found.labels)
+    return InMemory(name, "all", images, labels, found.classes, mean, std, ""), digests, notes
+
+
+# ------------------------------------------------------------------------------------------------- the split
+
+
+def pairs(keys: Sequence[str], values: Sequence[str]) -> dict[str, set[str]]:
+    """key -> the values that it occurs with."""
+    met: dict[str, set[str]] = {}
+    for key, value in zip(keys, values, strict=True):
+        met.setdefault(key, set()).add(value)
+    return met
+
+
+def split(given: list[str], units: list[str], found: Found, grouped: bool, notes: list[str]) -> np.ndarray:
+    """The part of each image, (N,). `units`: what must stay together, a group or equal pixels."""
+    parts, there = np.array(given, dtype="U10"), set(given) - {""}
+    if grouped and (spans := next((unit for unit, p in pairs(units, given).items() if len(p) > 1), None)):
+        raise UsageError(f"group {spans!r} is in more than one part: a group must be in one")
+    if there and "train" not in there:
+        raise UsageError("there are no training images among the parts that are given")
+    if "validation" in there and "test" not in there:
+        parts[parts == "validation"] = "test"
+    wanted = [part for part in ("test", "validation") if part not in parts]
+    if there:
+        cut = f"; {' and '.join(wanted)} images are cut off those of training" if wanted else ""
+        as_test = ", validation as the test part" if "validation" in there and "test" not in there else ""
+        notes.append(f"the parts {', '.join(p for p in PARTS if p in there)} are used as they are{as_test}{cut}")
+    rows = np.flatnonzero((parts == "train") | (parts == ""))
+    if wanted:
+        parts[rows] = cut_off([units[i] for i in rows], found.labels[rows], found.classes, wanted, grouped)
+    for part in PARTS:
+        if lacking := set(range(len(found.classes))) - set(found.labels[parts == part].tolist()):
+            said = f"no {part} image is of class {found.classes[min(lacking)]}"
+            if part == "train":
+                raise UsageError(said)
+            notes.append(said)
+    return parts
+
+
+def cut_off(
+    units: Sequence[str], labels: np.ndarray, classes: Sequence[str], wanted: Sequence[str], grouped: bool
+) -> list[str]:
+    """Of each class about HELD_OUT of its images for each wanted part, at least one unit, the rest for training.
+
+    A unit's content or name decides, so that neither a renamed file nor the order of a list changes the split. A group of
+    several classes goes where all of them still have room.
+    """
+    met: dict[str, Counter] = {}
+    for unit, label in zip(units, labels.tolist(), strict=True):
+        met.setdefault(unit, Counter())[label] += 1
+    images, left = Counter(labels.tolist()), Counter(label for counts in met.values() for label in counts)
+    if few := [label for label in range(len(classes)) if left[label] <= len(wanted)]:
+        what = "groups" if grouped else "different images"
+        least = f"at least {len(wanted) + 1} are needed, one for each part"
+        raise UsageError(f"class {classes[few[0]]} has {left[few[0]]} {what}: {least}")
+    part_of = dict.fromkeys(met, "train")
+    for k, part in enumerate(wanted):
+        taken: Counter = Counter()
+        for unit in sorted((u for u in met if part_of[u] == "train"), key=lambda u: draws.key("split", u)):
+            if all(taken[c] < HELD_OUT * images[c] and left[c] > len(wanted) - k for c in met[unit]):
+                part_of[unit] = part
+                taken += met[unit]
+                left -= Counter(met[unit].keys())
+    return [part_of[unit] for unit in units]

@@ -1,0 +1,236 @@
+"""One fine-tuning run on a task: trained by `vitlib.train.loop`, watched on the validation part, kept in a folder.
+
+A run's folder has `best.safetensors` and `last.safetensors` (by accuracy on the validation part, then by its loss),
+`epochs.csv`, and when it is finished `result.json`. Its name is a hash of all that it depends on: asking for a finished run
+reads it, and a run that was killed goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vitlib.data import DataSet
+from vitlib.errors import UsageError
+from vitlib.files import write_whole
+from vitlib.model import ViT
+from vitlib.model.weights import save
+from vitlib.tasks.images import Task, View
+from vitlib.tasks.trunk import Trunk, write_notes
+from vitlib.train import loop, supervised
+from vitlib.train.checkpoint import Checkpoints
+from vitlib.train.engine import Engine, resolve
+from vitlib.train.finetune import freeze, start_from
+from vitlib.train.recipe import Recipe
+
+VERSION = 1  # raised when the numbers that a run gives change
+# AdamW rates that the search starts around, for a ViT-S; others are scaled by width. What is small trains at higher rates.
+FIRST_RATES = {"full": 1e-4, "norm": 2e-3, "bias": 2e-3, "head": 4e-3}
+OTHER_RATE = 2e-4  # attn, ffn, fc1, last-k
+MOST_RATES = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What all runs of one command share."""
+
+    task: Task
+    trunk: Trunk
+    view: View
+    folder: Path  # of the runs
+    epochs: int = 10
+    batch_size: int = 32
+    device: str = "auto"
+
+    @functools.cached_property
+    def train(self) -> DataSet:
+        return self.task.part("train")
+
+    @functools.cached_property
+    def validation(self) -> DataSet:
+        return self.task.part("validation")
+
+    @functools.cached_property
+    def test(self) -> DataSet:
+        return self.task.part("test")
+
+    @property
+    def engine(self) -> Engine:
+        device = resolve(self.device)
+        return Engine(device, "bf16" if device == "cuda" else "float32")
+
+    def recipe(self, lr: float) -> Recipe:
+        augment = self.task.data.augment if self.task.data.streamed else None
+        return Recipe(epochs=self.epochs, batch_size=self.batch_size, lr=lr, min_lr=0.0, augment=augment)
+
+    def first_rate(self, strategy: str) -> float:
+        """Of one significant digit."""
+        rate = FIRST_RATES.get(strategy, OTHER_RATE) * 384 / self.trunk.model.config.width
+        return float(f"{rate:.0e}")
+
+    def start(self, strategy: str, seed: int) -> ViT:
+        config = self.trunk.config(self.view.image_size, len(self.task.data.classes))
+        model = start_from(self.trunk.weights(), config, seed, new_head=True)
+        freeze(model, strategy)
+        return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to be trained."""
+
+    strategy: str
+    lr: float
+    seed: int
+
+    def place(self, job: Job) -> Path:
+        names = [
+            VERSION,
+            job.task.checksum,
+            job.trunk.hash,
+            job.view,
+            job.epochs,
+            job.batch_size,
+            *asdict(self).values(),
+        ]
+        return job.folder / hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, rate {self.lr:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went."""
+
+    top1: float  # of the best epoch on the validation part, in percent; -1: the loss was not finite
+    loss: float
+    epoch: int  # which it was, from 1
+    seconds: float  # of training and validation
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Higher is better."""
+        return self.top1, -self.loss
+
+
+class Watch(Checkpoints):
+    """Validates at the end of each epoch and keeps the best model; checkpoints come after that."""
+
+    def __init__(self, place: Path, model: ViT, job: Job, bar: tqdm):
+        super().__init__(place / "checkpoint.pth", every_s=60.0, run=place.name)
+        self.place, self.model, self.job, self.bar = place, model, job, bar
+        self.table = place / "epochs.csv"
+        self.scores: list[tuple[float, float]] = []  # of each epoch
+
+    def read(self, parts) -> list:
+        history = super().read(parts)
+        if history:  # the table may be ahead of the checkpoint: the same numbers would come again
+            self.scores = [tuple(map(float, line.split(",")[1:])) for line in self.table.read_text().splitlines()[1:]]
+            self.bar.update(len(history))
+        return history
+
+    def write(self, parts, history) -> None:
+        self.look(len(history))
+        super().write(parts, history)
+
+    def after(self, step: int, steps: int) -> None:
+        self.bar.update()
+        self.look(step)
+
+    def look(self, step: int) -> None:
+        """Validate, where `step` ends an epoch that is not validated yet."""
+        per_epoch = self.bar.total // self.job.epochs
+        if step % per_epoch or step // per_epoch <= len(self.scores):
+            return
+        reached, _ = supervised.evaluate(self.model, self.job.validation, self.job.engine)
+        loop.set_train_mode(self.model)
+        score = (reached["top1"], -reached["loss"])
+        if not self.scores or score > max(self.scores):
+            self.save("best")
+        self.scores.append(score)
+        lines = [f"{epoch},{top1},{minus_loss}" for epoch, (top1, minus_loss) in enumerate(self.scores, start=1)]
+        with write_whole(self.table) as draft:
+            draft.write_text("\n".join(["epoch,top1,minus_loss", *lines]) + "\n")
+
+    def save(self, name: str) -> None:
+        notes = write_notes(self.job.view, self.job.task.data.classes, trunk=self.job.trunk.hash)
+        save(self.model, self.place / f"{name}.safetensors", notes)
+
+
+def execute(run: Run, job: Job) -> Outcome:
+    """Train a run, go on with it, or read it where it is finished.
+
+    A loss that is not finite is an outcome. Raises UsageError where the memory does not suffice.
+    """
+    place = run.place(job)
+    if (place / "result.json").is_file():
+        return Outcome(**json.loads((place / "result.json").read_text()))
+    torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
+    model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.train
+    steps = loop.count_steps(recipe, len(train))
+    with tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar, enough_memory(job):
+        watch = Watch(place, model, job, bar)
+        inputs = (model, recipe, train, np.arange(len(train)), run.seed, supervised.loss_of(recipe))
+        try:
+            loop.train(*inputs, on_step=watch.after, engine=job.engine, checkpoints=watch)
+            watch.save("last")
+            best = max(watch.scores)
+            outcome = Outcome(best[0], -best[1], watch.scores.index(best) + 1, watch.wall_s)
+        except loop.NonFiniteLoss:
+            outcome = Outcome(-1.0, math.inf, 0, watch.wall_s)
+    with write_whole(place / "result.json") as draft:
+        draft.write_text(json.dumps(asdict(outcome)))
+    watch.remove()
+    return outcome
+
+
+def search(job: Job, strategy: str, seed: int) -> dict[float, Outcome]:
+    """Rates a factor 2 apart, extended until the best is inside (at most MOST_RATES), in ascending order."""
+    first, tried = job.first_rate(strategy), {}
+    wanted = [first / 2, first, first * 2]
+    while wanted:
+        for lr in wanted:
+            tried[lr] = execute(Run(strategy, lr, seed), job)
+            say(f"  {strategy}, rate {lr:g}: {tried[lr].top1:.1f} % of the validation images")
+        best, low, high = best_of(tried), min(tried), max(tried)
+        wanted = [best / 2] if best == low else [best * 2] if best == high else []
+        if wanted and len(tried) >= MOST_RATES:
+            say(f"  the best rate, {best:g}, is at the end of {len(tried)} that were tried")
+            break
+    return dict(sorted(tried.items()))
+
+
+def best_of(tried: dict[float, Outcome]) -> float:
+    """The rate that did best on the validation part. Raises UsageError where every loss was not finite."""
+    best = max(tried, key=lambda lr: tried[lr].score)
+    if tried[best].top1 < 0:
+        rates = ", ".join(f"{lr:g}" for lr in sorted(tried))
+        raise UsageError(f"the loss is not finite at the rates {rates}: give a lower one with --lr")
+    return best
+
+
+@contextlib.contextmanager
+def enough_memory(job: Job) -> Iterator[None]:
+    """Inside, memory that does not suffice is one sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RuntimeError) and "memory" not in str(fault).lower():
+            raise
+        at_once = f"{job.batch_size} images of {job.view.image_size} pixels"
+        raise UsageError(f"no memory for batches of {at_once}: give a smaller batch or image size") from fault
+
+
+say = functools.partial(print, file=sys.stderr, flush=True)

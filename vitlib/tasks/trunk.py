@@ -1,0 +1,106 @@
+"""The pretrained weights that a task starts from: a file, a timm name, or the small trunk that ships."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from vitlib.errors import UsageError
+from vitlib.files import read_metadata
+from vitlib.model import ViT, ViTConfig
+from vitlib.model.weights import load, read_checkpoint
+from vitlib.tasks.images import View
+
+SHIPPED = Path(__file__).with_name("trunk.safetensors")  # small, of 16-pixel grey images
+LARGEST = 224  # pixels, unless told otherwise: DINOv2's 518 would take 30 times as long
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """A pretrained backbone. In eval mode; nothing here changes it."""
+
+    model: ViT
+    source: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()  # of the file, if it names them
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return hash_of(self.model.state_dict())
+
+    def config(self, image_size: int | None, num_classes: int) -> ViTConfig:
+        """Of a model that starts from it. image_size None: the trunk's own, at most 224."""
+        c = self.model.config
+        size = image_size or min(c.image_size, LARGEST // c.patch_size * c.patch_size)
+        return replace(c, image_size=size, num_classes=num_classes)
+
+    def view(self, image_size: int | None) -> View:
+        c = self.config(image_size, 0)
+        return View(c.image_size, c.patch_size, self.mean, self.std)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Without the head, which a task has of its own."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("head.")}
+
+
+def read_trunk(source: str | Path | None = None) -> Trunk:
+    """Weights of `source`: a file, ours or one that `model.weights.read_checkpoint` reads, a folder that `finetune` wrote, or
+    a timm name; None is the trunk that ships.
+
+    Raises UsageError for what cannot be read, and where no trunk ships.
+    """
+    if source is None:
+        if not SHIPPED.is_file():
+            raise UsageError("no trunk ships with this version: name weights with --from, a file or a timm name")
+        source = SHIPPED
+    path = Path(source)
+    path = path / "best.safetensors" if path.is_dir() else path
+    mean, std, notes = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, {}
+    if path.suffix == ".safetensors" and path.is_file() and "vitlib" in (metadata := read_metadata(path)):
+        model, notes = load(path), read_notes(metadata)
+        if not isinstance(model, ViT):
+            raise UsageError(f"{path} holds a {type(model).__name__}: allowed is a ViT")
+        # ours, without notes: a trunk of grey images
+        mean, std = (
+            notes.get(k, (0.5,) if model.config.in_chans == 1 else v) for k, v in (("mean", mean), ("std", std))
+        )
+    else:
+        model = read_checkpoint(str(source))
+        if not path.is_file():
+            from timm.models import get_pretrained_cfg
+
+            mean, std = get_pretrained_cfg(str(source)).mean, get_pretrained_cfg(str(source)).std
+    if len(mean) != model.config.in_chans:
+        raise UsageError(f"{source} reads {model.config.in_chans} channels: allowed are 3, and 1 for grey")
+    model = model.float().eval().requires_grad_(False)
+    return Trunk(model, str(source), tuple(mean), tuple(std), tuple(notes.get("classes", ())))
+
+
+def read_notes(metadata: Mapping[str, str]) -> dict[str, object]:
+    """What `finetune` notes in a file: class names and preprocessing, besides."""
+    return json.loads(metadata.get("task", "{}"))
+
+
+def write_notes(view: View, classes: tuple[str, ...], **besides: object) -> dict[str, str]:
+    notes = {"classes": classes, "image_size": view.image_size, "mean": view.mean, "std": view.std}
+    notes["resize"] = "shorter side to image_size, bilinear, antialiased; middle square"
+    return {"task": json.dumps(notes | besides)}
+
+
+def hash_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, 16 digits, over names, shapes and values of a trunk's tensors, head apart."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in state if not name.startswith("head.")):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
