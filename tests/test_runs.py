@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import runpy
 import shutil
 import signal
@@ -365,14 +364,14 @@ def test_a_kill_between_the_two_renames_of_an_imported_run_loses_nothing(run_sto
     execute.execute(TINY)
     kept = store.find(TINY).record()
     for name in (
-        f".draft-{platform.node()}-{gone()}-01234567-{TINY.hash}",
-        f".draft-{platform.node()}-{os.getpid()}-0",
+        f".draft-{files.MACHINE}-{gone()}-01234567-{TINY.hash}",
+        f".draft-{files.MACHINE}-{os.getpid()}-0",
     ):
         (run_store / name).mkdir()
-    (run_store / TINY.hash).rename(run_store / f".draft-{platform.node()}-{gone()}-01234567-{TINY.hash}-old")
+    (run_store / TINY.hash).rename(run_store / f".draft-{files.MACHINE}-{gone()}-01234567-{TINY.hash}-old")
     store.sweep_store()
     assert store.find(TINY).record() == kept
-    assert [p.name for p in run_store.glob(".draft-*")] == [f".draft-{platform.node()}-{os.getpid()}-0"]
+    assert [p.name for p in run_store.glob(".draft-*")] == [f".draft-{files.MACHINE}-{os.getpid()}-0"]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "of another run"])
@@ -464,7 +463,7 @@ def test_workers_end_when_the_process_that_asked_is_killed_and_the_same_command_
     wait_for(lambda: not files.alive(-process.pid), seconds=10)  # nobody of its group is left
     kept = {path.parent.name: path.stat().st_mtime_ns for path in run_store.glob("[0-9a-f]*/result.json")}
     assert {short.hash, short.with_seed(1001).hash} <= kept.keys() and len(kept) < 4
-    left = run_store / f".draft-{platform.node()}-{process.pid}-01234567-{long.hash}"
+    left = run_store / f".draft-{files.MACHINE}-{process.pid}-01234567-{long.hash}"
     left.mkdir()
     found = launch.launch(specs, jobs=2)
     assert all(found.values()) and not left.exists()  # drafts of the killed process are gone

@@ -12,8 +12,10 @@ import pathlib
 import platform
 import re
 import shutil
+import tempfile
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,6 +25,9 @@ from vitlib.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"  # short, so that paths of sockets are
 
 
 @contextlib.contextmanager
@@ -46,7 +51,7 @@ def write_whole(path: Path | str) -> Iterator[Path]:
 
 def draft_name() -> str:
     """The beginning of a name that no other thread or machine gives, and that says which process writes there."""
-    return f".draft-{platform.node()[:64]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return f".draft-{MACHINE}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def sweep(folder: Path | str) -> None:
@@ -57,8 +62,33 @@ def sweep(folder: Path | str) -> None:
 
 def abandoned(draft: Path) -> bool:
     """Whether the process of this machine that made the draft is gone."""
-    match = re.match(rf"\.draft-{re.escape(platform.node()[:64])}-(\d+)-[0-9a-f]{{8}}", draft.name)
+    match = re.match(rf"\.draft-{MACHINE}-(\d+)-[0-9a-f]{{8}}", draft.name)
     return match is not None and not alive(int(match[1]))
+
+
+@contextlib.contextmanager
+def private_folder(longest: int = 4096) -> Iterator[Path]:
+    """A folder for temporary files for one `with` block, whose path has at most `longest` characters; `sweep` also sees to it.
+
+    Raises UsageError where there can be none.
+    """
+    places = [
+        place for place in dict.fromkeys((tempfile.gettempdir(), "/tmp")) if len(f"{place}/{draft_name()}") <= longest
+    ]
+    for place in filter(os.path.isdir, places):
+        sweep(place)
+        with contextlib.suppress(OSError):
+            (folder := Path(place, draft_name())).mkdir(mode=0o700)
+            break
+    else:
+        short = f", whose path has at most {longest - len(draft_name())} characters" if longest < 4096 else ""
+        raise UsageError(
+            f"no folder for temporary files can be made in {tempfile.gettempdir()}: set TMPDIR to one{short}"
+        )
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(pid: int) -> bool:

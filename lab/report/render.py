@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import time
 import uuid
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
@@ -32,13 +35,14 @@ from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
 from lab.report import tables
 from lab.runs import store
-from lab.runs.execute import cores
 from lab.runs.launch import launch
+from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
-from vitlib.files import write_whole
+from vitlib.files import first_line, private_folder, sweep, write_whole
 
 QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
+SOCKET = 107 - len("/01234567-ipc-99")  # characters of a folder whose sockets have paths that the system allows
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours when a notebook is run on its own
 
 
@@ -61,6 +65,10 @@ def reproduce(
     A notebook whose code, parameters and runs have not changed since it was rendered is left as it is. A failed one is
     kept under failed/, the others are rendered all the same, and then NotebookFailed is raised.
     """
+    with private_folder(SOCKET):  # said now where there can be none
+        pass
+    for left in (paths.outputs() / p.name).rglob(".draft-*"):  # by a command that was killed
+        sweep(left.parent)
     parameters = {n: _parameters(source(n), {"profile": p.name, "jobs": jobs}, settings) for n in notebooks}
     print(plan.cpu_text(specs, jobs))
     if train:
@@ -87,7 +95,12 @@ def reproduce(
 
     # One kernel per core.
     with kernel_environment(VITLIB_TRAIN=str(int(train))), ThreadPoolExecutor(cores()) as pool:
-        failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
+        try:
+            failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
+        except BaseException:  # Ctrl-C: kernels are in sessions of their own
+            pool.shutdown(wait=False, cancel_futures=True)
+            LocalKernel.end_all(pool)
+            raise
     print(f"\n{tables.claims_text(evidence.Stored(p), tables.save_claims(p))}\n\nexecuted notebooks: {folder}")
     if any(failed):
         raise NotebookFailed("; ".join(filter(None, failed)))
@@ -144,10 +157,13 @@ def _is_current(target: Path, key: str) -> bool:
 
 
 def _render(notebook: Path, target: Path, parameters: dict[str, object], key: str) -> None:
-    """Execute into a draft that takes its place on success; a failed one is kept under failed/."""
-    kept, fault = target.parent / "failed" / target.name, None
-    with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
-        executed = Path(folder, target.name)
+    """Execute into a draft that takes its place on success; a failed one is kept under failed/.
+
+    Raises NotebookFailed, whatever went wrong: the other notebooks go on.
+    """
+    kept, fault, content = target.parent / "failed" / target.name, None, None
+    with private_folder() as folder:
+        executed = folder / target.name
         try:
             papermill.execute_notebook(
                 str(notebook), str(executed), parameters, kernel_name="python3", progress_bar=False,
@@ -158,31 +174,60 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
             fault = f"stopped in cell {error.exec_count}: {error.ename}: {error.evalue}"
         except DeadKernelError:
             fault = "stopped: its kernel died, perhaps for lack of memory"
-        content = nbformat.read(executed, 4)
-    content.metadata["vitlib"] = {"content": key if fault is None else ""}
-    with write_whole(target if fault is None else kept) as draft:
-        nbformat.write(content, draft)
+        except Exception as error:  # a kernel that died while it began, a full disk
+            fault = f"stopped: {type(error).__name__}: {first_line(error)}"
+        try:
+            content = nbformat.read(executed, 4)
+            content.metadata["vitlib"] = {"content": key if fault is None else ""}
+            with write_whole(target if fault is None else kept) as draft:
+                nbformat.write(content, draft)
+        except Exception as error:
+            fault, kept = fault or f"cannot be written: {first_line(error)}", "nothing of it is kept"
     if fault:
         raise NotebookFailed(f"{target.name} {fault} ({kept})")
 
 
 class LocalKernel(AsyncKernelManager):
-    """Talks to its kernel over files and not over TCP ports: no race for a port, no warning."""
+    """A kernel of this Python, reached over files and not over TCP ports: no race for a port, no warning."""
+
+    going: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, **settings: object):
         # The sockets lie beside the connection file, which needs an absolute path: kernel and client differ in folder.
-        folder = Path(jupyter_runtime_dir())
-        folder.mkdir(parents=True, exist_ok=True)
-        settings["connection_file"] = str(folder / f"kernel-{uuid.uuid4().hex}.json")
-        super().__init__(transport="ipc", **settings)
+        settings["connection_file"] = f"{jupyter_runtime_dir()}/{uuid.uuid4().hex[:8]}.json"
+        # A user's own kernel of the name python3 may be another Python.
+        super().__init__(transport="ipc", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **settings)
+        self.going.add(self)
+
+    @classmethod
+    def end_all(cls, pool: ThreadPoolExecutor) -> None:
+        """Kill the kernels until the pool's threads, which wait for them, have ended."""
+        while any(thread.is_alive() for thread in pool._threads):
+            for process in [getattr(kernel.provisioner, "process", None) for kernel in cls.going]:
+                if process is not None and process.poll() is None:
+                    process.kill()
+            time.sleep(0.1)
 
 
 @contextmanager
 def kernel_environment(**more: str):
-    """For kernels: no start-up files of the user's, no progress bars in outputs."""
-    with tempfile.TemporaryDirectory() as private:
+    """For kernels: nothing of the user's start-up files, settings and paths, no progress bars in outputs.
+
+    A kernel ends with this process, however that one ends.
+    """
+    with private_folder(SOCKET) as private:
         before = dict(os.environ)
-        os.environ |= {"IPYTHONDIR": private, "VITLIB_PROGRESS": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **more}
+        start = private / "profile_default" / "startup"
+        start.mkdir(parents=True)
+        code = f"from lab.runs.processes import end_with\nend_with({os.getpid()})\ndel end_with\n"
+        (start / "end_with.py").write_text(code, encoding="utf-8")
+        (private / "matplotlibrc").touch()
+        os.environ |= {
+            "IPYTHONDIR": str(private), "JUPYTER_RUNTIME_DIR": str(private), "MATPLOTLIBRC": str(private / "matplotlibrc"),
+            "PYTHONPATH": os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "VITLIB_PROGRESS": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **more,
+        }  # fmt: skip
+        os.environ.pop("PYTHONSTARTUP", None)
         try:
             yield
         finally:

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -32,6 +31,7 @@ from lab.runs import execute, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
+from vitlib.files import private_folder
 from vitlib.train.engine import joined, resolve
 
 if TYPE_CHECKING:
@@ -201,8 +201,8 @@ def distributed(
         raise UsageError(f"the {spec} starts from {what}: train that one first")
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
-        order = write_order(spec, Path(folder, "run.json"), need_weights, every_s, stamps)
+    with private_folder() as folder:
+        order = write_order(spec, folder / "run.json", need_weights, every_s, stamps)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         code = _until_it_ends([*torchrun, "-m", "lab.runs.execute", str(order)], log, spec.threads)
         if (fault := order.with_suffix(".fault")).is_file():  # the one sentence that a process ended with

@@ -6,12 +6,13 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vitlib.files import alive
+from vitlib.files import alive, sweep
 
 CGROUP = Path("/sys/fs/cgroup")
 QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of a container: cgroup v2, v1
@@ -27,6 +28,7 @@ def end_with(parent: int, asker: int = 0, end: Callable[[], None] = lambda: os._
         while os.getppid() == parent and (not asker or alive(asker)):
             time.sleep(0.5)
         print("the process that asked for this is gone: this one ends", file=sys.stderr, flush=True)
+        sweep(tempfile.gettempdir())  # what that one has left
         end()
 
     if os.name != "nt":
