@@ -52,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     tune = add("tune", tune_, "search every arm's learning rate on validation images", "study")
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
+    show = add("show", show_, "the committed answer to a claim, a part or a notebook; needs no torch")
+    show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
+    show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
+    show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
     text = "write the finished runs to a runs.jsonl (metrics, no weights)"
     add("export", export_, text).add_argument("file", type=Path)
     add("import", import_, "merge a runs.jsonl into the run store").add_argument("file", type=Path)
@@ -224,6 +228,16 @@ def claims_(arguments) -> None:
     if not arguments.committed:
         tables.save_claims(p)
     print(tables.claims_text(source, every))
+
+
+def show_(arguments) -> None:
+    from lab.report import answer
+
+    rows = answer.chosen(arguments.name, arguments.study)
+    print(f"{answer.plain(rows)}\n\n{answer.where(arguments.study)}")
+    if arguments.figure and (drawn := answer.figure(rows)) is not None:
+        drawn.savefig(arguments.figure, dpi=200)
+        print(f"figure: {arguments.figure}")
 
 
 def export_(arguments) -> None:

@@ -63,6 +63,14 @@ def verdict(source: Stored | Archived, part: Part) -> Verdict:
         return replace(blank, label=judge.SMOKE)
     if name not in part.n:
         return pilot(part) if name == "study" and PILOT in part.n else replace(blank, note=_elsewhere(part))
+    found = _measured(source, part, here, blank)
+    # until the second study has its runs, what the first one measured stands here, marked as its own
+    return pilot(part) if found.estimate is None and name == "study" and PILOT in part.n else found
+
+
+def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict) -> Verdict:
+    """The verdict on a part of this profile, or why there is none."""
+    name = source.name
     if part.kind == "ratio":
         estimate, said = source.ratio(part)
         return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said)
@@ -96,9 +104,17 @@ def pilot(part: Part) -> Verdict:
     there = archive.results(part.notebook)
     correct = {arm: np.stack([r.correct for r in there[arm]]) for arm in here.contrast}
     first = archive.record(there[next(iter(here.contrast))][0].hash)
-    judged = judge.judge(replace(here, checks=(), primary=False), PILOT, correct, first["model"]["num_classes"], {})
+    inside = {arm: held for arm, held in _inside_of_three().items() if arm in here.contrast}
+    judged = judge.judge(replace(here, checks=()), PILOT, correct, first["model"]["num_classes"], inside)
     names = tuple(sorted(r.hash for arm in here.contrast for r in there[arm]))
-    return replace(judged, profile="study", source=PILOT, note="of the pilot: one rate of three tried", runs=names)
+    return replace(judged, profile="study", source=PILOT, note="of the pilot", runs=names)
+
+
+@functools.cache
+def _inside_of_three() -> dict[str, bool]:
+    """Arm of the pilot -> whether the middle one of its three rates was the best, where it was tuned."""
+    tuned = pd.read_csv(paths.REFERENCE / PILOT / "tuning.csv").sort_values("lr").groupby("arm", sort=False)
+    return {arm: rows["top1_validation"].to_numpy().argmax() not in (0, len(rows) - 1) for arm, rows in tuned}
 
 
 @functools.cache

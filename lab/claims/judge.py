@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lab.claims import statistics
-from lab.claims.ledger import PILOT, Check, Part
+from lab.claims.ledger import PILOT, Check, Part, ledger
 from vitlib.stats import Estimate, difference, interval
 
 # The labels of a part; three kinds of them carry numbers.
@@ -145,8 +145,8 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """The ledger's sentence for this outcome."""
-        return self.part.says.get(outcome(self.part, self.label), "")
+        """The ledger's sentence for this outcome; the pilot has none."""
+        return "" if self.source == PILOT else self.part.says.get(outcome(self.part, self.label), "")
 
 
 def judge(
@@ -201,11 +201,11 @@ def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
     A primary part keeps its predicted label only if its corrected p is at most 0.05.
     """
     primary = [v for v in verdicts if v.part.primary]
-    there = [v.p if outcome(v.part, v.label) and v.p is not None else 1.0 for v in primary]
+    there = [v.p if outcome(v.part, v.label) and v.p is not None and v.source != PILOT else 1.0 for v in primary]
     adjusted = {v.part.id: float(q) for v, q in zip(primary, statistics.holm(there), strict=True)}
     result = []
     for v in verdicts:
-        if v.part.id in adjusted and v.estimate is not None:
+        if v.part.id in adjusted and v.estimate is not None and v.source != PILOT:
             v = replace(v, p_holm=adjusted[v.part.id])
             if is_predicted(v.part, v.label) and v.p_holm > 0.05:
                 v = replace(v, label=UNDECIDED, note=f"{v.label} without Holm's correction")
@@ -251,7 +251,8 @@ def moved(verdicts: Sequence[Verdict], margins: Sequence[float] = MARGINS) -> pd
 
 
 # Columns of the claims table. sd, seed_se, image_se: in points, of a ratio of its logarithm.
-COLUMNS = dict.fromkeys(("part", "claim", "title", "notebook", "primary", "contrast", "test"), object) | {
+TEXTS = ("part", "claim", "claim_title", "claim_verdict", "title", "notebook", "primary", "contrast", "test")
+COLUMNS = dict.fromkeys(TEXTS, object) | {
     "n": "Int64", "test_images": "Int64",
     **dict.fromkeys(("ours", "sd", "low", "high", "seed_se", "image_se", "paired_low", "paired_high", "paper"), float),
     **dict.fromkeys(("paper_source", "paper_confidence", "contains_paper"), object),
@@ -263,8 +264,16 @@ COLUMNS = dict.fromkeys(("part", "claim", "title", "notebook", "primary", "contr
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per verdict, numbers not rounded."""
-    return pd.DataFrame([_row(v) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
+    """One row per verdict, numbers not rounded, with what all parts of its claim say together."""
+    titles = ledger().claims
+    words = {
+        claim: claim_verdict([v for v in verdicts if v.part.claim == claim])
+        for claim in {v.part.claim for v in verdicts}
+    }
+    rows = [
+        _row(v) | {"claim_title": titles.get(v.part.claim, ""), "claim_verdict": words[v.part.claim]} for v in verdicts
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
 def _row(v: Verdict) -> dict[str, object]:

@@ -52,6 +52,7 @@ NOTEBOOKS: tuple[Notebook, ...] = (
     Notebook("42", "42_tab6_transfer", small.transfer, imagenet.transfer),
     Notebook("51", "51_fig5_stem_and_masking"),
     Notebook("52", "52_tab7_masked_pretraining", small.stems, imagenet.stems),
+    Notebook("61", "61_regrouping", small.regrouping),
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from lab.runs.spec import RunSpec
@@ -137,6 +137,23 @@ PROFILES = {
 
 MASKED_SHARE = 75 / 196  # of the patches. BEiT masks 75 of 196 (38 %); here 6 of 16
 LAYER_SCALE = 1e-4  # Released code: models_v2.py, init_scale; the paper states no value
+
+
+def changed(p: Profile, seeds: int = 0, epochs: int = 0, pairs: int = 0, lr: float = 0.0, labels: int = 0) -> Profile:
+    """A profile with a reader's own numbers in the place of its own; 0 changes nothing. lr: one rate for every arm.
+
+    Raises UsageError for a number below 0.
+    """
+    for name, value in {"seeds": seeds, "epochs": epochs, "pairs": pairs, "lr": lr, "labels": labels}.items():
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"{name} is {value!r}: allowed are 0 (as the profile has it) and numbers above it")
+    stems = replace(p.stems, masked_epochs=epochs, supervised_epochs=epochs) if epochs else p.stems
+    counts = {data: (labels,) for data in p.transfer_images} if labels else p.transfer_images
+    return replace(
+        p, seeds=tuple(p.seeds[0] + i for i in range(seeds)) or p.seeds, epochs=epochs or p.epochs, pairs=pairs or p.pairs,
+        rates=dict.fromkeys(p.rates, lr) if lr else p.rates, stems=replace(stems, n=None) if seeds else stems,
+        transfer_images=counts,
+    )  # fmt: skip
 
 
 def profile(name: str) -> Profile:

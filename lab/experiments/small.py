@@ -104,6 +104,29 @@ def depth_or_width(p: Profile) -> list[Arm]:
     return [Arm(f"W{w} {n // k}x{k}+LS", _form(p, n, k, LAYER_SCALE, w), f"W{w}", f"{n // k}x{k}") for w, n, k in forms]
 
 
+REGROUPED_SEEDS = 5
+
+
+def regrouping(p: Profile) -> list[Arm]:
+    """Beyond the paper: trained sequential models put into branches, and tuned for a short while at the same image size.
+
+    "12x1+LS" is the trunk; "6x2+LS attn" is its weights in 6 layers of 2 branches, then attention alone trained on the images of
+    Table 5's fine-tuning, at its rates.
+    """
+    arms = []
+    for scale in (LAYER_SCALE, None):
+        trunk = _form(p, p.pairs, 1, scale)
+        arms.append(Arm(_name(p.pairs, 1, scale), trunk, _name(p.pairs, 1, scale), "trained", REGROUPED_SEEDS))
+        for k in (2, 3, 4, 6, 12) if p.exploratory else () if p.judged else (2, 12):
+            model = replace(trunk.model, depth=p.pairs // k, branches=k)
+            for strategy in ("full", "attn"):
+                recipe = Recipe(epochs=1, batch_size=64, lr=p.rate(strategy))
+                spec = _spec(p, "finetune", model, recipe, images=p.finetune_images, parent=trunk, strategy=strategy)
+                row = _name(p.pairs, k, scale)
+                arms.append(Arm(f"{row} {strategy}", spec, row, strategy, REGROUPED_SEEDS))
+    return arms
+
+
 # ---------------------------------------------------------------------------------------------------- thing 2
 
 

@@ -13,14 +13,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.data.cards import card, load_resized
+from lab.data.cards import card, load_resized, source
 from lab.experiments import small
 from lab.experiments.catalogue import Runs, arms_of
 from lab.experiments.profiles import PROFILES, Profile
 from lab.report import paper
 from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
 from lab.report.tables import gap
-from lab.runs import execute
+from lab.runs import execute, store
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.train import masked, tokenizers
@@ -37,6 +37,34 @@ def whiskers(table: pd.DataFrame, prefix: str = "") -> np.ndarray:
 def with_bounds(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that have a difference, with columns for its interval where no row has one."""
     return table.reindex(columns=list(dict.fromkeys([*table, *BOUNDS]))).dropna(subset=["points"])
+
+
+def images_figure(p: Profile, count: int) -> tuple[Figure, str]:
+    """The first images of a data set with their labels, at the size that the models read; and a caption."""
+    data = source(p.data).open("test", p.image_size)
+    if data.streamed:
+        raise UsageError(f"{p.data} is read from its files: images are shown of data in memory")
+    figure, axes = plt.subplots(1, count, figsize=(8, 1.3), layout="constrained")
+    names = [data.classes[label] for label in data.labels[:count].tolist()]
+    for panel, image, name in zip(axes, data.images, names, strict=False):
+        _show(panel, image.permute(1, 2, 0).numpy() / 255)
+        panel.set_title(name, fontsize="x-small")
+    about = f"{card(p.data)['pretty_name']}, the first test images at {p.image_size} pixels: {', '.join(names)}."
+    return figure, about
+
+
+def loss_figure(runs: Runs) -> Figure:
+    """The training loss of every run, smoothed over a twentieth of its steps: a colour per arm, a line per seed."""
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for i, label in enumerate(runs.results):
+        for k, spec in enumerate(runs.experiment.seeds_of(label)):
+            if (history := store.history(spec)) is not None:
+                loss = history["loss"].rolling(max(len(history) // 20, 1), min_periods=1).mean()
+                axes.plot(history["step"], loss, color=f"C{i % 10}", linewidth=0.9, label=label if k == 0 else None)
+    axes.set(xlabel="step", ylabel="training loss")
+    if len(runs.results) <= 12:
+        axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
 
 
 def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:

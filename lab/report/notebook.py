@@ -7,10 +7,12 @@ each goes to outputs/<profile>/tables (numbers as CSV, as printed in Markdown) a
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import os
+import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,10 +27,11 @@ from lab.claims.judge import Verdict
 from lab.claims.ledger import stamps
 from lab.cost.plan import cpu_seconds
 from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
-from lab.experiments.profiles import Arm, Profile, profile
+from lab.experiments.profiles import Arm, Profile, changed, profile
 from lab.report import figures, tables
 from lab.runs import store
 from lab.runs.results import Archive
+from vitlib.errors import unknown
 from vitlib.files import write_whole
 
 
@@ -40,6 +43,7 @@ class Page:
     profile: Profile
     experiment: Experiment | None  # None: this notebook trains nothing
     committed: Runs | None  # what the committed reference has of it
+    changed: str = ""  # which of the profile's numbers a reader has changed
 
     @property
     def arms(self) -> dict[str, Arm]:
@@ -106,11 +110,26 @@ class Page:
         return tables.judged(self.profile)
 
     def verdicts(self) -> None:
-        """The verdict on each part of a claim that this notebook carries."""
+        """The verdict on each part of a claim that this notebook carries, from this page's own runs."""
+        if self.changed:
+            display(
+                Markdown(f"**Not judged: changed** ({self.changed}). The ledger fixed other values before the runs.")
+            )
+            return
         every = tables.judged(self.profile, self.notebook.number)  # all that Holm's correction is over
         mine = [v for v in every if v.part.notebook == self.notebook.number]
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine)))
         self.table(tables.verdicts(mine), "verdicts")
+
+    def images(self, count: int = 8) -> None:
+        """The first test images of the profile's data, with their labels."""
+        drawn, caption = figures.images_figure(self.profile, count)
+        self.figure(drawn, alt=caption, name="data")
+        display(Markdown(f"*{caption}*"))
+
+    def curves(self, runs: Runs) -> None:
+        """The loss of every run over its steps, a line each."""
+        self.figure(figures.loss_figure(runs), alt="Training loss of every run over the steps", name="loss")
 
     def _path(self, folder: str, name: str) -> Path:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
@@ -130,15 +149,32 @@ def reference_text() -> str:
     return f"pilot, n = {len(known.seeds)}, first study, made {tables.span(days)}"
 
 
-def open_page(name: str, profile_name: str) -> Page:
+def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> Page:
     """A notebook's page; says its scale and what its columns are.
 
-    Raises UsageError for a notebook or a profile that does not exist, before anything is trained.
+    only: words of the arms to run, e.g. "full attn"; all by default. knobs: a reader's own numbers, see `profiles.changed`.
+    Raises UsageError for a notebook, a profile, an arm or a number that does not exist, before anything is trained.
     """
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
-    shown, p, study = notebook(name), profile(profile_name), profile("study")
+    shown, own, study = notebook(name), profile(profile_name), profile("study")
+    p = changed(own, **knobs)
+    said = [f"{key} = {value:g}" for key, value in knobs.items() if value] + ([f"only {only}"] if only else [])
     display(Markdown(tables.legend(p, reference_text())))
     if not shown.has_runs:
-        return Page(shown, p, None, None)
+        return Page(shown, p, None, None, ", ".join(said))
     known = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
-    return Page(shown, p, experiment(shown, p), Runs(known, archive().results(shown.number)))
+    setting = experiment(shown, p)
+    if only:
+        arms = {label: arm for label, arm in setting.arms.items() if {*only.split()} & {arm.row, arm.column, label}}
+        if not arms:
+            raise unknown(f"arm of notebook {shown.file}", only, setting.arms)
+        setting = replace(setting, arms=arms)
+    return Page(shown, p, setting, Runs(known, archive().results(shown.number)), ", ".join(said))
+
+
+def show_source(*objects: object) -> None:
+    """The code itself, as it is in the library, without its docstring's distance from the equation."""
+    for one in objects:
+        lines = inspect.getsource(one)
+        path = Path(inspect.getsourcefile(one)).relative_to(paths.ROOT).as_posix()
+        display(Markdown(f"`{path}`\n```python\n{textwrap.dedent(lines).rstrip()}\n```"))

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ from vitlib.train import PROTOCOLS, loop
 
 OLD = "-old"  # how the name of a folder that was put aside ends
 AGAIN = "move that folder away and it is trained again"
+
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def find(spec: RunSpec) -> Result | None:
@@ -67,6 +72,14 @@ def weights(spec: RunSpec, ema: bool = False) -> dict[str, Tensor]:
     if wanted and sha256(path) != wanted:
         raise UsageError(f"{path} is damaged: its SHA-256 is not the one in result.json; {AGAIN}")
     return state
+
+
+def history(spec: RunSpec) -> pd.DataFrame | None:
+    """The lines of a run's history.csv, one per step; None where they are not here (imported runs have metrics only)."""
+    import pandas as pd
+
+    path = paths.runs() / spec.hash / "history.csv"
+    return pd.read_csv(path) if path.is_file() else None
 
 
 def weights_path(spec: RunSpec) -> Path:

@@ -2,8 +2,12 @@
 
 from vitlib.model.config import ViTConfig, vit_config
 from vitlib.model.parallel import ParallelLayer, set_execution
+from vitlib.model.regroup import commutation_gap, regroup
 from vitlib.model.stems import make_stem
 from vitlib.model.vit import ViT, resize_positions
 from vitlib.model.weights import fuse
 
-__all__ = ["ParallelLayer", "ViT", "ViTConfig", "fuse", "make_stem", "resize_positions", "set_execution", "vit_config"]
+__all__ = [
+    "ParallelLayer", "ViT", "ViTConfig", "commutation_gap", "fuse", "make_stem", "regroup", "resize_positions", "set_execution",
+    "vit_config",
+]  # fmt: skip

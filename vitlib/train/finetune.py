@@ -29,6 +29,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
 from vitlib.model.layers import FFN, MHSA
+from vitlib.model.regroup import regrouped
 from vitlib.model.vit import RelativeBias
 from vitlib.train import supervised
 from vitlib.train.protocol import LossFunction, Protocol, Setting
@@ -170,13 +171,13 @@ def freeze(model: nn.Module, strategy: str) -> list[str]:
 def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_head: bool = False) -> ViT:
     """A model of `config` with the weights of a pretrained backbone.
 
-    The backbone may be a classifier at another image size or with other classes, or a masked pre-trained model without
-    a head. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
+    The backbone may be a classifier at another image size or with other classes, a masked pre-trained model without a head,
+    or have its pairs in other branches. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
     Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     model = ViT(config, seed)
     fresh = model.state_dict()
-    weights = dict(weights)
+    weights = regrouped(weights, config.branches)
     # positions: (1, n * n, D) -> (1, grid * grid, D)
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)

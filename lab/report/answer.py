@@ -1,0 +1,198 @@
+"""The answer that is committed: what a page shows first, and `python -m lab show`. Needs no torch: pandas, scipy, seaborn.
+
+Everything is read from outputs/reference/study: claims.csv (a row per part), accuracies.csv (a row per arm), claims.toml.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lab import paths
+from lab.claims import judge
+from lab.claims.ledger import PILOT, ledger
+from vitlib.errors import UsageError, unknown
+
+WIDE = 100  # columns of a terminal
+# label -> marker and its name in the legend; what is not run is not drawn
+MARKS = {"held": ("o", "as the paper says"), "against": ("X", "against the paper"), "open": ("D", "undecided"),
+         PILOT: ("s", "pilot, decides nothing")}  # fmt: skip
+
+
+@functools.cache
+def claims(study: str = "study") -> pd.DataFrame:
+    """The committed verdicts, a row per part. Raises UsageError where there are none."""
+    path = paths.REFERENCE / study / "claims.csv"
+    if not path.is_file():
+        raise UsageError(f"there is no {path.name} of {study} in outputs/reference: allowed are {', '.join(studies())}")
+    table = pd.read_csv(path, dtype={"notebook": str, "runs": str})
+    return table.fillna(dict.fromkeys(("note", "source", "says", "contains_paper", "contrast", "power", "checks"), ""))
+
+
+def studies() -> list[str]:
+    """The profiles that have a committed table of verdicts."""
+    return [name for name in ("study", "photos", "imagenet") if (paths.REFERENCE / name / "claims.csv").is_file()]
+
+
+def accuracies(number: str, study: str = "study") -> pd.DataFrame:
+    """The committed accuracy of each arm of a notebook: arm, n, mean, sd."""
+    path = paths.REFERENCE / study / "accuracies.csv"
+    table = pd.read_csv(path, dtype={"notebook": str}) if path.is_file() else pd.DataFrame(columns=["notebook", "arm"])
+    return table[table["notebook"] == number]
+
+
+def claim_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim: title, verdict, notebook, and the parts that decided it."""
+    return table.drop_duplicates("claim")[["claim", "claim_title", "claim_verdict", "notebook"]].reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------------------------------- words
+
+
+def number(row, value: float) -> str:
+    return f"{value:.2f}" if row.test == "ratio" else f"{value:+.2f}"
+
+
+def measured(row) -> str:
+    """ "-0.11 [-0.27, +0.05] points, n = 20; the paper: -0.10", or "" where nothing was measured."""
+    if pd.isna(row.ours):
+        return ""
+    unit = "times" if row.test == "ratio" else "points"
+    n = f", n = {row.n:.0f}"
+    text = f"{number(row, row.ours)} [{number(row, row.low)}, {number(row, row.high)}] {unit}{n}"
+    return text if pd.isna(row.paper) else f"{text}; the paper: {number(row, row.paper)}"
+
+
+def line(row) -> str:
+    """One part in a sentence or two."""
+    marked = f"{row.label} (pilot)" if row.source == PILOT else row.label
+    more = "; ".join(filter(None, [measured(row), row.note if row.label == judge.NOT_RUN else ""]))
+    return f"**{row.part}** {row.says or row.title} *{marked}*{f' ({more})' if more else ''}"
+
+
+def text(rows: pd.DataFrame) -> str:
+    """The verdict in a few lines of Markdown: each claim's word, then its parts, those that were measured first."""
+    lines = []
+    for claim in claim_verdicts(rows).itertuples():
+        lines.append(f"**{claim.claim}: {claim.claim_title}: {claim.claim_verdict}.**\n")
+        mine = rows[rows["claim"] == claim.claim]
+        run = mine[mine["label"] != judge.NOT_RUN]
+        lines += [f"- {line(row)}" for row in run.itertuples()]
+        if absent := list(mine[mine["label"] == judge.NOT_RUN]["part"]):
+            lines.append(f"- Not run: {', '.join(absent)}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def plain(rows: pd.DataFrame) -> str:
+    """The same for a terminal of 100 columns."""
+    folded = [
+        textwrap.wrap(one.replace("*", ""), WIDE, subsequent_indent="  ") or [""] for one in text(rows).split("\n")
+    ]
+    return "\n".join(word for lines in folded for word in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- the figure
+
+
+def kind(row) -> str:
+    """Which mark of the figure a row has."""
+    if row.source == PILOT:
+        return PILOT
+    part = ledger().parts[row.part]
+    return (
+        "held" if judge.is_predicted(part, row.label) else "against" if judge.is_contrary(part, row.label) else "open"
+    )
+
+
+def figure(rows: pd.DataFrame, title: str = "") -> Figure | None:
+    """Every measured difference with its 95 % interval, filled; the paper's own, hollow; the margin as a band.
+
+    None where nothing was measured.
+    """
+    shown = rows[rows["ours"].notna() & (rows["test"] != "ratio")].reset_index(drop=True)
+    if shown.empty:
+        return None
+    drawn, axes = plt.subplots(figsize=(8, 0.9 + 0.36 * len(shown)), layout="constrained")
+    colours = dict(zip(MARKS, sns.color_palette("colorblind"), strict=False))
+    for y, row in enumerate(shown.itertuples()):
+        axes.fill_betweenx([y - 0.4, y + 0.4], -row.margin, row.margin, color="0.5", alpha=0.18, linewidth=0)
+        look = kind(row)
+        axes.errorbar(
+            row.ours,
+            y,
+            xerr=[[row.ours - row.low], [row.high - row.ours]],
+            fmt=MARKS[look][0],
+            color=colours[look],
+            capsize=3,
+        )
+        if not pd.isna(row.paper):
+            axes.plot(row.paper, y, "o", markerfacecolor="none", markeredgecolor="0.4", markersize=9)
+    names = [f"{row.part}: {row.contrast}" if len(row.contrast) < 32 else row.part for row in shown.itertuples()]
+    axes.set_yticks(range(len(shown)), names, fontsize="small")
+    axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="difference of top-1, percentage points", title=title)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    _legend(axes, dict.fromkeys(map(kind, shown.itertuples())), colours)
+    return drawn
+
+
+def _legend(axes: Axes, used: Iterable[str], colours: dict) -> None:
+    marks = [
+        plt.Line2D([], [], marker=MARKS[k][0], color=colours[k], linestyle="none", label=MARKS[k][1]) for k in used
+    ]
+    marks.append(
+        plt.Line2D(
+            [], [], marker="o", color="0.4", markerfacecolor="none", linestyle="none", label="the paper, ImageNet"
+        )
+    )
+    marks.append(plt.Rectangle((0, 0), 1, 1, color="0.5", alpha=0.18, label="margin"))
+    axes.figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize="small", frameon=False)
+
+
+def alt(rows: pd.DataFrame) -> str:
+    """What the figure shows, in words."""
+    shown = rows[rows["ours"].notna() & (rows["test"] != "ratio")]
+    return "Differences with their 95 % intervals. " + " ".join(
+        f"{row.part}: {measured(row)}, {row.label}." for row in shown.itertuples()
+    )
+
+
+def chosen(name: str, study: str = "study") -> pd.DataFrame:
+    """The rows of a claim ("F1"), a part ("F2-full") or a notebook ("41"), or all ("")."""
+    table = claims(study)
+    for column in ("claim", "part", "notebook"):
+        if name in set(table[column]):
+            return table[table[column] == name]
+    if name:
+        raise unknown(
+            "claim, part or notebook", name, [*table["claim"].unique(), *table["part"], *table["notebook"].unique()]
+        )
+    return table
+
+
+def answer(name: str, study: str = "study") -> None:
+    """Show the committed answer in a notebook: the figure, with its text for those who do not see it, and the verdict."""
+    from IPython.display import Image, Markdown, display
+
+    rows = chosen(name, study)
+    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
+    if (drawn := figure(rows)) is not None:
+        png = io.BytesIO()
+        drawn.savefig(png, format="png", dpi=120)
+        plt.close(drawn)
+        display(Image(png.getvalue(), format="png", alt=alt(rows), metadata={"alt": alt(rows)}, width=760))
+    display(Markdown(f"{text(rows)}\n\n*{where(study)}*"))
+
+
+def where(study: str) -> str:
+    """On what the numbers were measured, as it was written with them."""
+    path = paths.REFERENCE / study / "about.txt"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else "The second study has not been run yet."
