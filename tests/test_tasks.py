@@ -1,6 +1,7 @@
 """People's own images: what a folder may be, what comes of it, and what is refused in one sentence before time is spent."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,17 @@ from PIL import Image
 
 from vitlib.__main__ import main
 from vitlib.errors import UsageError
+from vitlib.files import read_safetensors
 from vitlib.model import ViT, vit_config
+from vitlib.model.layers import FFN, MHSA
 from vitlib.model.weights import load, save
 from vitlib.tasks import runs
+from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
 from vitlib.tasks.finetune import finetune
 from vitlib.tasks.images import PARTS, View, read_task
 from vitlib.tasks.predict import evaluate, predict
-from vitlib.tasks.trunk import read_trunk
+from vitlib.tasks.trunk import hash_of, read_trunk, write_notes
+from vitlib.train.finetune import freeze, start_from, trainable
 
 torch.set_num_threads(1)
 VIEW = View(16, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -239,8 +244,11 @@ def short(pets, out, trunk_file, **options):
 def test_fine_tuning_keeps_the_best_and_the_last_with_classes_and_preprocessing(pets, tmp_path, trunk_file, capsys):
     tuned = short(pets, tmp_path / "out", trunk_file, lr=1e-3)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"best.safetensors", "last.safetensors", "split.csv", "rates.csv", "result.json"}
+    tables = {"split.csv", "rates.csv", "result.json"}
+    assert names == {"best.safetensors", "last.safetensors", "delta.safetensors"} | tables
     best = read_trunk(tmp_path / "out")
+    delta = load_delta(tmp_path / "out" / "delta.safetensors", read_trunk(trunk_file).model).state_dict()
+    assert all(torch.equal(tensor, delta[name]) for name, tensor in best.model.state_dict().items())
     assert best.classes == ("cat", "dog", "owl") and best.model.config.num_classes == 3
     trunk, last = read_trunk(trunk_file).model.state_dict(), load(tmp_path / "out" / "last.safetensors").state_dict()
     moved = {name for name, tensor in trunk.items() if not torch.equal(tensor, last[name])}
@@ -377,3 +385,77 @@ def test_a_model_is_judged_on_images_that_it_was_not_trained_on(tuned, pets, tmp
 def test_weights_without_classes_do_not_predict(pets, trunk_file):
     with pytest.raises(UsageError, match="names no classes"):
         predict(trunk_file, [pets])
+
+
+# --- deltas ---
+
+
+@pytest.fixture(params=["W32-2x2/4", "W32-3/4"])
+def bank(request, tmp_path):
+    """Three tasks of one trunk, in which attention, head and positions were changed, and their whole models."""
+    config = vit_config(request.param, image_size=16, num_classes=0, layer_scale=0.5, stem="hmlp")
+    bank, whole = TaskBank(ViT(config, seed=1).eval()), {}
+    for k, name in enumerate(("birds", "cars", "flowers")):
+        model = start_from(bank.trunk.state_dict(), replace(config, num_classes=3 + k), seed=k).eval()
+        freeze(model, "attn")
+        with torch.no_grad():
+            for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * k + i))
+        save_delta(model, bank.trunk, tmp_path / f"{name}.safetensors", write_notes(VIEW, ("x",) * (3 + k)))
+        bank.add(name, tmp_path / f"{name}.safetensors")
+        whole[name] = model.requires_grad_(False)
+    return bank, whole
+
+
+def test_each_task_alone_answers_exactly_as_its_own_model_and_a_mixed_batch_within_rounding(bank):
+    bank, whole = bank
+    images = torch.randn(11, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    alone = {name: model(images) for name, model in whole.items()}
+    assert all(torch.equal(bank[name](images), logits) for name, logits in alone.items())
+    calls = []
+    for module in (m for model in bank.models.values() for m in model.modules()):
+        if isinstance(module, FFN | MHSA):
+            module.register_forward_hook(
+                lambda module, given, out: calls.append((type(module).__name__, len(given[0])))
+            )
+    tasks = [("birds", "cars", "flowers")[i % 3] for i in range(11)]
+    mixed = bank(images, tasks)
+    for i, name in enumerate(tasks):
+        torch.testing.assert_close(mixed[i], alone[name][i], atol=1e-5, rtol=0)
+    # each task has attention of its own; the shared feed-forward networks saw all images at once
+    pairs = bank.trunk.config.pairs
+    assert sorted(calls) == [("FFN", 11)] * pairs + [("MHSA", 3)] * pairs + [("MHSA", 4)] * 2 * pairs
+    assert len(bank.classes["cars"]) == 4
+
+
+def test_a_delta_holds_what_differs_and_no_other_trunk_takes_it(bank, tmp_path):
+    bank, whole = bank
+    state, about = read_safetensors(tmp_path / "cars.safetensors")
+    assert set(state) == set(trainable(whole["cars"], "attn")) and about["trunk"] == hash_of(bank.trunk.state_dict())
+    assert bank["cars"].layers[0].ffn[0].f.fc1.weight is bank.trunk.layers[0].ffn[0].f.fc1.weight
+    other = ViT(bank.trunk.config, seed=2)
+    with pytest.raises(UsageError, match=r"cars.safetensors belongs to another trunk: its hash is .*, this one's "):
+        load_delta(tmp_path / "cars.safetensors", other)
+    with pytest.raises(UsageError, match="unknown task 'car': allowed are birds, cars, flowers; did you mean 'cars'"):
+        bank["car"]
+    bank.remove("cars")
+    assert list(bank.models) == ["birds", "flowers"]
+
+
+def test_a_delta_in_half_precision_rounds_differences_not_weights(bank, tmp_path):
+    bank, whole = bank
+    save_delta(whole["cars"], bank.trunk, tmp_path / "half.safetensors", half=True)
+    half, exact, base = (
+        m.state_dict() for m in (load_delta(tmp_path / "half.safetensors", bank.trunk), whole["cars"], bank.trunk)
+    )
+    for name in set(base) & set(exact):
+        torch.testing.assert_close(half[name] - base[name], exact[name] - base[name], rtol=2**-8, atol=1e-7)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "cars")]
+    assert sizes[0] < 0.65 * sizes[1]
+
+
+def test_the_storage_of_a_task_is_said_beside_the_papers(bank):
+    bank, whole = bank
+    own = sum(p.numel() for p in freeze(whole["birds"], "attn") and whole["birds"].parameters() if p.requires_grad)
+    saved = 100 * (1 - own / sum(p.numel() for p in whole["birds"].parameters()))
+    assert f"{saved:.1f} % saved (paper: 66 %)" in bank.storage().splitlines()[0]

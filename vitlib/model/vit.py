@@ -70,19 +70,22 @@ class ViT(nn.Module):
             raise ValueError(f"images have shape {tuple(images.shape)}, this model wants (B, {C}, {size}, {size})")
         return self.stem(images)
 
-    def encode(self, x: Tensor, draws: Tensor | None = None, rows: Rows = None) -> Tensor:
-        """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D).
-
-        `rows`: the tokens that will be read, all by default; (B, M, D) then.
-        """
-        # the class token is token 0; N = 1 + patches from here on
+    def tokens(self, x: Tensor) -> Tensor:
+        """The class token, which is token 0, and positions: (B, patches, D) -> (B, 1 + patches, D)."""
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         if self.config.pos == "patches":
             x = x + self.pos_embed
         x = torch.cat([cls_token, x], dim=1)
         if self.config.pos == "all":
             x = x + self.pos_embed
+        return x
 
+    def encode(self, x: Tensor, draws: Tensor | None = None, rows: Rows = None) -> Tensor:
+        """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D).
+
+        `rows`: the tokens that will be read, all by default; (B, M, D) then.
+        """
+        x = self.tokens(x)  # N = 1 + patches from here on
         # one table of relative positions for all layers; what is not read is skipped in the last one
         reads = Reads(self.relative() if self.relative is not None else None)
         last_reads = reads._replace(rows=rows) if self.skip_unread else reads

@@ -14,9 +14,10 @@ from vitlib.errors import UsageError
 from vitlib.files import write_whole
 from vitlib.model import ViT
 from vitlib.stats import wilson
+from vitlib.tasks.deltas import save_delta
 from vitlib.tasks.images import read_task
 from vitlib.tasks.runs import Job, Outcome, Run, best_of, execute, say, search
-from vitlib.tasks.trunk import read_trunk
+from vitlib.tasks.trunk import read_trunk, write_notes
 from vitlib.train import supervised
 from vitlib.train.engine import resolve
 from vitlib.train.finetune import trainable
@@ -51,6 +52,7 @@ def finetune(
     """Fine-tune `weights` on the images of `folder`; `out` is a folder with what comes of it.
 
     best.safetensors, last.safetensors   the model at its best epoch on the validation part, and at its last
+    delta.safetensors                    of the best, what is not the trunk's: for a `TaskBank`
     split.csv                            the part that each image is in
     rates.csv                            the learning rates that were tried (lr None: searched on the validation part)
     result.json                          what `Tuned` says. The test part is read once, by the best model
@@ -75,7 +77,9 @@ def finetune(
         with write_whole(out / f"{which}.safetensors") as draft:
             shutil.copyfile(chosen.place(job) / f"{which}.safetensors", draft)
     write_rates(out / "rates.csv", tried)
-    model = read_trunk(out).model.to(job.engine.device)
+    model = read_trunk(out).model
+    save_delta(model, job.trunk.model, out / "delta.safetensors", write_notes(job.view, job.task.data.classes))
+    model = model.to(job.engine.device)
     _, correct = supervised.evaluate(model, job.test, job.engine)
     low, high = wilson(int(correct.sum()), len(correct))
     top1 = 100 * float(correct.mean())
