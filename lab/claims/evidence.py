@@ -20,6 +20,7 @@ from lab.claims import judge
 from lab.claims.judge import Verdict
 from lab.claims.ledger import CHECKED, COMMITTED, PILOT, Ledger, Part, ledger, record_hash
 from lab.claims.statistics import flat_part, middle
+from lab.experiments.profiles import PROFILES
 from lab.runs.results import Archive, Result
 from vitlib.errors import UsageError
 from vitlib.stats import Estimate, difference, over_seeds
@@ -35,6 +36,7 @@ class Evidence:
     """A finished run, and what its verdict depends on: what was trained, and the runs that it began with."""
 
     result: Result
+    seed: int
     record: str  # `ledger.record_hash` of its family
     family: Sequence[Result]
     data: str = ""  # checksum of its images
@@ -64,8 +66,12 @@ def verdict(source: Stored | Archived, part: Part) -> Verdict:
     if name not in part.n:
         return pilot(part) if name == "study" and PILOT in part.n else replace(blank, note=_elsewhere(part))
     found = _measured(source, part, here, blank)
-    # until the second study has its runs, what the first one measured stands here, marked as its own
-    return pilot(part) if found.estimate is None and name == "study" and PILOT in part.n else found
+    if found.estimate is None and name == "study" and PILOT in part.n:
+        # Until the second study has runs of it, what the first one measured stands here, marked as its own. Runs that are too
+        # few, or were made under another ledger, are not replaced by it.
+        if not any(source.runs(part.notebook, arm)[0] for arm in here.arms):
+            return pilot(part)
+    return found
 
 
 def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict) -> Verdict:
@@ -86,6 +92,8 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
         if len(runs) < wanted:
             return replace(blank, note=absent or f"{len(runs)} of {wanted} seeds of {arm}")
         found[arm] = runs[:wanted]
+        if [run.seed for run in found[arm]] != [*PROFILES[name].seeds[:wanted]]:
+            return replace(blank, note=f"the runs of {arm} are not of the seeds of profile {name}")
         if stale := _stale(part, arm, found[arm], fixed.hash(part, name), recipe["record"], name in COMMITTED):
             return replace(blank, note=stale)
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
@@ -147,9 +155,9 @@ def _elsewhere(part: Part) -> str:
 # ---------------------------------------------------------------------------------------------------- tuning
 
 
-def tried(profile: str) -> dict[str, dict[float, dict[int, float]]]:
-    """The curves that learning rates were chosen from: name -> rate -> seed -> validation top-1, as they were committed."""
-    path = paths.REFERENCE / ("study" if profile == "cpu" else profile) / "tuning.csv"
+def tried(folder: Path) -> dict[str, dict[float, dict[int, float]]]:
+    """The curves that learning rates were chosen from: name -> rate -> seed -> validation top-1, as a study committed them."""
+    path = folder / "tuning.csv"
     found: dict[str, dict[float, dict[int, float]]] = {}
     for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
         seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
@@ -185,7 +193,7 @@ class Stored:
 
     @functools.cached_property
     def tried(self) -> dict:
-        return tried(self.name)
+        return tried(paths.REFERENCE / self.name)
 
     def holds(self, part: Part) -> bool:
         from lab.claims import exact
@@ -209,7 +217,7 @@ class Stored:
             record = record_hash([member.record() for member in family])
             results = [result for result in family.values() if result is not None]
             files |= {member: result.files for member, result in family.items() if result is not None}
-            found.append(Evidence(family[spec], record, results, spec.record()["data_checksum"]))
+            found.append(Evidence(family[spec], spec.seed, record, results, spec.record()["data_checksum"]))
         store.warn_of_other_files(files)
         return found, ""
 
@@ -292,7 +300,7 @@ class Archived:
 
     @functools.cached_property
     def tried(self) -> dict:
-        return tried(self.name)
+        return tried(self.folder)
 
     @functools.cached_property
     def claims(self) -> pd.DataFrame:
@@ -306,10 +314,11 @@ class Archived:
     def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
         return [
             Evidence(
-                result, record_hash([self.archive.record(member.hash) for member in family]), family,
-                self.archive.record(result.hash)["data_checksum"],
+                result, own["seed"], record_hash([self.archive.record(member.hash) for member in family]), family,
+                own["data_checksum"],
             )
-            for result in self.archive.results(number).get(label, ()) for family in [self.archive.family(result.hash)]
+            for result in self.archive.results(number).get(label, ())
+            for own, family in [(self.archive.record(result.hash), self.archive.family(result.hash))]
         ], ""  # fmt: skip
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
@@ -330,7 +339,7 @@ def reference() -> Archived | None:
 def trace(source: Stored | Archived, part: Part) -> pd.DataFrame:
     """From a verdict to its runs: arm, seed by seed, with rates, run hash, commit, start, the ledger's hash and the data's."""
     here, rows = part.at_profile(source.name), []
-    for arm in here.arms:
+    for arm in here.arms if part.kind != "ratio" else ():  # of a ratio the benchmark's own records tell
         rates = source.ledger.recipe(part, source.name, arm)["rates"]
         for run in source.runs(part.notebook, arm)[0]:
             about, stored = run.result.about, run.result.ledger.get(part.id, "")

@@ -28,6 +28,7 @@ PREDICTED = {"exact": EXACT, "superiority": SAME, "ratio": SAME, "equivalence": 
 HELD, NOT_HELD, OPEN = "held here", "did not hold here", "undecided here"
 EXPLORATORY, COUNTED = "exploratory", "counted"
 AT_IMAGENET = {HELD: "supports", NOT_HELD: "contradicts", OPEN: "open"}
+NOT_JUDGED = (CHECK_FAILED, OUT_OF_SCOPE)  # measured, but no label at any margin
 MARGINS = (0.3, 0.5, 1.0, 1.5)  # of the table that shows how labels move
 
 
@@ -46,10 +47,10 @@ def label(part: Part, estimate: Estimate, m: float | None = None) -> str:
         return f"{WORSE} {-high:.2f} to {-low:.2f}" if high < 0 else UNDECIDED
     if level:
         return f"{LEVEL} {m:g}"
-    if low > 0:
-        return f"{DIFFERENT if part.contrary == 'both' else BETTER} {low:.2f} to {high:.2f}"
-    if high < 0:
-        return f"{DIFFERENT if part.contrary == 'both' else WORSE} {-high:.2f} to {-low:.2f}"
+    if low > 0 or high < 0:
+        if part.contrary == "both":
+            return f"{DIFFERENT} {low:+.2f} to {high:+.2f}"
+        return f"{BETTER} {low:.2f} to {high:.2f}" if low > 0 else f"{WORSE} {-high:.2f} to {-low:.2f}"
     return UNDECIDED
 
 
@@ -184,8 +185,11 @@ def ratio(part: Part, profile: str, estimate: Estimate, device: str) -> Verdict:
 
 
 def replicated(verdict: Verdict, reference: Verdict | None) -> Verdict:
-    """A reader's own estimate beside the reference's: inside of its prediction interval or not; no label of its own."""
-    if verdict.estimate is None:
+    """A reader's own estimate beside the reference's: inside of its prediction interval or not; no label of its own.
+
+    A ratio of times belongs to its machine and is compared with no other's; a part that failed a check stays so.
+    """
+    if verdict.estimate is None or verdict.part.kind == "ratio" or verdict.label.startswith(CHECK_FAILED):
         return verdict
     if reference is None or reference.estimate is None or reference.source == PILOT:
         return replace(verdict, label=NO_REFERENCE)
@@ -216,13 +220,17 @@ def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def claim_verdict(verdicts: Sequence[Verdict]) -> str:
     """What all parts of one claim say together at one profile.
 
-    A contrary label counts after Holm's correction within the claim, over its parts' two-sided p against 0.
+    A contrary label counts after Holm's correction within the claim, over its parts' two-sided p against 0. Where the
+    parts are not judged (`smoke`), or only laid beside the reference (`cpu`), the claim says that and no more.
     """
     trained = [v for v in verdicts if v.part.kind != "exact"]
     if not trained:
-        return COUNTED
+        return NOT_HELD if any(v.label == FAILS for v in verdicts) else COUNTED
     if not any(v.part.primary for v in trained):
         return EXPLORATORY
+    for word in (SMOKE, OUTSIDE, NO_REFERENCE, AGREES):
+        if any(v.label == word for v in trained):
+            return word
     mine = [v for v in trained if v.source != PILOT and v.label != OUT_OF_SCOPE]
     against = [_two_sided(v) if is_contrary(v.part, v.label) else 1.0 for v in mine]
     if any(q <= 0.05 for q in statistics.holm(against)):
@@ -239,12 +247,12 @@ def _two_sided(verdict: Verdict) -> float:
 
 
 def moved(verdicts: Sequence[Verdict], margins: Sequence[float] = MARGINS) -> pd.DataFrame:
-    """How labels move: each measured part at several margins, before Holm's correction."""
+    """How labels move: each measured part at several margins, before Holm's correction; what was not judged stays so."""
     margins = sorted({*margins})
     measured = [v for v in verdicts if v.estimate is not None and v.part.margin is not None]
     rows = [
         {"part": v.part.id, "margin": v.part.margin, "tightest": statistics.tightest(v.estimate)}
-        | {f"at {m:g}": label(v.part, v.estimate, m) for m in margins}
+        | {f"at {m:g}": v.label if v.label.startswith(NOT_JUDGED) else label(v.part, v.estimate, m) for m in margins}
         for v in measured
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["part", "margin", "tightest", *(f"at {m:g}" for m in margins)])

@@ -110,6 +110,9 @@ class Ledger:
 
     def hash(self, part: Part, profile: str) -> str:
         """Of everything that decides a verdict at a profile: arms, recipes, contrast, test, margin, n, checks."""
+        if profile not in part.n and part.kind != "exact":
+            where = " and ".join(part.n)
+            raise UsageError(f"part {part.id} is not measured at profile {profile}: the ledger has it at {where}")
         here = part.at_profile(profile)
         values = {key: getattr(here, key) for key in VALUES} | {"n": here.n.get(profile)}
         values["checks"] = [[dict(check.contrast), check.above] for check in here.checks]

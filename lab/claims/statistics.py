@@ -86,9 +86,10 @@ def power(paper: float, se: float, df: float, kind: str, m: float) -> float:
     """The probability of the predicted label where the paper's own difference is true, at a standard error."""
     if kind == "superiority":
         return float(stats.nct.sf(stats.t.ppf(0.975, df), df, abs(paper) / se))
-    t = stats.t.ppf(0.95, df)
-    low, high = -m + t * se, math.inf if kind == "non-inferiority" else m - t * se
-    return max(float(stats.norm.cdf((high - paper) / se) - stats.norm.cdf((low - paper) / se)), 0.0)
+    # the mean over the standard errors that would be estimated: se times a chi with df degrees of freedom, over its root
+    half = stats.t.ppf(0.95, df) * se * np.sqrt(stats.chi2.ppf((np.arange(1000) + 0.5) / 1000, df) / df)
+    high = math.inf if kind == "non-inferiority" else m - half
+    return float(np.maximum(stats.norm.cdf((high - paper) / se) - stats.norm.cdf((half - m - paper) / se), 0.0).mean())
 
 
 def smallest_visible(estimate: Estimate) -> float:

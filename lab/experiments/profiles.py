@@ -92,7 +92,7 @@ RATES = {
     "linear pretrained": 1e-3, "hmlp pretrained": 1e-3, "conv pretrained": 1e-3,
     "linear scratch 500": 1e-3, "linear pretrained 500": 1e-3,
 }  # fmt: skip
-PHOTOS_RATES = dict(RATES)
+PHOTOS_RATES = {arm.replace("500", "2000"): lr for arm, lr in RATES.items()}
 
 _EMBEDDED = Profile(
     name="study", data="fashion-mnist", seeds=tuple(range(40, 60)), width=64, pairs=12, image_size=16, finetune_size=20,
