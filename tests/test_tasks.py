@@ -8,6 +8,7 @@ import pytest
 import torch
 from pictures import picture
 from PIL import Image
+from torch import nn
 
 from vitlib.__main__ import main
 from vitlib.errors import UsageError
@@ -16,6 +17,7 @@ from vitlib.model import ViT, vit_config
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.weights import load, save
 from vitlib.tasks import runs
+from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, step_bytes
 from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
 from vitlib.tasks.finetune import finetune
 from vitlib.tasks.images import PARTS, View, read_task
@@ -459,3 +461,73 @@ def test_the_storage_of_a_task_is_said_beside_the_papers(bank):
     own = sum(p.numel() for p in freeze(whole["birds"], "attn") and whole["birds"].parameters() if p.requires_grad)
     saved = 100 * (1 - own / sum(p.numel() for p in whole["birds"].parameters()))
     assert f"{saved:.1f} % saved (paper: 66 %)" in bank.storage().splitlines()[0]
+
+
+# --- comparison ---
+
+
+def made_up(full, attn, margin=1.0):
+    return Comparison({"full": np.array(full), "attn": np.array(attn)}, {}, {}, {}, margin)
+
+
+def coin(seed, share, shape=(5, 400)):
+    return np.random.default_rng(seed).random(shape) < share
+
+
+def test_a_verdict_says_not_worse_worse_by_or_how_many_more_seeds():
+    right = coin(0, 0.8)
+    assert made_up(right, right).verdict("attn") == "attention alone is not worse by 1 point"
+    worse = made_up(right, right & coin(1, 0.9))
+    low, high = worse.estimate("attn").low, worse.estimate("attn").high
+    assert worse.verdict("attn") == f"attention alone is worse by {-high:.1f} to {-low:.1f} points"
+    unclear = made_up(right[:2], coin(2, 0.8)[:2], margin=2.5)
+    assert "undecided at 2.5 points, needs about" in unclear.verdict("attn")
+    # and it is the least number that decides
+    e = unclear.estimate("attn")
+    n = e.n + more_seeds(e, 2.5)
+    decided = [not_worse(e.with_seeds(k), 2.5) or e.with_seeds(k).high < 0 for k in (n - 1, n)]
+    assert decided == [False, True] and e.with_seeds(e.n) == pytest.approx(e)
+    assert "one seed gives no interval" in made_up(right[:1], right[:1]).verdict("attn")
+
+
+def test_memory_of_a_step_is_counted_and_attention_alone_needs_less():
+    model = ViT(vit_config("W32-2x1/4", image_size=16, num_classes=3))
+    images, need = torch.randn(4, 3, 16, 16), {}
+    for strategy in ("full", "attn", "head"):
+        freeze(model, strategy)
+        need[strategy] = step_bytes(model, images)
+    assert need["head"] < need["attn"] < need["full"]
+    alone = nn.Linear(3, 5)
+    # weights and bias with gradients and two moments, and the input of 2 x 3 numbers
+    assert step_bytes(alone, torch.randn(2, 3)) == 16 * (15 + 5) + 4 * 6
+
+
+def test_strategies_are_compared_on_the_same_seeds_and_more_seeds_cost_only_themselves(
+    monkeypatch, pets, tmp_path, trunk_file, capsys
+):
+    trained, train = [], runs.loop.train
+    monkeypatch.setattr(runs, "MOST_RATES", 3)
+    monkeypatch.setattr(runs.loop, "train", lambda *a, **k: trained.append(k.get("checkpoints")) or train(*a, **k))
+    words = [
+        "compare",
+        pets,
+        "--from",
+        trunk_file,
+        "--out",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--strategies",
+        "full,attn",
+    ]
+    assert main([*map(str, words), "--seeds", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err.index("cost: about") < said.err.index("full, rate") and "one seed gives no interval" in said.out
+    assert len(list(filter(None, trained))) == 2 * (3 + 1)
+    result = compare(pets, tmp_path / "out", trunk_file, ("full", "attn"), 2, epochs=1)
+    assert len(list(filter(None, trained))) == 2 * (3 + 2)
+    assert result.correct["attn"].shape == (2, 6) and result.costs["attn"].stored_mb < result.costs["full"].stored_mb
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs", "split.csv", "compare.csv", "compare.png"}
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    with pytest.raises(UsageError, match="1 strategies, 5 seeds and margin 1 cannot be compared"):
+        compare(pets, tmp_path / "out", trunk_file, ["full"])

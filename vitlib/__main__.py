@@ -22,6 +22,10 @@ def rate(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from fault
 
 
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
 def option(names: str, text: str, **settings: object) -> tuple[str, dict[str, object]]:
     return names, {"help": text, **settings}
 
@@ -46,6 +50,12 @@ COMMANDS = {
         option("--strategy", "what is trained: full, attn, ffn, head, fc1, norm, bias, last-2 (%(default)s)", default="attn"),
         option("--lr", "peak learning rate, or auto: searched on the validation part (%(default)s)", type=rate, default="auto"),
         option("--seed", "of the head and the order of images (%(default)s)", type=int, default=0),
+    ]),
+    "compare": ("is tuning attention alone enough on these images? Strategies side by side", [
+        *TASK, OUT,
+        option("--strategies", "%(default)s, last-2 and the like", type=words, default="full,attn,ffn,norm,bias,head"),
+        option("--seeds", "runs of each strategy (%(default)s)", type=int, default=5),
+        option("--margin", "points that do not matter (%(default)s)", type=float, default=1.0),
     ]),
     "predict": ("the class of each image, by a fine-tuned model", [
         option("model", "folder or file that finetune wrote", metavar="MODEL"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -70,6 +70,11 @@ class Estimate:
         """The two-sided interval at another level; 0.90 holds two one-sided tests at 5 % each."""
         half = t_quantile(0.5 + level / 2, self.df) * self.se
         return float(self.mean - half), float(self.mean + half)
+
+    def with_seeds(self, n: int) -> Estimate:
+        """What n seeds would give if the mean and the components of variance stay: of the mean squares only MS_I grows."""
+        ms_s, _, ms_r = self.mean_squares
+        return replace(self, n=n, mean_squares=(ms_s, ms_r + n * self.images * self.image_term, ms_r))
 
 
 def interval(D: np.ndarray, level: float = 0.95) -> Estimate:

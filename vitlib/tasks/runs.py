@@ -233,4 +233,5 @@ def enough_memory(job: Job) -> Iterator[None]:
         raise UsageError(f"no memory for batches of {at_once}: give a smaller batch or image size") from fault
 
 
-say = functools.partial(print, file=sys.stderr, flush=True)
+def say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
