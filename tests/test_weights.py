@@ -521,6 +521,66 @@ def test_a_name_is_read_through_timm_or_refused_in_one_sentence(monkeypatch):
         read_checkpoint("vit_small_patch16_18x2_224")
 
 
+# --- Hugging Face's and DINOv2's layouts ---
+
+VIT = {  # timm's name in a block -> that of Hugging Face's ViT
+    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+DINOV2 = {
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+AROUND = {
+    "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm": "layernorm",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection", "head": "classifier",
+}  # fmt: skip
+
+
+def hugging_face(model: VisionTransformer, blocks: dict[str, str], prefix: str) -> dict[str, torch.Tensor]:
+    """The state of timm's `model` as transformers names it."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        part, _, kind = name.rpartition(".")
+        if name.startswith("blocks."):
+            _, i, inner = name.split(".", 2)
+            place = f"{prefix}encoder.layer.{i}."
+            if inner.startswith("attn.qkv"):
+                for one, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    state[f"{place}attention.attention.{one}.{kind}"] = third
+                continue
+            part = inner.rpartition(".")[0]
+            renamed = blocks.get(inner) or f"{blocks.get(part, part)}.{kind}"
+            state[place + renamed] = tensor
+        else:
+            renamed = AROUND.get(name) or f"{AROUND[part]}.{kind}"
+            state[renamed if part == "head" else prefix + renamed] = tensor
+    return state
+
+
+@pytest.mark.parametrize(("blocks", "prefix", "options"), [
+    (VIT, "vit.", {}), (VIT, "", {"num_classes": 0}), (DINOV2, "dinov2.", {"init_values": 1e-5, "num_classes": 0}),
+], ids=["ViT", "ViT without a head", "DINOv2"])  # fmt: skip
+def test_a_checkpoint_of_hugging_face_gives_the_logits_of_its_twin_in_timm(blocks, prefix, options, tmp_path):
+    theirs = small(**options)
+    state = hugging_face(theirs, blocks, prefix) | {f"{prefix}embeddings.mask_token": torch.zeros(1, 1, 64)}
+    state[f"{prefix}pooler.dense.weight"] = torch.zeros(64, 64)
+    save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert_same_logits(read_checkpoint(tmp_path / "model.safetensors", heads=2), theirs)
+
+
+def test_dinov2s_own_file_is_read_and_what_our_model_has_not_is_named(tmp_path):
+    theirs = small(init_values=1e-5, num_classes=0)
+    state = theirs.state_dict() | {"mask_token": torch.zeros(1, 64)}
+    torch.save(state, tmp_path / "dinov2.pth")
+    assert_same_logits(read_checkpoint(tmp_path / "dinov2.pth", heads=2), theirs)
+    for key, part in (("register_tokens", "register tokens"), ("rope_embed.periods", "rotary positions")):
+        torch.save(state | {key: torch.zeros(1, 4, 64)}, tmp_path / "other.pth")
+        with pytest.raises(UsageError, match=rf"other.pth has {part} \({re.escape(key)}\), which this ViT has not"):
+            read_checkpoint(tmp_path / "other.pth", heads=2)
+
+
 # --- attention-only fine-tuning from a checkpoint ---
 
 
