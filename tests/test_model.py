@@ -27,7 +27,7 @@ from lab.cost import count
 from vitlib.errors import UsageError
 from vitlib.model import ParallelLayer, ViT, ViTConfig, fuse, make_stem, resize_positions, set_execution, vit_config
 from vitlib.model.layers import EPS, Reads
-from vitlib.model.stems import STEMS, Kind, Stem, hmlp_kernels, norm
+from vitlib.model.stems import STEMS, Kind, Stem, hmlp_kernels, leakage, norm
 from vitlib.model.vit import RelativeBias
 from vitlib.model.weights import from_timm, load, save, to_timm
 
@@ -1160,3 +1160,15 @@ def test_a_timm_model_without_pooling_is_refused():
 def test_a_convolutional_stem_whose_first_map_would_be_empty_is_refused():
     with pytest.raises(UsageError, match="its first map is empty"):
         ViTConfig(8, 1, heads=1, patch_size=64, image_size=64, stem="conv")
+
+
+@pytest.mark.parametrize(("stem", "reach"), [("linear", 0), ("hmlp", 0), ("local", 0), ("conv", 1)])
+def test_leakage_says_which_visible_tokens_a_stem_changes(stem, reach):
+    config = vit_config("W64-1/8", image_size=40, stem=stem, num_classes=0)
+    model = ViT(config).stem.train()
+    leaks = leakage(model, 8)
+    place = torch.arange(25)
+    # the convolutional stem's kernels look up and to the left: a patch reaches those below and to the right of it
+    down, right = (place[None] // 5 - place[:, None] // 5), (place[None] % 5 - place[:, None] % 5)
+    near = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach) & ((down > 0) | (right > 0))
+    assert torch.equal(leaks, near) and model.training

@@ -570,6 +570,29 @@ def test_a_checkpoint_of_hugging_face_gives_the_logits_of_its_twin_in_timm(block
     assert_same_logits(read_checkpoint(tmp_path / "model.safetensors", heads=2), theirs)
 
 
+def test_a_parallel_checkpoint_of_birder_gives_the_logits_of_its_twin_in_timm(tmp_path):
+    theirs = small(init_values=1e-5, **PARALLEL)
+    around = {
+        "cls_token": "class_token",
+        "pos_embed": "pos_embedding",
+        "patch_embed.proj": "conv_proj",
+        "head": "classifier",
+    }
+    inner = {"norm": "0", "attn.qkv": "1.qkv", "attn.proj": "1.proj", "mlp.fc1": "1.0", "mlp.fc2": "1.3", "ls": "2"}
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        part, _, kind = name.rpartition(".")
+        if match := re.fullmatch(r"blocks\.(\d+)\.(attn|ffn)s\.(\d+)\.(.+)", part):
+            i, which, k, place = match.groups()
+            which = {"attn": "attn_blocks", "ffn": "mlp_blocks"}[which]
+            state[f"encoder.block.{i}.{which}.{k}.{inner[place]}.{kind}"] = tensor
+        else:
+            state[around.get(name) or f"{around.get(part, part)}.{kind}"] = tensor
+    assert len(state) == len(theirs.state_dict()) and "encoder.block.1.mlp_blocks.2.1.3.weight" in state
+    torch.save(state, tmp_path / "birder.pt")
+    assert_same_logits(read_checkpoint(tmp_path / "birder.pt", heads=2), theirs)
+
+
 def test_dinov2s_own_file_is_read_and_what_our_model_has_not_is_named(tmp_path):
     theirs = small(init_values=1e-5, num_classes=0)
     state = theirs.state_dict() | {"mask_token": torch.zeros(1, 64)}

@@ -34,8 +34,8 @@ FOLDER = option("folder", "class folders of images, <folder>/<class>/*.jpg", met
 LABELS = option("--labels", "a CSV with columns path and label, in the place of class folders", metavar="FILE.csv")
 TASK = [
     FOLDER,
-    option("--from", "weights: a file (ours, DeiT, DeiT III, timm, DINOv2, Hugging Face ViT), a timm name; else the small "
-           "trunk that ships", dest="weights", metavar="WEIGHTS"),
+    option("--from", "weights: a file (ours, DeiT, DeiT III, timm, DINOv2, Hugging Face ViT, birder), a timm name; else the "
+           "small trunk that ships", dest="weights", metavar="WEIGHTS"),
     LABELS,
     option("--group", "column of that CSV: images of one group stay in one part", metavar="COLUMN"),
     option("--epochs", "passes over the training part (%(default)s)", type=int, default=10),

@@ -209,3 +209,23 @@ STEMS = {
 
 def make_stem(config: Patches) -> Stem:
     return STEMS[config.stem].make(config)
+
+
+@torch.no_grad()
+def leakage(stem: nn.Module, patch_size: int, in_chans: int = 3, grid: int = 5) -> Tensor:
+    """Which visible tokens a stem changes when the pixels of a patch change: bool (N, N), [i, j] for patch i and token j.
+
+    `stem` maps images (B, in_chans, H, W) to tokens (B, N, D), ours or another's; grid x grid patches are tried, one at a
+    time, in eval mode. The diagonal is left out: all False is a stem that commutes with masking.
+    """
+    weight, training = next(stem.parameters()), stem.training
+    stem.eval()
+    image = torch.rand(1, in_chans, grid * patch_size, grid * patch_size, generator=torch.Generator().manual_seed(0))
+    images = image.repeat(grid * grid, 1, 1, 1).to(weight)
+    for i in range(grid * grid):  # of image i patch i is blanked
+        top, left = (patch_size * place for place in divmod(i, grid))
+        images[i, :, top : top + patch_size, left : left + patch_size] = 0
+    # one by one: what a kernel rounds must not depend on the batch
+    whole, blanked = stem(image.to(weight)), torch.cat([stem(one[None]) for one in images])
+    stem.train(training)
+    return (blanked != whole).any(dim=-1) & ~torch.eye(grid * grid, dtype=torch.bool, device=weight.device)

@@ -313,36 +313,43 @@ def read_checkpoint(
     return _ours(plain_names(state), str(source), heads, pool, layer_scale)
 
 
-# Hugging Face's ViT and DINOv2 -> DeiT's and timm's names; query, key and value are joined besides
-_HUGGING_FACE = [
+# -> DeiT's and timm's names
+_RENAMED = [
+    # Hugging Face's ViT and DINOv2; query, key and value are joined besides
     (r"^(vit|deit|dinov2)\.", ""), (r"^classifier\.", "head."), (r"^layernorm\.", "norm."),
     (r"^embeddings\.(cls_token|mask_token)", r"\1"), (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."), (r"^encoder\.layer\.", "blocks."),
     (r"attention\.output\.dense\.", "attn.proj."), (r"layernorm_before\.", "norm1."),
     (r"layernorm_after\.", "norm2."), (r"intermediate\.dense\.", "mlp.fc1."), (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    # birder's parallel ViT
+    (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"), (r"^pos_embedding$", "pos_embed"),
+    (r"^encoder\.block\.", "blocks."), (r"\.attn_blocks\.(\d+)\.0\.", r".attns.\1.norm."),
+    (r"\.attn_blocks\.(\d+)\.1\.", r".attns.\1.attn."), (r"\.mlp_blocks\.(\d+)\.0\.", r".ffns.\1.norm."),
+    (r"\.mlp_blocks\.(\d+)\.1\.0\.", r".ffns.\1.mlp.fc1."), (r"\.mlp_blocks\.(\d+)\.1\.3\.", r".ffns.\1.mlp.fc2."),
+    (r"\.attn_blocks\.(\d+)\.2\.", r".attns.\1.ls."), (r"\.mlp_blocks\.(\d+)\.2\.", r".ffns.\1.ls."),
 ]  # fmt: skip
 _UNUSED = re.compile(r"mask_token|pooler\.")  # of pre-training, and a layer that no classifier reads
 
 
 def plain_names(state: State) -> dict[str, Tensor]:
-    """A state under DeiT's names where it has Hugging Face's; what a classifier does not read is left out."""
-    if any("attention.attention.query" in name for name in state):
-        renamed = {}
-        for name, tensor in state.items():
-            for theirs, ours in _HUGGING_FACE:
+    """A state under DeiT's or timm's names where it has others; what a classifier does not read is left out."""
+    renamed, others = {}, any("encoder." in name for name in state)
+    for name, tensor in state.items():
+        if others:
+            for theirs, ours in _RENAMED:
                 name = re.sub(theirs, ours, name)
-            renamed[name] = tensor
-        state, (q, k, v) = renamed, (f"attention.attention.{part}." for part in ("query", "key", "value"))
-        for name in [name for name in state if q in name]:
-            three = [state.pop(name.replace(q, part)) for part in (q, k, v)]
-            state[name.replace(q, "attn.qkv.")] = torch.cat(three)
-    return {name: tensor for name, tensor in state.items() if not _UNUSED.match(name)}
+        renamed[name] = tensor
+    q, k, v = (f"attention.attention.{part}." for part in ("query", "key", "value"))
+    for name in [name for name in renamed if q in name]:
+        three = [renamed.pop(name.replace(q, part)) for part in (q, k, v)]
+        renamed[name.replace(q, "attn.qkv.")] = torch.cat(three)
+    return {name: tensor for name, tensor in renamed.items() if not _UNUSED.match(name)}
 
 
 # words in a key -> what our ViT has not
 _FOREIGN = {
-    r"reg(ister)?_tokens?": "register tokens",
+    r"reg(ister)?_tokens?\b": "register tokens",
     r"rope|rotary": "rotary positions",
     r"\bw12\b|fc1_g": "a gated FFN",
 }
