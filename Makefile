@@ -4,12 +4,38 @@ VENV    ?= .venv
 PROFILE ?= cpu
 JOBS    ?=
 NB      ?=
+ARGS    ?=
 SHELL   := /bin/bash
+# What a caller sets is text, which neither make nor a shell runs: recipes read it from the environment, as "$$PROFILE".
+override PYTHON  := $(value PYTHON)
+override VENV    := $(value VENV)
+override PROFILE := $(value PROFILE)
+override JOBS    := $(value JOBS)
+override NB      := $(value NB)
+override ARGS    := $(value ARGS)
+export PROFILE JOBS NB ARGS
+# Two are part of targets and commands.
+UNSAFE  := ' " ` $$ ; & | < > ( ) { } [ ] * ? ! ~ \# \\ %
+ifneq ($(words $(VENV)) $(words $(PYTHON)) $(strip $(foreach c,$(UNSAFE),$(findstring $(c),$(VENV)$(PYTHON)))),1 1 )
+$(error VENV is $(VENV) and PYTHON is $(PYTHON): allowed is one path for each, without spaces, quotes and special characters)
+endif
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready
+CHOICE   = $${NB:+--notebook="$$NB"} $${JOBS:+--jobs="$$JOBS"}
+PYTEST  := $(PY) -c 'import os, pytest, shlex, sys; sys.exit(pytest.main(sys.argv[1:] + shlex.split(os.environ["ARGS"])))'
 # TORCH=cpu takes CPU-only wheels, TORCH=gpu the ordinary ones; the choice is remembered in $(VENV)/torch.
 CHOSEN  := $(shell cat $(VENV)/torch 2>/dev/null)
 TORCH   ?= $(CHOSEN)
+override TORCH := $(value TORCH)
+ifneq ($(TORCH),$$(CHOSEN))
+ifeq ($(filter cpu gpu,$(TORCH)),)
+ifneq ($(TORCH),)
+$(error TORCH is $(TORCH): allowed are cpu and gpu)
+endif
+endif
+else
+override TORCH := $(CHOSEN)
+endif
 UV_PIN  := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 UV      := $(VENV)/bin/uv pip
 COMPILE := $(UV) compile -q --python $(PY) --universal --generate-hashes --no-header --no-annotate \
@@ -17,6 +43,8 @@ COMPILE := $(UV) compile -q --python $(PY) --universal --generate-hashes --no-he
 
 # A user's uv settings (Colab sets UV_SYSTEM_PYTHON) must not lead the set-up to another Python than $(VENV).
 unexport UV_SYSTEM_PYTHON UV_PYTHON UV_BREAK_SYSTEM_PACKAGES
+# Nor other Pythons' packages into this one.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export TOKENIZERS_PARALLELISM := false
 # Profiles of embedded data never ask a hub; gpu and imagenet may.
 ifeq ($(filter gpu imagenet,$(PROFILE)),)
@@ -27,8 +55,6 @@ endif
 ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
 endif
-
-ARGS    ?=
 
 .PHONY: FORCE help setup reproduce test check lab refresh lint lock clean
 .DEFAULT_GOAL := help
@@ -41,7 +67,9 @@ setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes t
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "setup needs Python 3.11 or newer, but %s is %d.%d; name another one: make setup PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
-	@$(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@# made anew where it is another Python's, has no pip, or was not made to its end
+	@test -f $(VENV)/made -o -f $(VENV)/torch && $(PY) -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { $(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/made; }
 	@$(PY) -m pip install -q --disable-pip-version-check "uv==$(UV_PIN)"
 ifeq ($(TORCH),cpu)
 	@awk '/^[a-z]/ {drop = /^(nvidia-|cuda-|triton=|torch=|torchvision=)/} !drop' requirements.lock > $(VENV)/cpu.lock
@@ -53,24 +81,24 @@ else
 endif
 	$(UV) install -q --python $(PY) --no-deps --no-build-isolation -e .
 	@$(PY) -m lab check
-	@echo "$(TORCH)" > $(VENV)/torch
+	@echo $(TORCH) > $(VENV)/torch
 	@touch $@
 
 reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
-	@$(PY) -m lab reproduce --profile "$(PROFILE)" $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+	@VITLIB_MAKE=$$PPID $(PY) -m lab reproduce --profile="$$PROFILE" $(CHOICE)
 
 test: $(READY)  ## pytest and nbval, each with an empty temporary run store; ARGS= goes to pytest
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST)
 
 check: $(READY)  ## a subset under a minute: lint, imports, the project's rules, identities of the model
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pytest -m check tests $(ARGS)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PYTEST) -m check tests
 
 lab: $(READY)  ## JupyterLab on the index notebook
 	@$(PY) -m jupyter trust notebooks/*.ipynb >/dev/null
 	$(PY) -m jupyter lab notebooks/00_claims.ipynb
 
 refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
-	@$(PY) -m tools.refresh $(if $(NB),--notebook "$(NB)") $(if $(JOBS),--jobs "$(JOBS)")
+	@$(PY) -m tools.refresh $(CHOICE)
 
 lint: $(READY)  ## ruff over code and notebooks
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

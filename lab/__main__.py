@@ -28,6 +28,10 @@ def main(words: list[str] | None = None) -> int:
             raise
         print(f"lab: {fault}", file=sys.stderr)  # a run or a notebook that failed: what and where
         return 1
+    except OSError as fault:  # a folder that cannot be written, a full disk
+        named = f" ({fault.filename})" if fault.filename else ""
+        print(f"lab: {fault.strerror or fault}{named}; finished runs are kept", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         print("\nlab: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Every path of the project, in one place, so that a notebook and a test find the same files; and the checkout's commit.
 
-A relative path in an environment variable counts from the project's folder, whatever folder a process is in.
+A relative path in an environment variable counts from the project's folder, whatever folder a process is in. An empty
+variable is one that is not set.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import functools
 import os
 import subprocess
 from pathlib import Path
+
+from vitlib.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -20,12 +23,32 @@ REFERENCE = ROOT / "outputs" / "reference"
 
 def outputs() -> Path:
     """Where this checkout's own results go (git-ignored); `VITLIB_OUTPUTS` moves it."""
-    return ROOT / os.environ.get("VITLIB_OUTPUTS", "outputs")
+    return place("VITLIB_OUTPUTS", "outputs")
 
 
 def runs() -> Path:
     """The run store, shared by all profiles; `VITLIB_RUNS` moves it."""
-    return ROOT / os.environ.get("VITLIB_RUNS", outputs() / "runs")
+    return place("VITLIB_RUNS", outputs() / "runs")
+
+
+def place(variable: str, default: Path | str) -> Path:
+    """The folder that an environment variable names. Raises UsageError for what can be none."""
+    return _folder(variable, os.environ.get(variable) or str(default))
+
+
+@functools.lru_cache(maxsize=64)
+def _folder(variable: str, name: str) -> Path:
+    path = ROOT / name
+    try:
+        first = next(folder for folder in (path, *path.parents) if folder.exists())
+        fault = "" if first.is_dir() else f", but {first} is a file"
+    except OSError as error:  # too long
+        fault = f" ({error.strerror})"
+    if not name.isprintable():
+        fault = ", which holds a control character"
+    if fault:
+        raise UsageError(f"{variable} is {name[:200]!r}{fault}: allowed is a folder that is there or can be made")
+    return path
 
 
 @functools.cache

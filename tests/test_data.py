@@ -782,6 +782,17 @@ def damaged(tmp_path):
     return tmp_path / "birds"
 
 
+def test_where_shared_memory_is_small_images_are_read_in_this_process_and_the_numbers_stay(opened, monkeypatch):
+    alone = opened()
+    data, rows = replace(alone, workers=2), np.arange(len(alone))
+    expected = [batch.images for batch in alone.epoch_batches(rows, 0, 0, recipe(4))]
+    monkeypatch.setattr(stream, "SHARED", "/")
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**10))
+    with pytest.warns(UserWarning, match="shm-size"):
+        seen = [batch.images for batch in data.epoch_batches(rows, 0, 0, recipe(4))]
+    assert all(map(torch.equal, seen, expected)) and len(seen) == len(expected)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_stops_the_epoch_and_is_named(damaged, workers):
     data = open_folder(damaged, "train", 16, streamed=True, workers=workers)

@@ -685,6 +685,11 @@ def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_need
         ):
             assert f"#SBATCH {line}\n" in script
     assert ["#SBATCH --dependency=afterok:1\n" in script for script in scripts] == [False, True, False]
+    from submitit.core.utils import DelayedSubmission
+
+    submitted = [DelayedSubmission.load(path) for path in (tmp_path / "jobs").glob("*_submitted.pkl")]
+    assert len(submitted) == 3  # a run of 150 hours is put back into the queue every 90 minutes
+    assert all(work._timeout_countdown * work._timeout_min > 60 * 150 for work in submitted)
 
 
 FAKE_SLURM = """#!/bin/sh

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,8 @@ ROOMS = (
 
 
 def tracked() -> list[str]:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     done = subprocess.run(["git", "ls-files"], cwd=paths.ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")
@@ -126,7 +129,10 @@ NOTEBOOK_PACKAGES = "papermill datasets seaborn pandas matplotlib scipy statsmod
     ("packages", "modules"),
     [
         (f"{NOTEBOOK_PACKAGES} timm torchvision PIL pyarrow safetensors yaml filelock tqdm", "vitlib.model"),
-        (f"{NOTEBOOK_PACKAGES} lab", "vitlib.train, vitlib.data, vitlib.train.loop, vitlib.train.finetune, vitlib.stats"),
+        (
+            f"{NOTEBOOK_PACKAGES} lab",
+            "vitlib.train, vitlib.data, vitlib.train.loop, vitlib.train.finetune, vitlib.stats",
+        ),
         (NOTEBOOK_PACKAGES, "lab.runs.execute, lab.runs.launch, lab.cost.count"),
         (f"{NOTEBOOK_PACKAGES} resource", "lab.runs.execute, lab.runs.launch"),
     ],
@@ -197,6 +203,23 @@ def test_every_requirement_of_pyproject_is_in_the_lock():
     pinned = set(re.findall(r"^([a-z0-9._-]+)==", LOCK, flags=re.M))
     assert {re.split(r"[<>=~ ]", w)[0] for w in wanted} <= pinned
     assert set(tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["build-system"]["requires"]) <= pinned
+
+
+def test_a_set_up_that_was_killed_in_its_first_second_begins_anew(tmp_path):
+    """What is left then is a Python without pip, or with a part of it. The rest of the set-up is kept from the network."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(os.path.realpath(sys.executable))
+    (venv / "pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n")
+    part = venv / "lib" / "python{}.{}".format(*sys.version_info) / "site-packages" / "pip"
+    part.mkdir(parents=True)
+    (part / "__init__.py").touch()
+    command = ["make", "setup", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(
+        command, cwd=paths.ROOT, capture_output=True, text=True, env=os.environ | {"PIP_NO_INDEX": "1"}
+    )
+    assert done.returncode == 2 and "No matching distribution found for uv" in done.stderr
+    assert (venv / "made").exists() and (venv / "bin" / "pip").exists() and not (venv / "ready").exists()
 
 
 def test_environment_yml_leads_to_the_same_lock():

@@ -19,7 +19,7 @@ import pyarrow as pa
 import yaml
 from torchvision import datasets
 
-from lab.paths import DATA_CARDS, PAPER, ROOT
+from lab.paths import DATA_CARDS, PAPER, place
 from vitlib.data import read
 from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
@@ -56,7 +56,7 @@ def places(name: str) -> list[Path]:
     """Where the folder of a data set may be: in $VITLIB_DATA, or `data` here, under its name or those that its card gives."""
     path = DATA_CARDS / f"{name}.md"
     about = read_card(path)["vitlib"] if path.is_file() else {}
-    return [ROOT / os.environ.get("VITLIB_DATA", "data") / folder for folder in about.get("folders", [name])]
+    return [place("VITLIB_DATA", "data") / folder for folder in about.get("folders", [name])]
 
 
 def locate(name: str) -> Path | None:

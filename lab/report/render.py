@@ -6,15 +6,17 @@ JupyterLab the same cells train what is missing.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import logging
 import os
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,6 +43,7 @@ from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
 from vitlib.files import first_line, private_folder, sweep, write_whole
 
+logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters of types that it does not know
 QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
 SOCKET = 107 - len("/01234567-ipc-99")  # characters of a folder whose sockets have paths that the system allows
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours when a notebook is run on its own
@@ -116,19 +119,32 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
 
     papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
-    known = papermill.inspect_notebook(str(notebook))
+    cells = [cell.source for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    typed = (node for node in ast.parse("\n".join(cells)).body if isinstance(node, ast.AnnAssign))
+    known = {node.target.id: ast.unparse(node.annotation) for node in typed}
     chosen = {name: value for name, value in defaults.items() if name in known}
     for name, _, value in (word.partition("=") for word in settings):
         if name in defaults:
             raise UsageError(f"parameter {name} is set by --{name}, not by --set")
         if name not in known:
             raise unknown(f"parameter of {notebook.stem}", name, known)
-        kind = known[name]["inferred_type_name"]
+        kind = known[name]
         try:
-            chosen[name] = {"int": int, "float": float, "str": str}[kind](value)
-        except ValueError:
+            chosen[name] = next(_values(value, kind))
+        except StopIteration:
             raise UsageError(f"parameter {name} of {notebook.stem} is of type {kind}, which {value!r} is not") from None
     return chosen
+
+
+def _values(text: str, kind: str) -> Iterator[object]:
+    """What a text can be that is of a type: a name such as `bool`, `list[int]` or `int | None`."""
+    for name in (part.split("[")[0].strip() for part in kind.split("|")):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = text if name == "str" else ast.literal_eval(text)
+            if name == "float" and type(value) is int:
+                value = float(value)
+            if type(value).__name__ == name or (value is None and name == "None"):
+                yield value
 
 
 def _evidence(p: Profile, notebook: Notebook, specs: Sequence[RunSpec]) -> list:

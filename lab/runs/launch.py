@@ -210,8 +210,9 @@ def distributed(
             raise UsageError(text) if usage else RunsFailed(text)
     if code:
         what = f"the {processes} processes that train the {spec} ended with code {code}"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        raise RunsFailed("\n".join([f"{what}; the last lines of {log}:", *lines]))
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        reached = [line for line in lines[:-LAST_LINES] if line.startswith("step ")][-1:]  # before a long traceback
+        raise RunsFailed("\n".join([f"{what}; the last lines of {log}:", *reached, *lines[-LAST_LINES:]]))
     return store.find(spec)
 
 
@@ -236,6 +237,9 @@ def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
 # ---------------------------------------------------------------------------------------------------- a job per run
 
 
+TIME_LIMITS = 1000  # how often a job is put back into the queue: until it is done
+
+
 def submit(
     specs: Iterable[RunSpec], folder: str | Path, *, partition: str | None = None, gpus: int = 1, nodes: int = 1,
     hours: float = 24.0, cpus: int = 16, memory_gb: int = 60, cluster: str = "slurm", stamps: Stamps | None = None,
@@ -258,7 +262,8 @@ def submit(
         raise UsageError("submitit is not installed: jobs are submitted through it (pip install submitit)")
     from submitit import AutoExecutor
 
-    executor = AutoExecutor(folder, cluster=cluster)
+    # submitit would give a job up after three time limits
+    executor = AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=TIME_LIMITS)
     executor.update_parameters(
         name="vitlib", timeout_min=max(1, round(60 * hours)), nodes=nodes, tasks_per_node=max(gpus, 1), gpus_per_node=gpus,
         cpus_per_task=cpus, mem_gb=memory_gb, slurm_partition=partition,

@@ -44,7 +44,7 @@ def end_cleanly() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     if maker := os.environ.pop("VITLIB_MAKE", ""):
-        end_with(int(maker), end=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        end_with(os.getppid(), int(maker), end=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def cores() -> int:

@@ -158,8 +158,9 @@ def sweep_store() -> None:
 
 def export_runs(path: Path, names: Collection[str] | None = None) -> int:
     """Write every run of the store, or those of these hashes, to a `runs.jsonl`, by hash, without weights; how many."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: export writes a file, for example {path / 'runs.jsonl'}")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        fault = "a folder" if path.is_dir() else "in no folder that is there"
+        raise UsageError(f"{path} is {fault}: export writes a file, for example runs.jsonl")
     lines = []
     for folder in sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json")):
         if names is None or folder.name in names:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,6 +29,7 @@ from vitlib.data.memory import WHOLE, Batch, Batching, DataSet, Shard
 from vitlib.data.read import Found, decode
 from vitlib.errors import UsageError
 
+SHARED = "/dev/shm"  # where worker processes put their batches on Linux; a container has 64 MB of it
 View = Callable[[Image.Image, bool, int], tuple[Tensor, Tensor | None]]
 
 
@@ -182,7 +186,7 @@ def _load(batches: Batches, skip: int = 0) -> Iterator[Batch]:
     Where this process computes on a GPU, a batch waits in pinned memory, from which it is copied beside the computation.
     """
     loader = DataLoader(
-        batches, batch_size=None, sampler=range(skip, len(batches)), num_workers=batches.data.workers,
+        batches, batch_size=None, sampler=range(skip, len(batches)), num_workers=_workers(batches),
         collate_fn=_as_it_is, pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # or the loader would draw from torch's global generator
     )  # fmt: skip
@@ -190,6 +194,17 @@ def _load(batches: Batches, skip: int = 0) -> Iterator[Batch]:
         if isinstance(batch, UsageError):
             raise batch
         yield batch
+
+
+def _workers(batches: Batches) -> int:
+    """As many as asked for; none, with a warning, where their batches do not fit into shared memory: they would hang."""
+    workers, images = batches.data.workers, math.ceil(batches.batch_size / batches.shard.world)
+    needed = 2 * workers * images * 3 * 4 * batches.data.image_size**2  # each is two batches ahead, in float32
+    if workers and os.path.isdir(SHARED) and (free := shutil.disk_usage(SHARED).free) < needed:
+        said = f"{SHARED} has {free / 2**20:,.0f} MB, {workers} processes that read images need {needed / 2**20:,.0f}"
+        warnings.warn(f"{said} (docker run --shm-size): images are read in this process", stacklevel=3)
+        return 0
+    return workers
 
 
 def _as_it_is(batch: Batch) -> Batch:
