@@ -1,6 +1,8 @@
 """People's own images: what a folder may be, what comes of it, and what is refused in one sentence before time is spent."""
 
 import csv
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +21,7 @@ from vitlib.model.weights import load, save
 from vitlib.tasks import runs
 from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, step_bytes
 from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
+from vitlib.tasks.export import export_model
 from vitlib.tasks.finetune import finetune
 from vitlib.tasks.images import PARTS, View, read_task
 from vitlib.tasks.predict import evaluate, predict
@@ -65,7 +68,9 @@ def trunk_file(tmp_path_factory):
 
 
 def test_every_part_has_its_share_of_every_class_and_no_picture_is_in_two(tmp_path):
-    task = read_task(class_folders(tmp_path / "pets", images=20), VIEW)
+    (class_folders(tmp_path / "pets", images=20) / "cat" / "clip.gif").write_bytes(b"GIF89a")
+    task = read_task(tmp_path / "pets", VIEW)
+    assert "1 files are left out, the first is clip.gif" in task.notes[0]
     labels = task.data.labels.numpy()
     counts = {part: np.bincount(labels[task.parts == part], minlength=3).tolist() for part in PARTS}
     assert counts == {"train": [14] * 3, "validation": [3] * 3, "test": [3] * 3}
@@ -531,3 +536,38 @@ def test_strategies_are_compared_on_the_same_seeds_and_more_seeds_cost_only_them
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     with pytest.raises(UsageError, match="1 strategies, 5 seeds and margin 1 cannot be compared"):
         compare(pets, tmp_path / "out", trunk_file, ["full"])
+
+
+# --- export and plan ---
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_an_exported_model_answers_as_the_model_on_any_batch(form, pets, tmp_path, trunk_file, capsys):
+    short(pets, tmp_path / "model", trunk_file, lr=1e-3, epochs=1)
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    assert main(["export-model", str(tmp_path / "model"), f"--{form}", str(tmp_path / "model.out")]) == 0
+    assert "logits within" in capsys.readouterr().out
+    notes = json.loads((tmp_path / "model.out.json").read_text())
+    assert notes["classes"] == ["cat", "dog", "owl"] and notes["image_size"] == 16 and len(notes["mean"]) == 3
+    assert main(["export-model", str(tmp_path / "model")]) == 2
+    assert "writes one file: give --onnx FILE or --torch-export FILE" in capsys.readouterr().err
+
+
+def test_an_export_that_differs_is_not_kept(monkeypatch, pets, tmp_path, trunk_file):
+    short(pets, tmp_path / "model", trunk_file, lr=1e-3, epochs=1)
+    other = read_trunk(tmp_path / "model").model
+    other.head.bias.data += 1
+    monkeypatch.setattr("vitlib.tasks.export.fuse", lambda model: other)
+    with pytest.raises(UsageError, match=r"logits differ by 1.0e.00 from the model's: nothing was written"):
+        export_model(tmp_path / "model", torch_export=tmp_path / "model.pt2")
+    assert not list(tmp_path.glob("*.pt2*"))
+
+
+def test_a_plan_counts_memory_and_time_for_a_gpu_that_is_not_here(pets, trunk_file, capsys):
+    assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx4090"]) == 0
+    full, attn, head, _ = capsys.readouterr().out.splitlines()
+    most = [int(re.search(r"at most ([\d,]+) images", line)[1].replace(",", "")) for line in (full, attn, head)]
+    assert most[0] < most[1] < most[2] and "for a run on rtx4090" in full
+    assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx409"]) == 2
+    assert "unknown device 'rtx409'" in capsys.readouterr().err and not pets.with_name("runs").exists()

@@ -69,6 +69,16 @@ COMMANDS = {
         option("--picture", "of the confusion matrix", metavar="FILE.png"),
         option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
     ]),
+    "plan": ("memory and minutes per strategy, before anything is trained", [
+        *TASK[:-1],
+        option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, rtx3090, rtx4090, t4", default="auto"),
+        option("--strategies", "%(default)s and the like", type=words, default="full,attn,head"),
+    ]),
+    "export-model": ("a fine-tuned model as ONNX or torch.export, branches fused, checked against the model", [
+        option("model", "folder or file that finetune wrote", metavar="MODEL"),
+        option("--onnx", "ONNX, of any batch size", metavar="FILE"),
+        option("--torch-export", "a program of torch.export", metavar="FILE"),
+    ]),
 }  # fmt: skip
 
 
@@ -105,7 +115,7 @@ def main(words: list[str] | None = None) -> int:
 
 def call(name: str, **given: object) -> None:
     """Call the function that a command is, and print what it returns."""
-    print(getattr(vitlib, name)(**given))
+    print(getattr(vitlib, name.replace("-", "_"))(**given))
 
 
 def check() -> None:

@@ -201,7 +201,7 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
         raise
     except NOT_AN_IMAGE as fault:
         raise UsageError(
-            f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace it, or open the data with skip_unreadable=True"
+            f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace or remove it, or open the data with skip_unreadable=True"
         ) from fault
 
 

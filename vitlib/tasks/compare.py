@@ -21,7 +21,7 @@ from vitlib.files import write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
 from vitlib.tasks.finetune import prepare
-from vitlib.tasks.runs import Job, Run, best_of, execute, say, search
+from vitlib.tasks.runs import Job, Run, best_of, computing, execute, say, search
 from vitlib.tasks.trunk import read_trunk
 from vitlib.train import loop, supervised
 
@@ -188,9 +188,9 @@ def measure(job: Job, strategy: str) -> Cost:
     rows, recipe = np.arange(min(2 * job.batch_size, len(job.train))), replace(job.recipe(1e-6), epochs=1)
     if job.engine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loop.train(
-        model, recipe, job.train, rows, 0, supervised.loss_of(recipe), lambda *_: times.append(time.perf_counter()), job.engine
-    )  # fmt: skip
+    with computing(job):
+        inputs = (model, recipe, job.train, rows, 0, supervised.loss_of(recipe))
+        loop.train(*inputs, on_step=lambda *_: times.append(time.perf_counter()), engine=job.engine)
     on_gpu = job.engine.device == "cuda"
     batch = next(job.train.epoch_batches(rows, 0, 0, recipe))
     memory = torch.cuda.max_memory_allocated() if on_gpu else step_bytes(model, batch.images)

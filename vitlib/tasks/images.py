@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vitlib import draws
 from vitlib.data import HELD, Augment, DataSet, Found, InMemory, Streamed, middle, read_folder
-from vitlib.data.read import SPLITS, Rows, decode, files, find_split, images_in
+from vitlib.data.read import IMAGE_FILES, SPLITS, Rows, decode, files, find_split, images_in
 from vitlib.errors import UsageError
 from vitlib.files import write_whole
 
@@ -97,6 +97,11 @@ def read_task(folder: Path | str, view: View, labels: Path | str | None = None, 
     found, given, groups = listed(folder, Path(labels), group) if labels else in_folders(folder)
     check_classes(found, labels or folder)
     data, digests, notes = read_images(found, view, folder.resolve().name)
+    others = [
+        p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() not in (*IMAGE_FILES, ".parquet", ".csv")
+    ]
+    if others := [path.name for path in others if not path.name.startswith(".")]:
+        notes.append(f"{len(others)} files are left out, the first is {others[0]}: read are {', '.join(IMAGE_FILES)}")
     names = [relative(found.rows.name(i), folder) for i in range(len(digests))]
     check_content(digests, found, names)
     parts = split(given, [g or d for g, d in zip(groups, digests, strict=True)], found, bool(group), notes)

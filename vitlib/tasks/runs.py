@@ -39,6 +39,7 @@ VERSION = 1  # raised when the numbers that a run gives change
 FIRST_RATES = {"full": 1e-4, "norm": 2e-3, "bias": 2e-3, "head": 4e-3}
 OTHER_RATE = 2e-4  # attn, ffn, fc1, last-k
 MOST_RATES = 12
+NARROW = 192  # width; below it a step on CPU is too short for several threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,10 +178,9 @@ def execute(run: Run, job: Job) -> Outcome:
     place = run.place(job)
     if (place / "result.json").is_file():
         return Outcome(**json.loads((place / "result.json").read_text()))
-    torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
     model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.train
     steps = loop.count_steps(recipe, len(train))
-    with tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar, enough_memory(job):
+    with tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar, computing(job):
         watch = Watch(place, model, job, bar)
         inputs = (model, recipe, train, np.arange(len(train)), run.seed, supervised.loss_of(recipe))
         try:
@@ -222,8 +222,11 @@ def best_of(tried: dict[float, Outcome]) -> float:
 
 
 @contextlib.contextmanager
-def enough_memory(job: Job) -> Iterator[None]:
-    """Inside, memory that does not suffice is one sentence."""
+def computing(job: Job) -> Iterator[None]:
+    """Inside, memory that does not suffice is one sentence, and a narrow model has one thread: more only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if job.trunk.model.config.width < NARROW else threads)
+    torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
     try:
         yield
     except (MemoryError, RuntimeError) as fault:
@@ -231,6 +234,8 @@ def enough_memory(job: Job) -> Iterator[None]:
             raise
         at_once = f"{job.batch_size} images of {job.view.image_size} pixels"
         raise UsageError(f"no memory for batches of {at_once}: give a smaller batch or image size") from fault
+    finally:
+        torch.set_num_threads(threads)
 
 
 def say(sentence: str) -> None:
