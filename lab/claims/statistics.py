@@ -41,10 +41,12 @@ def _tail(distance: float, estimate: Estimate) -> float:
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's adjusted p of one family of tests."""
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(p, method="holm")[1] if len(p) else np.array([])
+    """Holm's adjusted p of one family of tests. Our own: statsmodels' collects all garbage at each call, half a second."""
+    p = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
 
 
 def tightest(estimate: Estimate) -> float:
