@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lab
@@ -35,6 +36,21 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
         print("\nlab: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
         return 130
+
+
+SLURM = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # what is said of its jobs
+MOST = 10_000  # of anything that is counted
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number from `least` to MOST."""
+
+    def read(text: str) -> int:
+        if not (text.lstrip("-").isdecimal() and len(text) < 10 and least <= int(text) <= MOST):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} given, allowed are whole numbers from {least} to {MOST:,}")
+        return int(text)
+
+    return read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,27 +83,31 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, run, reproduce):
         command.add_argument("--notebook", **repeated, help="only this one, e.g. 31; may be repeated")
     for command in (plan, run, reproduce, tune):
-        command.add_argument("--jobs", type=int, default=0, help="training processes side by side (0: one per core)")
+        command.add_argument(
+            "--jobs", type=whole(0), default=0, help="training processes side by side (0: one per core)"
+        )
     for command in (plan, run):
         command.add_argument("--part", **repeated, help="only what this part of a claim reads, e.g. H4-linear")
-    run.add_argument("--processes", type=int, default=1, help="that share each run, one per GPU, through torchrun")
+    run.add_argument("--processes", type=whole(1), default=1, help="that share each run, one per GPU, through torchrun")
     run.add_argument("--slurm", metavar="FOLDER", help="submit one job per run to SLURM; its scripts and logs go there")
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
-    run.add_argument("--gpus", type=int, default=1, help="of each machine of a SLURM job (default: 1)")
-    run.add_argument("--nodes", type=int, default=1, help="machines of a SLURM job (default: 1)")
-    run.add_argument("--cpus", type=int, default=16, help="CPU cores of each process of a SLURM job (default: 16)")
-    run.add_argument("--memory-gb", type=int, default=60, help="of each machine of a SLURM job (default: 60)")
-    run.add_argument("--hours", type=float, default=24.0, help="time limit of a SLURM job (default: 24)")
+    run.add_argument("--gpus", type=whole(0), help="of each machine of a SLURM job (default: 1)")
+    run.add_argument("--nodes", type=whole(1), help="machines of a SLURM job (default: 1)")
+    run.add_argument("--cpus", type=whole(1), help="CPU cores of each process of a SLURM job (default: 16)")
+    run.add_argument("--memory-gb", type=whole(1), help="of each machine of a SLURM job (default: 60)")
+    run.add_argument("--hours", type=float, help="time limit of a SLURM job (default: 24)")
     devices = "v100, a100, h100, h200, l40s, rtx4090"
     plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
-    plan.add_argument("--gpus", type=int, default=1, help="GPUs that share each run (default: 1)")
+    plan.add_argument("--gpus", type=whole(1), help="GPUs that share each run (default: 1)")
     plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
     tune.add_argument("--rate", **repeated, metavar="ARM", help="only the rate of this arm; may be repeated")
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
-    bench.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
+    bench.add_argument(
+        "--restarts", type=whole(0), default=0, help="fresh processes per case (0: each case's own number)"
+    )
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     claims.add_argument("part", nargs="?", help="only this part, e.g. F1")
     claims.add_argument("--committed", action="store_true", help="of the committed study, not of the runs in the store")
@@ -98,8 +118,12 @@ def parser() -> argparse.ArgumentParser:
 
 def look_up(arguments: argparse.Namespace) -> None:
     """Put the profile and the notebooks in the place of their names, the cheapest look-up first."""
-    if getattr(arguments, "jobs", 0) < 0:
-        raise UsageError(f"jobs is {arguments.jobs}: allowed are 0 (one per core) and up")
+    for needed, words in (("slurm", SLURM), ("device", ("gpus", "rate"))):  # of run, of plan
+        given = [word for word in words if getattr(arguments, word, None) is not None]
+        if getattr(arguments, needed, "-") in (None, "") and given and arguments.command in (run_, plan_):
+            raise UsageError(f"--{given[0].replace('_', '-')} says nothing without --{needed}: give both or neither")
+    if arguments.command is run_ and arguments.slurm and (arguments.processes, arguments.jobs) != (1, 0):
+        raise UsageError("--processes and --jobs are of this machine: SLURM jobs have --gpus and --nodes")
     if "profile" in arguments:
         from lab.experiments.profiles import profile
 
@@ -139,7 +163,7 @@ def plan_(arguments) -> None:
     specs, a = _specs(arguments), arguments
     if not a.device:
         return print(plan.cpu_text(specs, a.jobs))
-    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.rate, a.gpus)))
+    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.rate, 1 if a.gpus is None else a.gpus)))
 
 
 def run_(arguments) -> None:
@@ -150,7 +174,7 @@ def run_(arguments) -> None:
 
     specs, stamps = _specs(arguments), stamps_of(arguments.profile.name)
     if arguments.slurm:
-        sizes = {k: getattr(arguments, k) for k in ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")}
+        sizes = {word: value for word in SLURM if (value := getattr(arguments, word)) is not None}
         jobs = submit(specs, arguments.slurm, **sizes, stamps=stamps)
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:
