@@ -496,6 +496,24 @@ def test_what_concerns_all_runs_stops_the_others():
         launch.launch([replace(TINY, images=17), replace(TINY, recipe=replace(TINY.recipe, epochs=2000))], jobs=1)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "cuda"}, "'cuda' needs a GPU"),
+        ({"data": "cifar-10", "streamed": True}, "data set 'cifar-10' is not there"),
+    ],
+)
+def test_a_device_or_data_that_are_not_there_are_named_before_any_process_is_started(change, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for started in ("_train", "_until_it_ends"):
+        monkeypatch.setattr(launch, started, lambda *_: pytest.fail("something was started"))
+    with pytest.raises(UsageError, match=said):
+        launch.launch([TINY, replace(TINY, **change)])
+    with pytest.raises(UsageError, match=said):
+        launch.distributed(replace(TINY, **change), 2)
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from lab import paths
+from lab.data import published
 from lab.runs import execute, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
@@ -69,12 +70,21 @@ def launch(
     if jobs < 0:
         raise UsageError(f"jobs is {jobs}: allowed are 0 (one per core or GPU) and up")
     if todo := store.missing(specs):
+        for spec in todo:  # what every process would refuse, before one is started
+            check(spec)
         store.sweep_store()
         paths.runs().mkdir(parents=True, exist_ok=True)
         devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
         cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
         _train(todo, min(jobs or len(devices) or execute.cores(), len(todo)), devices, cost, dict(stamps or {}))
     return {spec: store.find(spec) for spec in specs}
+
+
+def check(spec: RunSpec) -> None:
+    """Raises UsageError where this machine has no device for a run, or not its data."""
+    resolve(spec.device)
+    if spec.data in published.PUBLISHED and published.locate(spec.data) is None:
+        raise published.absent(spec.data)
 
 
 def gpus() -> list[str]:
@@ -199,6 +209,7 @@ def distributed(
     if absent := [f"the {need.protocol} {need}" for need in spec.needs if not store.weights_path(need).is_file()]:
         what = f"{absent[0]}, whose weights are not in {paths.runs()}"
         raise UsageError(f"the {spec} starts from {what}: train that one first")
+    check(spec)
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with private_folder() as folder:
