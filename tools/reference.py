@@ -70,7 +70,9 @@ def copy(p: Profile) -> list[Path]:
     if finished:
         store.export_runs(kept / "runs.jsonl", finished)
         pd.DataFrame(arms).to_csv(kept / "arms.csv", index=False)
-    pd.DataFrame(accuracies, columns=["notebook", "arm", "mean", "sd", "n"]).to_csv(kept / "accuracies.csv", index=False)
+    pd.DataFrame(accuracies, columns=["notebook", "arm", "mean", "sd", "n"]).to_csv(
+        kept / "accuracies.csv", index=False
+    )
     (kept / "about.txt").write_text(about([*finished.values()]) + "\n", encoding="utf-8")
     for file in (LEDGER, RECIPES):  # as they were when these runs were judged
         shutil.copyfile(paths.PAPER / file, kept / file)
@@ -96,7 +98,9 @@ def about(results: list[Result]) -> str:
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r.about for r in results) else ("CPU", "cpu_s")
     hours = sum(r.about[spent] for r in results) / 3600
     when = tables.span(r.about["date"] for r in results)
-    return f"{len(results)} runs, {hours:.1f} {kind} hours, {devices}, {when}; 95 % intervals over seeds and test images."
+    return (
+        f"{len(results)} runs, {hours:.1f} {kind} hours, {devices}, {when}; 95 % intervals over seeds and test images."
+    )
 
 
 def write_pages() -> list[Path]:
@@ -106,7 +110,9 @@ def write_pages() -> list[Path]:
     for path, text in texts.items():
         with write_whole(path) as draft:
             draft.write_text(text, encoding="utf-8")
-    return list(texts)
+    picture = paths.REFERENCE / "three.png"
+    answer.three().savefig(picture, dpi=120, metadata={"Software": None})
+    return [*texts, picture]
 
 
 def with_block(text: str, block: str) -> str:
@@ -218,7 +224,9 @@ def _is(test: Callable) -> Callable:
 SECTIONS: dict[str, Callable] = {
     "Measured, as the paper says": _is(judge.is_predicted),
     "Measured, against the paper": _is(judge.is_contrary),
-    "Measured, undecided": _is(lambda part, word: not (judge.is_predicted(part, word) or judge.is_contrary(part, word))),
+    "Measured, undecided": _is(
+        lambda part, word: not (judge.is_predicted(part, word) or judge.is_contrary(part, word))
+    ),
     "Counted, not measured": lambda row: row.test == "exact",
     "From the pilot, deciding nothing": lambda row: row.source == PILOT,
     "Not run": lambda row: row.label == judge.NOT_RUN,

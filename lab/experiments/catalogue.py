@@ -7,7 +7,7 @@ stop leaves complete pairs. A new notebook is one more record in `NOTEBOOKS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lab.data.published import DataAbsent
 from lab.experiments import imagenet, small
@@ -104,6 +104,13 @@ class Runs:
 
     experiment: Experiment
     results: dict[str, list[Result]]
+    records: Mapping[str, dict] = field(
+        default_factory=dict
+    )  # of an archive: arm -> what was trained, as `RunSpec.record`
+
+    def record(self, label: str) -> dict:
+        """What was trained under a label."""
+        return self.records[label] if self.records else self.experiment.arms[label].spec.record()
 
 
 def experiment(notebook: Notebook, profile: Profile) -> Experiment:

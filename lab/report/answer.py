@@ -113,40 +113,70 @@ def kind(row) -> str:
     )
 
 
-def figure(rows: pd.DataFrame, title: str = "") -> Figure | None:
+def figure(rows: pd.DataFrame) -> Figure | None:
     """Every measured difference with its 95 % interval, filled; the paper's own, hollow; the margin as a band.
 
     None where nothing was measured.
     """
-    shown = rows[rows["ours"].notna() & (rows["test"] != "ratio")].reset_index(drop=True)
+    shown = rows[rows["ours"].notna() & (rows["test"] != "ratio")]
     if shown.empty:
         return None
     drawn, axes = plt.subplots(figsize=(8, 0.9 + 0.36 * len(shown)), layout="constrained")
-    colours = dict(zip(MARKS, sns.color_palette("colorblind"), strict=False))
-    for y, row in enumerate(shown.itertuples()):
-        axes.fill_betweenx([y - 0.4, y + 0.4], -row.margin, row.margin, color="0.5", alpha=0.18, linewidth=0)
-        look = kind(row)
-        axes.errorbar(
-            row.ours,
-            y,
-            xerr=[[row.ours - row.low], [row.high - row.ours]],
-            fmt=MARKS[look][0],
-            color=colours[look],
-            capsize=3,
-        )
-        if not pd.isna(row.paper):
-            axes.plot(row.paper, y, "o", markerfacecolor="none", markeredgecolor="0.4", markersize=9)
-    names = [f"{row.part}: {row.contrast}" if len(row.contrast) < 32 else row.part for row in shown.itertuples()]
-    axes.set_yticks(range(len(shown)), names, fontsize="small")
-    axes.set(ylim=(len(shown) - 0.4, -0.6), xlabel="difference of top-1, percentage points", title=title)
-    axes.axvline(0, color="0.3", linewidth=0.8)
-    _legend(axes, dict.fromkeys(map(kind, shown.itertuples())), colours)
+    draw(axes, shown, names=[f"{r.part}: {r.contrast}" if len(r.contrast) < 32 else r.part for r in shown.itertuples()])
+    legend(drawn, dict.fromkeys(map(kind, shown.itertuples())))
     return drawn
 
 
-def _legend(axes: Axes, used: Iterable[str], colours: dict) -> None:
+THINGS = {  # the parts of the picture in README
+    "1. parallel blocks": ("A1", "P5", "P2-1"), "2. attention-only fine-tuning": ("F1", "F2-full", "F5-digits"),
+    "3. hMLP stem": ("H3-linear", "H4-linear", "H8-retention"),
+}  # fmt: skip
+SHORT = {
+    "A1": "two branches - one, 12 pairs", "P5": "two branches - one, 36 pairs", "P2-1": "the same, no LayerScale",
+    "F1": "attention - everything", "F2-full": "everything - FFNs", "F5-digits": "attention - everything,\nfew images",
+    "H3-linear": "hMLP - linear, supervised", "H4-linear": "hMLP - linear, masked", "H8-retention": "hMLP - conv, masked\nminus supervised",
+}  # fmt: skip
+
+
+def three() -> Figure:
+    """One panel per thing: the paper's differences, and ours where they are measured."""
+    table = claims().set_index("part", drop=False)
+    drawn, panels = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
+    for panel, (title, parts) in zip(panels, THINGS.items(), strict=True):
+        rows = table.loc[[*parts]]
+        draw(panel, rows, names=[SHORT[part] for part in parts])
+        panel.set(title=title, xlabel="points of top-1")
+    legend(
+        drawn,
+        dict.fromkeys(
+            kind(r) for parts in THINGS.values() for r in table.loc[[*parts]].itertuples() if not pd.isna(r.ours)
+        ),
+    )
+    return drawn
+
+
+def draw(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
+    """A row per part, from the top."""
+    for y, row in enumerate(rows.itertuples()):
+        axes.fill_betweenx([y - 0.4, y + 0.4], -row.margin, row.margin, color="0.5", alpha=0.18, linewidth=0)
+        if not pd.isna(row.ours):
+            mark, colour = MARKS[kind(row)][0], colours()[kind(row)]
+            bars = [[row.ours - row.low], [row.high - row.ours]]
+            axes.errorbar(row.ours, y, xerr=bars, fmt=mark, color=colour, capsize=3)
+        if not pd.isna(row.paper):
+            axes.plot(row.paper, y, "o", markerfacecolor="none", markeredgecolor="0.4", markersize=9)
+    axes.set_yticks(range(len(rows)), names, fontsize="small")
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference of top-1, percentage points")
+    axes.axvline(0, color="0.3", linewidth=0.8)
+
+
+def colours() -> dict[str, tuple]:
+    return dict(zip(MARKS, sns.color_palette("colorblind"), strict=False))
+
+
+def legend(drawn: Figure, used: Iterable[str]) -> None:
     marks = [
-        plt.Line2D([], [], marker=MARKS[k][0], color=colours[k], linestyle="none", label=MARKS[k][1]) for k in used
+        plt.Line2D([], [], marker=MARKS[k][0], color=colours()[k], linestyle="none", label=MARKS[k][1]) for k in used
     ]
     marks.append(
         plt.Line2D(
@@ -154,7 +184,7 @@ def _legend(axes: Axes, used: Iterable[str], colours: dict) -> None:
         )
     )
     marks.append(plt.Rectangle((0, 0), 1, 1, color="0.5", alpha=0.18, label="margin"))
-    axes.figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize="small", frameon=False)
+    drawn.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize="small", frameon=False)
 
 
 def alt(rows: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ from lab.experiments.catalogue import Runs, arms_of
 from lab.experiments.profiles import PROFILES, Profile
 from lab.report import paper
 from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
-from lab.report.tables import gap
+from lab.report.tables import TRAININGS, gap
 from lab.runs import execute, store
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
@@ -91,13 +91,13 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
 
 def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
     """Two branches minus one over the width or the pairs: `tables.gaps`, and the paper's chart (`paper.gaps`)."""
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     measured = with_bounds(table)
-    label = f"{table['measured'].iloc[0]}, " + (f"n = {measured['n'].iloc[0]}" if len(measured) else "not run")
+    label = f"{measured['measured'].iloc[0]}, n = {measured['n'].iloc[0]}" if len(measured) else "not run"
     axes.errorbar(measured[size], measured["points"], whiskers(measured), fmt="D-", capsize=4, label=label)
     for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family"), start=1):
         look = {"color": sns.color_palette()[i], "label": f"paper{', ' * bool(family)}{family}, ImageNet, chart ± 0.1"}
-        axes.plot(group[size], group["points"], "o--", **look)
+        axes.plot(group[size], group["points"], "os"[i % 2] + "--", markerfacecolor="none", **look)
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
     ticks = sorted({*table[size], *chart[size]})
@@ -109,35 +109,18 @@ def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
 
 
 def transfer_figure(table: pd.DataFrame) -> Figure:
-    """attn - full over the number of images: the paper's in one panel, then one per data set of `tables.transfer`.
-
-    A line per width. Solid: this run; dashed: the committed reference.
-    """
-    table = with_bounds(table)
-    data = list(table["data"].unique()) if len(table) else []
-    size = (3.4 + 2.7 * len(data), 3.2)
-    figure, (panels,) = plt.subplots(1, 1 + len(data), figsize=size, layout="constrained", squeeze=False)
+    """attn - full over the number of images: the paper's, hollow, by model; ours, filled, with intervals (`tables.transfer`)."""
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for i, (model, rows) in enumerate(paper.transfer().groupby("model", sort=False)):
-        panels[0].plot(rows["images"], rows["points"], "Dos"[i], color=sns.color_palette()[7 + i], label=model)
-    for panel, name in zip(panels[1:], data, strict=True):
-        here, models = table[table["data"] == name], sorted(table["model"].unique())
-        for (model, measured), rows in here.groupby(["model", "measured"]):
-            i, style = models.index(model), "--" if measured.startswith("committed") else "-"
-            panel.errorbar(
-                rows["images"], rows["points"], whiskers(rows), fmt="os"[i % 2] + style, capsize=4,
-                color=sns.color_palette()[i], label=f"{model.split('-')[0]}, {measured}",
-            )  # fmt: skip
-        ticks = sorted({int(n) for n in here["images"]})
-        panel.set_xscale("log")
-        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
-        panel.minorticks_off()
-    for panel, name in zip(panels, ["the paper's six data sets", *data], strict=True):
-        panel.axhline(0, color="0.2", linewidth=1)
-        panel.set(title=name, xlabel="training images")
-    panels[0].set(xscale="log", ylabel="top-1 of attn minus full, points")
-    panels[0].legend(fontsize="small")
-    if data:
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        look = {"markerfacecolor": "none", "color": sns.color_palette()[i], "label": f"{model}, the paper"}
+        axes.plot(rows["images"], rows["points"], "Dos"[i], **look)
+    table = with_bounds(table)
+    for i, ((name, width, measured), rows) in enumerate(table.groupby(["data", "width", "measured"], sort=False)):
+        look = {"color": sns.color_palette()[(3 + i) % 10], "label": f"{name}, width {width}, {measured}"}
+        axes.errorbar(rows["images"], rows["points"], whiskers(rows), fmt="os^v"[i % 4], capsize=3, **look)
+    axes.axhline(0, color="0.2", linewidth=1)
+    axes.set(xscale="log", xlabel="training images", ylabel="top-1 of attn minus full, points")
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
 
 
@@ -163,37 +146,31 @@ def throughput_figure(p: Profile) -> Figure:
 def stem_figure(table: pd.DataFrame, name: str) -> Figure:
     """Figure 6's form, in points above the linear stem: across with labels alone, up after masked pre-training.
 
-    `table` is `tables.table7`, `name` its profile's. One point per stem. First the paper's own Table 7, on axes of its own;
-    then all labels; then the few labels that fine-tuning has. Above the diagonal a stem gains more by pre-training.
+    `table` is `tables.table7`, `name` its profile's. One point per stem: the paper's Table 7, then ours. Above the diagonal a
+    stem gains more by pre-training.
     """
-    for training in TITLES:
+    for training in TRAININGS:
         table = table.reindex(columns=list(dict.fromkeys([*table, *(f"{training} {c}" for c in ("paper", *BOUNDS))])))
     linear, stems = table[table["stem"] == "linear"].iloc[0], table[table["stem"] != "linear"]
-    across = [c for c in ("supervised", "scratch") if stems[f"{c} points"].notna().any()]
-    size = (3 * (1 + len(across)) + 1.4, 3.4)
-    figure, (axes,) = plt.subplots(1, 1 + len(across), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
     for i, stem in enumerate(stems["stem"]):
         row = stems[stems["stem"] == stem].select_dtypes("number")
         look = {"color": colours[i], "marker": "os^vDP*Xp"[i % 9], "linestyle": "none"}
-        printed = [row[f"{c} paper"] - linear[f"{c} paper"] for c in ("supervised", "pretrained")]
-        axes[0].plot(*printed, label=stem, **look)
-        for panel, training in zip(axes[1:], across, strict=True):
-            x, y = row[f"{training} points"], row["pretrained points"]
-            xerr, yerr = whiskers(row, f"{training} "), whiskers(row, "pretrained ")
-            if x.notna().all() and y.notna().all():
-                panel.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, **look)
-    for panel, training in zip(axes, ("supervised", *across), strict=True):
+        axes[0].plot(
+            *(row[f"{c} paper"] - linear[f"{c} paper"] for c in TRAININGS), label=stem, markerfacecolor="none", **look
+        )
+        x, y = (row[f"{c} points"] for c in TRAININGS)
+        if x.notna().all() and y.notna().all():
+            xerr, yerr = (whiskers(row, f"{c} ") for c in TRAININGS)
+            axes[1].errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, **look)
+    for panel, title in zip(axes, ("the paper, ImageNet", f"here, {name}"), strict=True):
         panel.axhline(0, color="0.2", linewidth=0.8)
         panel.axvline(0, color="0.2", linewidth=0.8)
         panel.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
-        panel.set(title="paper, ImageNet" if panel is axes[0] else f"{name}, {TITLES[training]}")
-        panel.set(xlabel=f"{training}, minus linear, points", ylabel="pretrained, minus linear, points")
+        panel.set(title=title, xlabel="supervised, minus linear, points", ylabel="pretrained, minus linear, points")
     figure.legend(loc="outside right center", title="stem", fontsize="small")
     return figure
-
-
-TITLES = {"supervised": "all labels", "scratch": "the same few labels", "pretrained": ""}
 
 
 def leak_figure() -> Figure:

@@ -11,7 +11,7 @@ import inspect
 import io
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from lab import paths
 from lab.claims.judge import Verdict
 from lab.claims.ledger import stamps
 from lab.cost.plan import cpu_seconds
+from lab.data.cards import source
+from lab.experiments import small
 from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
-from lab.experiments.profiles import Arm, Profile, changed, profile
+from lab.experiments.profiles import Profile, changed, profile
 from lab.report import figures, tables
 from lab.runs import store
 from lab.runs.results import Archive
@@ -45,14 +47,9 @@ class Page:
     committed: Runs | None  # what the committed reference has of it
     changed: str = ""  # which of the profile's numbers a reader has changed
 
-    @property
-    def arms(self) -> dict[str, Arm]:
-        """The arms to show: this profile's, or where it has none, those of the committed reference."""
-        return self.experiment.arms or self.committed.experiment.arms
-
-    def sequential(self, layer_scale: bool = False) -> str:
+    def sequential(self, runs: Runs, layer_scale: bool = False) -> str:
         """The arm of one branch, with LayerScale or without, of the profile's own width where there is one."""
-        return tables.sequential(self.arms, self.profile.width, layer_scale)
+        return tables.sequential(runs if runs.results else self.committed, self.profile.width, layer_scale)
 
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
@@ -75,8 +72,8 @@ class Page:
         display(Markdown(text))
 
     def accuracies(self, runs: Runs, reference: str, paper: Mapping[str, Mapping]) -> None:
-        """The paper | the committed reference | this run; nothing where no profile that is shown has arms."""
-        if self.arms:
+        """The paper | the committed reference | this run; nothing where neither has arms."""
+        if runs.experiment.arms or self.committed.results:
             self.table(tables.accuracies(runs, self.committed, reference, paper))
 
     def figure(self, figure: Figure, alt: str, name: str = "") -> None:
@@ -121,8 +118,14 @@ class Page:
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine)))
         self.table(tables.verdicts(mine), "verdicts")
 
+    def margins(self, every: Sequence[Verdict]) -> None:
+        """How each measured part's label moves with the margin."""
+        self.table(tables.margins(every), "margins")
+
     def images(self, count: int = 8) -> None:
-        """The first test images of the profile's data, with their labels."""
+        """The first test images of the profile's data, with their labels, where it is held in memory."""
+        if source(self.profile.data).facts.image_size == 0:
+            return
         drawn, caption = figures.images_figure(self.profile, count)
         self.figure(drawn, alt=caption, name="data")
         display(Markdown(f"*{caption}*"))
@@ -135,10 +138,13 @@ class Page:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
 
 
+STUDY = "study" if (paths.REFERENCE / "study" / "runs.jsonl").is_file() else "pilot"  # the committed reference
+
+
 @functools.cache
 def archive() -> Archive:
-    """The committed reference that pages show: the first study, until there is a second."""
-    return Archive(paths.REFERENCE / "pilot")
+    """The committed reference that pages show beside their runs: the first study, until there is a second."""
+    return Archive(paths.REFERENCE / STUDY)
 
 
 @functools.cache
@@ -146,7 +152,15 @@ def reference_text() -> str:
     """What the committed reference is, in a few words."""
     known = archive()
     days = {r.about["date"] for n in known.notebooks for results in known.results(n).values() for r in results}
-    return f"pilot, n = {len(known.seeds)}, first study, made {tables.span(days)}"
+    return f"{STUDY}, {len(known.seeds)} seeds at most, made {tables.span(days)}"
+
+
+def committed(shown: Notebook) -> Runs:
+    """What the reference has of a notebook; nothing of the pilot's stems, which were others."""
+    study = profile("study")
+    known = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
+    results = archive().results(shown.number) if STUDY == "study" or shown.small is not small.stems else {}
+    return Runs(known, results, {label: archive().record(of_arm[0].hash) for label, of_arm in results.items()})
 
 
 def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> Page:
@@ -156,25 +170,24 @@ def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> P
     Raises UsageError for a notebook, a profile, an arm or a number that does not exist, before anything is trained.
     """
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
-    shown, own, study = notebook(name), profile(profile_name), profile("study")
+    shown, own = notebook(name), profile(profile_name)
     p = changed(own, **knobs)
     said = [f"{key} = {value:g}" for key, value in knobs.items() if value] + ([f"only {only}"] if only else [])
     display(Markdown(tables.legend(p, reference_text())))
     if not shown.has_runs:
         return Page(shown, p, None, None, ", ".join(said))
-    known = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
     setting = experiment(shown, p)
     if only:
         arms = {label: arm for label, arm in setting.arms.items() if {*only.split()} & {arm.row, arm.column, label}}
         if not arms:
             raise unknown(f"arm of notebook {shown.file}", only, setting.arms)
         setting = replace(setting, arms=arms)
-    return Page(shown, p, setting, Runs(known, archive().results(shown.number)), ", ".join(said))
+    return Page(shown, p, setting, committed(shown), ", ".join(said))
 
 
 def show_source(*objects: object) -> None:
-    """The code itself, as it is in the library, without its docstring's distance from the equation."""
-    for one in objects:
+    """The code itself, as it is in the library, so that page and library never differ."""
+    for one in map(inspect.unwrap, objects):
         lines = inspect.getsource(one)
         path = Path(inspect.getsourcefile(one)).relative_to(paths.ROOT).as_posix()
         display(Markdown(f"`{path}`\n```python\n{textwrap.dedent(lines).rstrip()}\n```"))

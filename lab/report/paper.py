@@ -143,3 +143,14 @@ def throughput() -> pd.DataFrame:
     table = paper_numbers("table4")
     table["ratio"] = table["par_images_per_s"] / table["seq_images_per_s"]
     return framed(table, columns("model batch seq_images_per_s par_images_per_s") | {"par over seq": "{ratio:.2f}"})
+
+
+# ---------------------------------------------------------------------------------------------------- others
+
+
+def elsewhere(*claims: str) -> pd.DataFrame:
+    """What others measured of these claims, with its source and what must be said of it."""
+    table = paper_numbers("elsewhere")
+    mine = table[[bool({*claims} & {*names.split()}) for names in table["claims"]]]
+    layout = columns("model") | {"trained": "{trained}", "data": "{data}", "top1": "{top1:.2f}"}
+    return framed(mine, layout | columns("source caveat"))

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lab.experiments.catalogue import Runs
-from lab.report.tables import Layout, columns, framed, spread
+from lab.report.tables import Layout, _spread_of, columns, framed, spread, summary
 from lab.runs import store
 from lab.runs.execute import data_of
 from lab.runs.spec import RunSpec
@@ -44,19 +44,14 @@ def accuracies(runs: Runs) -> pd.DataFrame:
                 100 * float(supervised.evaluate(regroup(model_of(s), k), data_of(s, s.split))[1].mean()) for s in specs
             ]
             form = f"{specs[0].model.pairs // k}x{k}{label[label.find('+') :] if '+' in label else ''}"
-            row = {"form": form, "branches": k} | _summary(as_is, "as is ")
+            row = {"form": form, "branches": k} | _spread_of(np.array(as_is), "as is ")
             for strategy in ("full", "attn"):
                 if results := runs.results.get(f"{form} {strategy}"):
-                    row |= _summary([r.metrics["top1"] for r in results], f"{strategy} ")
+                    row |= summary(results, prefix=f"{strategy} ")
             rows.append(row)
     layout: Layout = columns("form") | {"regrouped, nothing trained": spread("as is ")}
     layout |= {"everything trained for a short while": spread("full "), "attention alone": spread("attn ")}
     return framed(rows, layout)
-
-
-def _summary(values: list[float], prefix: str) -> dict[str, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-    return {f"{prefix}mean": float(np.mean(values)), f"{prefix}sd": sd, f"{prefix}n": len(values)}
 
 
 def gaps(runs: Runs) -> pd.DataFrame:

@@ -20,8 +20,7 @@ from lab.claims.judge import Verdict, claim_verdict, verdict_table
 from lab.claims.ledger import PILOT, ledger
 from lab.data.cards import card
 from lab.experiments.catalogue import Experiment, Runs, notebook
-from lab.experiments.profiles import Arm, Profile
-from lab.experiments.small import PRIMARY_STEMS
+from lab.experiments.profiles import Profile
 from lab.runs import store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
@@ -125,7 +124,7 @@ BESIDE = {"top1_v2": "top1, ImageNet-V2", "top1_ema": "top1, averaged weights (E
 def accuracies(runs: Runs, committed: Runs, reference: str, paper: Mapping[str, Mapping]) -> pd.DataFrame:
     """One row per arm: the paper | the committed reference | this run, with its difference to the reference arm in points."""
     rows = []
-    for arm in runs.experiment.arms or committed.experiment.arms:
+    for arm in runs.experiment.arms or committed.results:
         results = runs.results.get(arm, ())
         row = {"arm": arm, **paper.get(arm, {})} | summary(committed.results.get(arm, ()), prefix="committed ")
         row |= summary(results) | gap(runs, arm, reference)
@@ -142,30 +141,38 @@ def accuracies(runs: Runs, committed: Runs, reference: str, paper: Mapping[str, 
     return framed(rows, always | more | columns(first_loss=".5f", train_loss=".3f", trained_params=",.0f"), always)
 
 
-def sequential(arms: Mapping[str, Arm], width: int, layer_scale: bool = False) -> str:
-    """The first arm of one branch, with LayerScale or without, of this width where there is one."""
-    models = {label: arm.spec.model for label, arm in arms.items()}
-    ones = [a for a, m in models.items() if m.branches == 1 and (m.layer_scale is not None) == layer_scale]
-    return next((arm for arm in ones if models[arm].width == width), ones[0])
+def sequential(runs: Runs, width: int, layer_scale: bool = False) -> str:
+    """The first arm of one branch, with LayerScale or without, of this width where there is one; "" without runs."""
+    models = {label: runs.record(label)["model"] for label in runs.results}
+    ones = [a for a, m in models.items() if m["branches"] == 1 and (m["layer_scale"] is not None) == layer_scale]
+    return next((arm for arm in ones if models[arm]["width"] == width), ones[0] if ones else "")
 
 
 def gaps(runs: Runs, committed: Runs, size: str) -> pd.DataFrame:
-    """Two branches minus one in points with its 95 % interval, a row per `size` ("width" or "pairs").
+    """Two branches minus one in points with its 95 % interval, a row per `size` ("width" or "pairs"), without LayerScale.
 
     At a profile without runs: the committed reference, or what is not run.
     """
     here = bool(runs.results or not committed.results)
     shown = runs if here else committed
-    p, arms = shown.experiment.profile, shown.experiment.arms or committed.experiment.arms
-    models = {label: arm.spec.model for label, arm in arms.items()}
-    if size == "pairs":  # of the profile's own width, where there are some
-        models = {label: model for label, model in models.items() if model.width == p.width} or models
-    labels = {(getattr(model, size), model.branches): label for label, model in models.items()}
-    about = {"n": len(p.seeds), "measured": f"here ({p.name})" if here else "committed reference"}
-    pairs = {value: (labels[value, 1], labels[value, 2]) for value in sorted({value for value, _ in labels})}
-    rows = [{size: v, "one": a, "two": b, **about} | gap(shown, b, a) for v, (a, b) in pairs.items()]
+    models = {label: shown.record(label)["model"] for label in shown.results}
+    models = {label: model | {"pairs": model["depth"] * model["branches"]} for label, model in models.items()}
+    if size == "pairs":  # of one width
+        models = {
+            label: model for label, model in models.items() if model["width"] == shown.experiment.profile.width
+        } or models
+    labels = {(m[size], m["branches"]): label for label, m in models.items() if m["layer_scale"] is None}
+    pairs = {
+        value: (labels[value, 1], labels[value, 2]) for value in sorted({v for v, _ in labels}) if (value, 2) in labels
+    }
+    measured = f"here ({runs.experiment.profile.name})" if here else "committed reference"
+    rows = [
+        {size: v, "one": a, "two": b, "n": len(shown.results[a]), "measured": measured} | gap(shown, b, a)
+        for v, (a, b) in pairs.items()
+    ]
     points = {"points": ("{points:+.2f}", NOT_RUN), "low, points": "{low:+.2f}", "high, points": "{high:+.2f}"}
-    return framed(rows, columns(size) | {"contrast": "{two} - {one}"} | points | columns("n measured"))
+    layout = columns(size) | {"contrast": "{two} - {one}"} | points | columns("n measured")
+    return framed(pd.DataFrame(rows, columns=None if rows else [size, "measured", "n", "points"]), layout)
 
 
 # ---------------------------------------------------------------------------------------------------- Tables 6 and 7
@@ -177,28 +184,42 @@ def places(setting: Experiment) -> dict[tuple[str, str], str]:
 
 
 def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
-    """Table 6's form: top-1 of each strategy by data set, images and model; the committed reference first, then this run.
+    """Table 6's form: top-1 of each strategy by data set, images and width; the committed reference first, then this run.
 
-    All strategies of a row start from the same tensors and images, so that they share their first loss.
+    A seed's accuracy is the mean over its subsets of the labels.
     """
     shown = {"committed reference": committed, f"this run ({runs.experiment.profile.name})": runs}
     rows = []
     for measured, these in shown.items():
-        labels, table = places(these.experiment), {}
-        for (name, strategy), label in labels.items():
-            if results := these.results.get(label):
-                spec = these.experiment.arms[label].spec
-                new = {"measured": measured, "data": spec.data, "images": spec.images}
-                new |= {"model": spec.model.name.partition("/")[0], "first_loss": results[0].metrics["first_loss"]}
-                table.setdefault(name, new).update(summary(results, prefix=f"{strategy} "))
-        for name, row in table.items():
-            row |= gap(these, labels[name, "attn"], labels[name, "full"])
-        rows += table.values() or [{"measured": f"{measured}: {NOT_RUN}"}]
-    layout = columns("measured") | {"data set": "{data}"} | columns(images=",") | columns("model")
+        found: dict[tuple, dict[str, list[np.ndarray]]] = {}
+        for label, results in these.results.items():
+            r = these.record(label)
+            strategy = r["strategy"] if r["parent"] else "scratch"
+            place = found.setdefault((r["data"], r["images"], r["model"]["width"]), {})
+            place.setdefault(strategy, []).append(np.stack([result.correct for result in results]).astype(float))
+        for (data, images, width), by_strategy in found.items():
+            row = {"measured": measured, "data": data, "images": images, "width": width}
+            mean = {strategy: np.mean(subsets, axis=0) for strategy, subsets in by_strategy.items()}  # (seeds, images)
+            for strategy, correct in mean.items():
+                row |= _spread_of(100 * correct.mean(axis=1), f"{strategy} ")
+            if {"attn", "full"} <= mean.keys() and len(mean["attn"]) > 1:
+                estimate = interval(difference(mean, {"attn": 1.0, "full": -1.0}))
+                row |= {"points": estimate.mean, "low": estimate.low, "high": estimate.high}
+            rows.append(row)
+        rows += [] if found else [{"measured": f"{measured}: {NOT_RUN}"}]
+    layout = columns("measured") | {"data set": "{data}"} | columns("width", images=",")
     layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")} | {
         "attn - full, points": bounds()
     }
-    return framed(rows, layout | columns(first_loss=".5f"))
+    return framed(rows, layout, always=("measured",))
+
+
+def _spread_of(values: np.ndarray, prefix: str) -> dict[str, float]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+    return {f"{prefix}mean": float(np.mean(values)), f"{prefix}sd": sd, f"{prefix}n": len(values)}
+
+
+TRAININGS = ("supervised", "pretrained")
 
 
 def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.DataFrame:
@@ -208,7 +229,7 @@ def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.Data
     """
     labels, layout = places(committed.experiment) | places(runs.experiment), columns("stem")
     rows = {stem: {"stem": stem} for stem, _ in labels}
-    for training in ("supervised", "scratch", "pretrained"):
+    for training in TRAININGS:
         for stem, row in rows.items():
             arm, linear = (labels.get((name, training), "") for name in (stem, "linear"))
             row |= {f"{training} {key}": value for key, value in paper.get(arm, {}).items()}
@@ -219,25 +240,6 @@ def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.Data
         layout[f"top1 {training}"] = spread(f"{training} ") + spread(f"{training} committed ", "committed: ")
         layout |= seeded(runs, {f"{training} minus linear, points": bounds(f"{training} ")})
     return framed(rows.values(), layout)
-
-
-TARGETS = {"tokens": "k-means tokens", "dvae": "dVAE tokens", "pixels": "pixels"}
-
-
-def trainings(runs: Runs) -> pd.DataFrame:
-    """The two primary stems under each training: labels, pre-training, its tokens, layer decay."""
-    labels, (base, other), rows = places(runs.experiment), PRIMARY_STEMS, []
-    known = [column for row, column in labels if row == base]
-    for training in sorted(known, key=lambda name: (name != "supervised", name != "scratch")):
-        arms = {stem: labels.get((stem, training), "") for stem in PRIMARY_STEMS}
-        if arms[base] in runs.results:
-            parent = runs.experiment.arms[arms[base]].spec.parent
-            row = {"training": training, "predicts": TARGETS[parent.targets] if parent else None}
-            for stem, arm in arms.items():
-                row |= summary(runs.results.get(arm, ()), prefix=f"{stem} ")
-            rows.append(row | gap(runs, arms[other], arms[base]))
-    layout = columns("training predicts") | {f"top1 {stem}": spread(f"{stem} ") for stem in PRIMARY_STEMS}
-    return framed(rows, layout | seeded(runs, {f"{other} minus {base}, points": bounds()}))
 
 
 def codebook_use(runs: Mapping[RunSpec, Result]) -> pd.DataFrame:
@@ -281,6 +283,12 @@ def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
         "seeds for the paper's difference": "{seeds_needed}",
     }  # fmt: skip
     return framed(table, layout, always=())
+
+
+def margins(chosen: Sequence[Verdict]) -> pd.DataFrame:
+    """Each measured part at several margins, before Holm's correction."""
+    table = judge.moved(chosen)
+    return framed(table, columns("part", margin="g", tightest=".2f") | {c: f"{{{c}}}" for c in table.columns[3:]})
 
 
 def claims(chosen: Sequence[Verdict]) -> pd.DataFrame:
