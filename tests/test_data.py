@@ -1,8 +1,10 @@
 """Reading a user's own images, the views of an image, and the batches of both kinds of data set."""
 
+import io
 import json
 import os
 import random
+import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import TEST, TRAIN, class_folders, parquet, picture, table, write
+from pictures import TEST, TRAIN, class_folders, encoded, parquet, picture, table, write
 from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 from torchvision.transforms.functional import pil_to_tensor
@@ -848,3 +850,95 @@ def test_labels_that_are_identities_of_images_are_refused_before_a_class_is_made
 
     with pytest.raises(UsageError, match="0 to 1099511627776"):
         labelled(pa.chunked_array([pa.array([0, 2**40])]), (), "column label of x")
+
+
+# ---- files from anywhere
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    folder = class_folders(tmp_path / "birds")
+    os.mkfifo(folder / "train" / "n01" / "zz.jpg")
+    os.mkfifo(folder / "test.parquet")
+    found = read_folder(folder, "train")
+    with pytest.raises(UsageError, match=r"zz\.jpg cannot be read"):
+        read.decode(found.rows, [i for i in range(len(found.labels)) if "zz" in found.rows.name(i)][0])
+    with pytest.raises(UsageError, match="has no split 'test'"):
+        read_folder(folder, "test")
+
+
+def test_an_image_of_floating_point_pixels_is_named(tmp_path):
+    folder = class_folders(tmp_path / "birds")
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "train" / "n01" / "a.tif")
+    found = read_folder(folder, "train")
+    with pytest.raises(UsageError, match=r"a\.tif has floating-point pixels: allowed are whole numbers"):
+        [read.decode(found.rows, i) for i in range(len(found.labels))]
+
+
+CELLS = {
+    "texts": pa.array(["a.png"]), "numbers": pa.array([5]), "paths": pa.array([{"path": "../x.png"}]),
+    "texts in a record": pa.array([{"bytes": "x", "path": "y"}]), "lists": pa.array([[1, 2]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CELLS)
+def test_cells_that_are_no_encoded_images_are_refused(what, tmp_path):
+    pq.write_table(pa.table({"image": CELLS[what], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UsageError, match=r"column image of .* holds cells of type .*: allowed are encoded images"):
+        read_folder(tmp_path, "train")
+
+
+METADATA = ("null", "[]", "{", '{"info": 5}', '{"info": {"features": []}}', "[" * 99_999,
+            '{"info": {"features": {"label": {"names": 5}}}}', '{"info": {"features": {"label": {"names": [1]}}}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("text", METADATA)
+def test_odd_metadata_of_a_table_are_one_sentence(text, tmp_path):
+    table(tmp_path / "train.parquet", [0, 1])
+    whole = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(whole.replace_schema_metadata({"huggingface": text}), tmp_path / "train.parquet")
+    with pytest.raises(UsageError, match=r"the names of classes in the metadata of .* cannot be read") as error:
+        read_folder(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+def archive(path, members):
+    """A .tar of these (name, type, bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), "/etc/passwd"
+            tar.addfile(info, io.BytesIO(content))
+
+
+MEMBERS = {
+    "a link to a file elsewhere": [("a.png", tarfile.SYMTYPE, b""), ("a.cls", tarfile.REGTYPE, b"0")],
+    "a label that is a link": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.SYMTYPE, b"")],
+    "a label that is a folder": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.DIRTYPE, b"")],
+    "a label without end": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"9" * 4000)],
+    "a label of 10^12": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"1000000000000")],
+    "a label of 10^18": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"9999999999999999999")],
+    "nothing": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MEMBERS)
+def test_odd_members_of_an_archive_are_one_sentence(what, tmp_path):
+    archive(tmp_path / "train.tar", MEMBERS[what])
+    with pytest.raises(UsageError, match=r"train\.tar") as error:
+        read_folder(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_archive_is_one_sentence(tmp_path):
+    picture_bytes = encoded(1, "PNG")
+    members = [
+        (f"{k}.{kind}", tarfile.REGTYPE, picture_bytes if kind == "png" else b"0")
+        for k in range(3)
+        for kind in ("png", "cls")
+    ]
+    archive(tmp_path / "train.tar", members)
+    whole = (tmp_path / "train.tar").read_bytes()
+    for size in (700, 1500, len(picture_bytes) + 600):
+        (tmp_path / "train.tar").write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=r"train\.tar"):
+            read_folder(tmp_path, "train")

@@ -880,9 +880,13 @@ def test_reproduce_names_absent_data_before_any_run_and_still_renders_the_others
     monkeypatch.setattr(
         render, "reproduce", lambda profile, notebooks, specs, *rest: rendered.append((list(notebooks), list(specs)))
     )
-    code = main(["reproduce", "--profile", "gpu", "--notebook", "31", "--notebook", "21"])
+    code = main(["reproduce", "--profile", "photos", "--notebook", "31", "--notebook", "21"])
     said = capsys.readouterr().err.splitlines()
-    assert code == 2 and "data set 'cifar-10' is not there" in said[0] and "1 data set(s) of profile gpu" in said[1]
+    assert (
+        code == 2
+        and "data set 'tiny-imagenet' is not there" in said[0]
+        and "1 data set(s) of profile photos" in said[1]
+    )
     assert [specs for _, specs in rendered] == [[]] and len(rendered[0][0]) == 1
 
 
@@ -921,3 +925,89 @@ def test_a_short_run_of_profile_gpu_on_photographs(place, monkeypatch, tmp_path)
     assert len(result.correct) == source("cifar-10").facts.sizes["validation"] and 290 <= len(result.correct) <= 300
     assert result.about["split"] == "validation"
     assert result.metrics["trained_params"] < sum(t.numel() for t in store.weights(spec).values()) / 2
+
+
+# ---- files from anywhere
+
+
+def annotated(folder, **changes):
+    """A folder of iNaturalist with one image of two classes, and what its annotation file says differently."""
+    write(folder / "images" / "1.png", 1)
+    record = {
+        "images": [{"id": 1, "file_name": "images/1.png"}],
+        "annotations": [{"image_id": 1, "category_id": 7}],
+        "categories": [{"id": 7, "name": "oak"}, {"id": 9, "name": "elm"}],
+    }  # fmt: skip
+    (folder / "train2018.json").write_text(json.dumps(record | changes))
+
+
+ANNOTATIONS = {
+    "a number for a path": ({"images": [{"id": 1, "file_name": 5}]}, "names 5: allowed are files in"),
+    "no path": ({"images": [{"id": 1, "file_name": ""}]}, "allowed are files in"),
+    "a path with a zero": ({"images": [{"id": 1, "file_name": "a\0b"}]}, "allowed are files in"),
+    "a path of half a character": ({"images": [{"id": 1, "file_name": "\ud800"}]}, "allowed are files in"),
+    "a folder's name for all": ({"images": 5}, "is not an annotation file"),
+    "classes that have no order": ({"categories": [{"id": 1, "name": "a"}, {"id": "b", "name": "b"}]}, "is not an annotation file"),
+    "a class without a name": ({"categories": [{"id": 7}]}, "is not an annotation file"),
+    "no annotation": ({"annotations": []}, "is empty: allowed are one image and more"),
+    "an image that is not listed": ({"annotations": [{"image_id": 2, "category_id": 7}]}, "is not an annotation file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ANNOTATIONS)
+def test_an_odd_annotation_file_is_one_sentence(what, tmp_path):
+    annotated(tmp_path)
+    assert len(published.read_inaturalist(tmp_path, ("train",)).labels) == 1
+    changes, said = ANNOTATIONS[what]
+    annotated(tmp_path, **changes)
+    with pytest.raises(UsageError, match=said) as error:
+        published.read_inaturalist(tmp_path, ("train",))
+    assert "\n" not in str(error.value) and "\0" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "{}", "[" * 99_999])
+def test_a_file_that_is_no_annotation_file_is_one_sentence(text, tmp_path):
+    (tmp_path / "train2018.json").write_text(text)
+    with pytest.raises(UsageError, match=r"train2018\.json is not an annotation file of iNaturalist"):
+        published.read_inaturalist(tmp_path, ("train",))
+
+
+@pytest.mark.parametrize("content", ["nothing", "garbage", "no key", "short", "a class of none", "out of the folder"])
+def test_an_odd_devkit_of_stanford_cars_is_one_sentence(content, tmp_path):
+    cars = tmp_path / "stanford_cars"
+    (cars / "cars_train").mkdir(parents=True)
+    (cars / "devkit").mkdir()
+    table = cars / "devkit" / "cars_train_annos.mat"
+    savemat(cars / "devkit" / "cars_meta.mat", {"class_names": np.array(["a", "b"], object)})
+    rows = {"fname": "1.jpg", "class": 9 if content == "a class of none" else 1}
+    if content == "out of the folder":
+        rows["fname"] = "../../../secret.jpg"
+    if content in ("a class of none", "out of the folder"):
+        savemat(table, {"annotations": np.array([tuple(rows.values())] * 2, [(name, object) for name in rows])})
+    elif content in ("no key", "short"):
+        savemat(table, {"annotations" if content == "short" else "x": np.zeros(3)})
+    else:
+        table.write_bytes(b"" if content == "nothing" else b"MATLAB 5.0 MAT-file" * 99)
+    with pytest.raises(
+        UsageError, match=r"is not complete, or|names class 8: allowed are 0 to 1|allowed are files in"
+    ) as error:
+        published.read_torchvision(tmp_path, ("train",))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no dashes",
+        "---\n- a list\n---\n",
+        "---\na: [\n---\n",
+        "---\na: 1\n---\n",
+        "---\n!!python/object/apply:os.getcwd []\n---\n",
+    ],
+)
+def test_a_broken_card_is_one_sentence(text, tmp_path):
+    (tmp_path / "odd.md").write_text(text)
+    with pytest.raises(UsageError, match=r"odd\.md is no data card") as error:
+        published.read_card(tmp_path / "odd.md")
+    assert "\n" not in str(error.value)

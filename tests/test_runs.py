@@ -503,7 +503,9 @@ def test_what_concerns_all_runs_stops_the_others():
         ({"data": "cifar-10", "streamed": True}, "data set 'cifar-10' is not there"),
     ],
 )
-def test_a_device_or_data_that_are_not_there_are_named_before_any_process_is_started(change, said, monkeypatch, tmp_path):
+def test_a_device_or_data_that_are_not_there_are_named_before_any_process_is_started(
+    change, said, monkeypatch, tmp_path
+):
     monkeypatch.setenv("VITLIB_DATA", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for started in ("_train", "_until_it_ends"):

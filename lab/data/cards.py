@@ -13,6 +13,7 @@ Anything else is a folder of one's own, without an entry anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -261,7 +262,7 @@ def _stack(found: Found, name: str, channels: int) -> np.ndarray:
 def _measured(name: str, signature: str, outputs: str) -> Facts:
     """Decodes every image at the first call; later ones, also of other processes, read what was kept."""
     kept = Path(outputs) / "data" / f"{name}-{signature}.json"
-    if kept.is_file():
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged: measured anew
         known = json.loads(kept.read_text(encoding="utf-8"))
         return Facts(**known | {key: tuple(known[key]) for key in ("mean", "std")})
     parts = {split: _arrays(name, split, signature) for split in SPLITS}

@@ -23,6 +23,7 @@ from lab.paths import DATA_CARDS, PAPER, place
 from vitlib.data import read
 from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
+from vitlib.files import first_line
 
 
 class DataAbsent(UsageError):
@@ -77,7 +78,13 @@ def read_card(path: Path) -> dict:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(path: Path, modified: int) -> dict:
-    return yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
+    try:
+        card = yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
+        if not isinstance(card["vitlib"], dict):
+            raise TypeError("vitlib is no mapping")
+        return card
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError, yaml.YAMLError) as fault:
+        raise UsageError(f"{path} is no data card ({first_line(fault)}): CONTRIBUTING.md says what one has") from fault
 
 
 def read_published(name: str, split: str, check: bool = True) -> Found:
@@ -149,9 +156,10 @@ def read_inaturalist(folder: Path, names: tuple[str, ...]) -> Found | None:
         rank = {c["id"]: k for k, c in enumerate(categories)}
         path = {image["id"]: image["file_name"] for image in record["images"]}
         pairs = [(path[a["image_id"]], rank[a["category_id"]]) for a in record["annotations"]]
-    except (ValueError, KeyError, TypeError) as fault:
+        names = [c["name"] for c in categories]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise UsageError(f"{lists[0]} is not an annotation file of iNaturalist ({type(fault).__name__})") from fault
-    return read.files(folder, [p for p, _ in pairs], [k for _, k in pairs], [c["name"] for c in categories])
+    return read.files(folder, [p for p, _ in pairs], [k for _, k in pairs], names)
 
 
 def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
@@ -176,8 +184,8 @@ def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
             parts = [datasets.Flowers102(root, s) for s in (("train", "val") if names[0] == "train" else ("test",))]
             samples = [pair for part in parts for pair in zip(part._image_files, part._labels, strict=True)]
             classes = datasets.Flowers102.classes
-    except (RuntimeError, OSError, ValueError, TypeError, NotImplementedError) as fault:
-        what = read.printable(fault).splitlines()[0]
+    except Exception as fault:  # scipy, which reads .mat files, raises what its many readers raise
+        what = read.printable(first_line(fault))
         raise UsageError(f"{root / kind} is not complete, or a file does not have its MD5 sum ({what})") from fault
     paths = [os.path.relpath(path, root) for path, _ in samples]
     return read.files(root, paths, [label for _, label in samples], classes)

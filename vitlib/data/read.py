@@ -76,6 +76,8 @@ class Files:
         return printable(self.path(i))
 
     def open(self, i: int) -> Image.Image:
+        if not os.path.isfile(self.path(i)):  # a pipe would be waited for
+            raise FileNotFoundError
         return Image.open(self.path(i))
 
     def listing(self) -> Iterator[tuple[str, int]]:
@@ -168,11 +170,30 @@ class Found:
 
 
 def files(folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> Found:
-    """Images by their paths in `folder`. Raises UsageError for a path that leads out of it: a list may come from anywhere."""
-    if outside := next((p for p in paths if PurePath(p).is_absolute() or ".." in PurePath(p).parts), None):
-        raise UsageError(f"a list of images names {printable(outside)}: allowed are files in {folder}")
+    """Images by their paths in `folder`.
+
+    Raises UsageError for a list, which may come from anywhere, that is empty or names a path out of the folder or a label
+    that is none.
+    """
+    if not len(paths):
+        raise UsageError(f"the list of images in {folder} is empty: allowed are one image and more")
+    if (outside := next(filter(_leads_out, paths), None)) is not None:
+        raise UsageError(f"a list of images names {repr(str(outside)[:200])[1:-1]}: allowed are files in {folder}")
+    if (odd := next((k for k in labels if not 0 <= k < len(classes)), None)) is not None:
+        raise UsageError(f"a list of images in {folder} names class {odd}: allowed are 0 to {len(classes) - 1}")
     rows = Files(folder, pa.array([os.fsencode(path) for path in paths], pa.binary()))
     return Found(rows, np.asarray(labels, np.int64), tuple(map(printable, classes)))
+
+
+def _leads_out(path: object) -> bool:
+    """Whether this is no path below a folder."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        return True
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
+    return PurePath(path).is_absolute() or ".." in PurePath(path).parts
 
 
 def printable(name: object) -> str:
@@ -194,6 +215,8 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
                 raise UsageError(f"{rows.name(i)} holds {image.n_frames} images, an animation or pages: allowed is one")
             if image.getexif().get(ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise UsageError(f"{rows.name(i)} has floating-point pixels: allowed are whole numbers of 8 or 16 bits")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert(mode)
@@ -354,7 +377,8 @@ def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
 
     Raises UsageError where they are not one set: two configurations or copies beside each other, or a part of the shards.
     """
-    files = [p for form in (f"*{suffix}", f"*/*{suffix}") for p in sorted(folder.glob(form)) if _visible(p.name)]
+    there = (p for form in (f"*{suffix}", f"*/*{suffix}") for p in sorted(folder.glob(form)))
+    files = [p for p in there if _visible(p.name) and p.is_file()]  # a pipe would be waited for
     shards = [p for p in files if split in re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())]
     sets = {(p.parent, re.sub(r"\d+", "0", p.stem)): p for p in shards}
     if len(sets) > 1:
@@ -373,11 +397,27 @@ def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     with _damage(shards[0]):
         schema = pq.read_schema(shards[0])
     image, label = image_and_label(schema.names, source)
-    info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = info.get("info", {}).get("features", {}).get(label, {}).get("names") or known
+    names = _class_names(schema.metadata, label, source) or known
     labels, classes = labelled(_column(shards, label), names, f"column {label} of {source}")
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if kind not in (pa.binary(), pa.large_binary()):
+        raise UsageError(f"column {image} of {source} holds cells of type {kind}: allowed are encoded images, as bytes")
     rows = Cells(functools.partial(_cells, _stamps(shards), image), np.arange(len(labels)), source)
     return Found(rows, labels, classes)
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label: str, source: str) -> list[str]:
+    """The names that `datasets` has written beside a column of labels; none where there are none."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        names = features.get(label, {}).get("names") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, AttributeError, TypeError, RecursionError) as fault:
+        raise UsageError(f"the names of classes in the metadata of {source} cannot be read") from fault
+    return names
 
 
 def read_tar(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
@@ -395,15 +435,15 @@ def _members(stamps: tuple[tuple[str, int, int], ...]) -> tuple[np.ndarray, pa.C
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     stem, suffix = os.path.splitext(member.name)
-                    if suffix.lower() in IMAGE_FILES:
+                    if suffix.lower() in IMAGE_FILES and member.isfile():
                         places[number, stem] = (number, member.offset_data, member.size)
-                    elif suffix == ".cls":
+                    elif suffix == ".cls" and member.isfile() and member.size < 20:
                         labels[number, stem] = int(tar.extractfile(member).read())
-        except (tarfile.TarError, ValueError, OSError) as fault:
+        except (tarfile.TarError, ValueError, OSError, EOFError) as fault:
             raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
     if places.keys() != labels.keys():
         raise UsageError(f"{stamps[0][0]} and those beside it do not hold a .cls with a label for each image")
-    column = pa.chunked_array([pa.array([labels[key] for key in places], pa.int64())])
+    column = pa.chunked_array([pa.array([min(labels[key], 2**62) for key in places], pa.int64())])
     return np.array(list(places.values()), np.int64), column
 
 
@@ -457,8 +497,8 @@ def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
 
 
 def _column(shards: Sequence[Path], name: str) -> pa.ChunkedArray:
-    schema = pa.schema([pq.read_schema(shards[0]).field(name)])
     with _damage(shards[0]):
+        schema = pa.schema([pq.read_schema(shards[0]).field(name)])
         return pa.Table.from_batches(_batches(shards, name), schema)[name]
 
 
@@ -486,5 +526,7 @@ def _cells(stamps: tuple[tuple[str, int, int], ...], name: str) -> pa.ChunkedArr
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as fault:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as fault:
+        if isinstance(fault, UsageError):
+            raise
         raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault
