@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -18,14 +23,20 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 from lab import paths
+from lab.__main__ import main
 from lab.claims import evidence, exact, judge, ledger, statistics, tuning
 from lab.claims.evidence import Evidence
 from lab.claims.ledger import PROFILES
 from lab.experiments import profiles
-from lab.runs import results
+from lab.experiments.catalogue import experiment, notebook
+from lab.runs import execute, results, store
 from lab.runs.results import Archive, Result
+from lab.runs.spec import RunSpec
+from tools import pilot
 from vitlib.errors import UsageError
+from vitlib.model import vit_config
 from vitlib.stats import Estimate, difference, interval, over_seeds
+from vitlib.train.recipe import Recipe
 
 LEDGER = ledger.ledger()
 PILOT = paths.REFERENCE / "pilot"
@@ -1143,3 +1154,740 @@ def test_cpu_trains_the_studys_recipes_of_the_parts_that_it_repeats():
             here, there = (LEDGER.recipe(part, name, arm) for name in ("cpu", "study"))
             assert here["record"] == there["record"], (part.id, arm)
         assert part.at_profile("cpu").contrast == part.at_profile("study").contrast
+
+
+# ---- the ledger's file
+
+
+def test_the_ledger_has_every_claim_and_its_parts():
+    counts = {claim: sum(part.claim == claim for part in LEDGER.parts.values()) for claim in LEDGER.claims}
+    assert counts == {
+        "B1": 3, "P1": 1, "A1": 1, "P2": 3, "P3": 1, "P4": 1, "P5": 1, "P6": 3, "P7": 6, "F1": 1, "F2": 2, "F3": 2, "F4": 1,
+        "F5": 5, "F6": 7, "H1": 1, "H2": 4, "H3": 2, "H4": 3, "H4i": 1, "H5": 2, "H6": 2, "H7": 1, "H8": 1, "H9": 1,
+    }  # fmt: skip
+    room = {"P": "31", "A": "31", "F": "41", "B": "21"}
+    own = {"P3": "32", "P4": "33", "P6": "35", "P7": "36", "F5": "42", "F6": "42", "H1": "51", "H2": "51"}
+    for part in LEDGER.parts.values():
+        assert part.notebook == own.get(part.claim, room.get(part.claim[0], "52")), part.id
+
+
+def test_margins_seeds_and_scopes_are_those_of_the_rules():
+    for part in TRAINED:
+        for name in part.n:
+            third = part.notebook == "52"
+            expected = 0.3 if name == "imagenet" else 1.0 if third else 0.5
+            assert part.at_profile(name).margin == expected, (part.id, name)
+        deep = part.notebook in ("31", "33") and part.id != "A1"
+        assert "study" not in part.n or part.n["study"] == (10 if deep or part.id == "H9" else 20), part.id
+        assert {part.n.get(name, 5) for name in ("cpu", "photos", "imagenet", "pilot")} == {5}, part.id
+    kinds = {id: LEDGER.part(id).kind for id in PRIMARY}
+    assert kinds == dict.fromkeys(PRIMARY, "superiority") | {"A1": "equivalence", "F1": "equivalence"}
+    assert {part.id for part in TRAINED if part.contrary == "worse"} == {"A1", "P5", "F1", "H3-conv"}
+    assert LEDGER.part("A1").contrast == {"6x2+LS": 1, "12x1+LS": -1} and LEDGER.part("F1").contrast == {
+        "attn": 1,
+        "full": -1,
+    }
+    assert LEDGER.part("F5-digits").subsets == 3
+    first = profiles.PROFILES
+    assert [first[name].seeds[0] for name in ("cpu", "photos", "imagenet", "study")] == [0, 20, 30, 40]
+    seeds = [seed for name in PROFILES for seed in first[name].seeds]
+    assert len(set(seeds)) == len(seeds) and max(seeds) < 1000 and not {*range(10, 15)} & {*seeds}  # the pilot's
+
+
+def test_every_family_has_a_positive_control_at_the_study():
+    """An equivalence, or a part that is not worse, says nothing unless the same runs would have seen a difference."""
+    for part in TRAINED:
+        here = part.at_profile("study")
+        if "study" in part.n and part.kind != "superiority":
+            assert [check for check in here.checks if check.above == 0], part.id
+        for check in here.checks:
+            assert sum(check.contrast.values()) == pytest.approx(0)
+        assert not part.at_profile("cpu").checks and not part.at_profile("imagenet").checks
+
+
+def test_label_subsets_are_averaged_within_the_seed():
+    here = LEDGER.part("F5-digits").at_profile("study")
+    assert here.contrast == pytest.approx(
+        {f"digits 100 {s}, subset {k}": c / 3 for s, c in (("attn", 1), ("full", -1)) for k in (1, 2, 3)}
+    )
+    made = source("F5-digits", {f"digits 100 attn, subset {k}": 0.2 * k + spread(20, 0.1) for k in (1, 2, 3)})
+    assert evidence.verdict(made, LEDGER.part("F5-digits")).estimate.mean == pytest.approx(0.4, abs=0.01)
+    assert set(here.checks[0].contrast) == {
+        f"digits 100 {s}, subset {k}" for s in ("full", "scratch") for k in (1, 2, 3)
+    }
+
+
+GOOD = (paths.PAPER / "claims.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('kind = "superiority"', 'kind = "superiorty"', "did you mean 'superiority'"),
+        ('"36x1" = -1', '"36x1" = -2', "P2-1 has a contrast whose coefficients do not add up to 0"),
+        ('"36x1" = -1', '"36x1" = "x"', "allowed is a table of arm = number"),
+        ('claim = "P2"\n', "", "P2-1 lacks the key 'claim'"),
+        ('claim = "B1"\n', 'claim = "B9"\n', "unknown claim of ledger entry B1-Ti: 'B9'"),
+        ("margin = 0.3\n", "", "B1-Ti of kind 'superiority' lacks the key 'margin'"),
+        ("margin = 0.3", 'margin = "0.3"', "allowed is a number above 0"),
+        ("margin = 0.3", "margin = nan", "allowed is a number above 0"),
+        ("margin = 0.3", "margin = true", "allowed is a number above 0"),
+        ("margin = 0.3", "margin = -0.3", "allowed is a number above 0"),
+        ("margin = 0.3", "margn = 0.3", "did you mean 'margin'"),
+        ("imagenet = 5", "imagenet = 1", "allowed is a table of profile = whole number from 2"),
+        ("imagenet = 5", "imagenet = 5.0", "allowed is a table of profile = whole number from 2"),
+        ("imagenet = 5", "imagnet = 5", "did you mean 'imagenet'"),
+        ("n = { imagenet = 5 }\n", "", "B1-Ti of kind 'superiority' lacks the key 'n'"),
+        ('contrary = "worse"', 'contrary = "better"', "unknown contrary in ledger entry A1: 'better'"),
+        ("primary = true", "primary = 1", "allowed is true or false"),
+        ("subsets = 3", "subsets = -3", "allowed is a whole number"),
+        ('paper_source = "A, Table 8"\n', "", "lacks the key 'paper_source'"),
+        ('paper_confidence = "computed"', 'paper_confidence = "guessed"', "unknown paper_confidence"),
+        ("paper = 1.386", "paper = -1.386", "P7-S1 has paper = -1.386: allowed is a ratio above 0"),
+        ('"12x1+LS" = -1 } }]', '"12x1+LS" = -2 } }]', "A1 has a contrast whose coefficients do not add up to 0"),
+        ("above = -1.0", 'abov = -1.0', "allowed is a list of { name, contrast, above }"),
+        ('out_of_scope = ["pilot"]', 'out_of_scope = "pilot"', "allowed is a list of profiles"),
+        ("[part.A1.imagenet]\n", "[part.A1.imagenet]\nn = 3\n", "unknown key in ledger entry A1.imagenet: 'n'"),
+        ("[part.A1.says]\npredicted", "[part.A1.says]\npredictd", "did you mean 'predicted'"),
+        ("[part.B1-Ti]\n", "[part.B1-Ti]\nP9 = 3\n", "unknown key in ledger entry B1-Ti: 'P9'"),
+        ("[part.B1-Ti]\n", "[part]\nP9 = 3\n[part.B1-Ti]\n", "'P9' is not a table"),
+        ("imagenet = 5", "imagenet = ", "not valid TOML"),
+        ("[claim]\nB1", "[clam]\nB1", "unknown claim of ledger entry B1-Ti"),
+    ],
+)  # fmt: skip
+def test_a_malformed_entry_is_refused_in_one_sentence(tmp_path, old, new, says):
+    assert old in GOOD
+    shutil.copy(paths.PAPER / "recipes.toml", tmp_path)
+    (tmp_path / "claims.toml").write_text(GOOD.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        ledger.ledger(tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_ledger_without_its_files_or_parts_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"claims\.toml cannot be read"):
+        ledger.ledger(tmp_path)
+    (tmp_path / "claims.toml").write_text("[claim]\nA = 'x'\n")
+    with pytest.raises(UsageError, match=r"recipes\.toml cannot be read"):
+        ledger.ledger(tmp_path)
+    (tmp_path / "recipes.toml").write_text("")
+    with pytest.raises(UsageError, match=r"has no tables \[claim\] and \[part\.<id>\]"):
+        ledger.ledger(tmp_path)
+
+
+def test_the_ledger_that_asks_for_more_seeds_than_an_arm_has_says_so(tmp_path):
+    fixed = doctored(tmp_path, "part.P2-1", "study = 10", "study = 20")
+    with pytest.raises(UsageError, match=r"fixes n = 20 of part P2-1, and 10 seeds of its arm '18x2'"):
+        verdict("P2-1", fixed=fixed)
+
+
+# ---- the commit
+
+
+@pytest.mark.parametrize("name", ["study", "photos", "imagenet"])
+def test_a_judged_profile_trains_from_a_commit_alone_and_says_so_in_one_sentence(monkeypatch, name):
+    monkeypatch.setattr(paths, "commit", lambda: f"{COMMIT}+")
+    with pytest.raises(
+        UsageError, match=f"runs of profile {name} are judged, and .* uncommitted changes: commit them"
+    ) as error:
+        ledger.stamps(name)
+    assert "\n" not in str(error.value)
+    assert ledger.stamps("cpu") == stamps("cpu") and ledger.stamps("smoke") == {}
+    for commit in (COMMIT, "unknown"):
+        monkeypatch.setattr(paths, "commit", lambda commit=commit: commit)
+        if name != "photos":  # whose arms are written down where its data is
+            assert ledger.stamps(name) == stamps(name)
+
+
+def test_the_command_refuses_before_anything_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(paths, "commit", lambda: f"{COMMIT}+")
+    monkeypatch.setattr("lab.runs.launch.launch", lambda *_: pytest.fail("trained"))
+    assert main(["run", "--profile", "study", "--part", "A1"]) == 2
+    said = capsys.readouterr().err
+    assert "uncommitted changes" in said and said.count("\n") == 1
+
+
+def test_the_commit_is_that_of_the_checkout_with_a_plus_where_code_or_ledger_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    found = paths.commit.__wrapped__
+    assert found() == "unknown"  # no git: also inside of another repository
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    for folder in ("vitlib", "lab", "outputs/paper", "notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert found() == head[:12]
+    (tmp_path / "notebooks" / "a").write_text("2")
+    assert found() == head[:12]
+    for changed in ("lab/a", "vitlib/new", "outputs/paper/a"):
+        (tmp_path / changed).write_text("2")
+        assert found() == f"{head[:12]}+", changed
+        subprocess.run([*git, "checkout", "-q", "."], check=True)
+        subprocess.run([*git, "clean", "-qfd"], check=True)
+    assert found() == head[:12]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_result_says_when_and_from_what_its_run_first_started_even_where_it_went_on_under_another_ledger(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
+    model = vit_config("W32-1x1/4", image_size=16, in_chans=1, num_classes=10)
+    spec = RunSpec("supervised", model, "digits", Recipe(epochs=1, batch_size=10, lr=1e-3), seed=1000, images=50)
+
+    def start(commit: str, time: str, made: dict[str, str], kill: int = 0) -> Result:
+        def on_step(step: int, steps: int) -> None:
+            if step == kill:
+                raise Killed
+
+        monkeypatch.setattr(paths, "commit", lambda: commit)
+        monkeypatch.setattr(execute, "now", lambda: time)
+        return execute.execute(spec, on_step=on_step, every_s=0.0, stamps=made)
+
+    with pytest.raises(Killed):
+        start("first", "2026-12-01T10:00:00Z", {"F1": "a", "A1": "b"}, kill=2)
+    result = start("second+", "2026-12-02T11:00:00Z", {"F1": "other", "P5": "new"})
+    assert result.ledger == {"F1": "a", "A1": "b"}
+    assert (result.about["began"], result.about["commit"]) == ("2026-12-01T10:00:00Z", "first")
+    kept = store.find(spec)
+    assert (kept.ledger, kept.about["began"], kept.about["commit"]) == (result.ledger, "2026-12-01T10:00:00Z", "first")
+    assert start("third", "2026-12-03T11:00:00Z", {}).ledger == result.ledger  # read, not trained again
+
+
+def test_the_clock_of_a_run_is_utc(monkeypatch):
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", execute.now())
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    time.tzset()
+    assert abs(datetime.strptime(execute.now(), "%Y-%m-%dT%H:%M:%S%z") - datetime.now(UTC)) < timedelta(minutes=1)
+    monkeypatch.undo()
+    time.tzset()
+
+
+# ---- the commands, on a planted store
+
+
+def keep_runs(folder, ids: Sequence[str], commit: str = COMMIT, **points: float) -> dict[tuple[str, str], list[str]]:
+    """Runs of these parts of the study as they are stored, and their names: (notebook, arm) -> hash of each seed."""
+    study, lines, names = profiles.profile("study"), {}, {}
+    for id in ids:
+        part = LEDGER.part(id)
+        made = source(id, PASSING | points)
+        arms = experiment(notebook(part.notebook), study)
+        for arm in part.at_profile("study").arms:
+            specs = arms.seeds_of(arm)[: part.n["study"]]
+            names[part.notebook, arm] = [spec.hash for spec in specs]
+            for spec, right in zip(specs, made.arms[part.notebook, arm], strict=False):
+                about = dict.fromkeys(results.ABOUT, "x") | dict.fromkeys(results.NUMBERS, 1.0)
+                about |= {
+                    "commit": commit,
+                    "began": f"2026-12-01T00:00:{spec.seed:02}Z",
+                    "date": "2026-12-01",
+                    "split": "test",
+                }
+                metrics = {
+                    "top1": 100 * float(right.mean()),
+                    "first_loss": 2.3,
+                    "train_loss": 0.4,
+                    "trained_params": 1.0,
+                }
+                run = Result(spec.hash, metrics, right, stamps("study"), about)
+                lines[spec.hash] = json.dumps({"spec": spec.record(), "result": run.record()}) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.jsonl").write_text("".join(lines.values()))
+    rows = [(number, arm, 40 + i, name) for (number, arm), of_arm in names.items() for i, name in enumerate(of_arm)]
+    pd.DataFrame(rows, columns=["notebook", "arm", "seed", "run"]).to_csv(folder / "arms.csv", index=False)
+    return names
+
+
+@pytest.fixture(scope="module")
+def kept_runs(tmp_path_factory):
+    """A folder with a study of the runs of A1 and F1, and a store of the same runs; their names."""
+    folder = tmp_path_factory.mktemp("kept")
+    names = keep_runs(folder / "study", ("A1", "F1"))
+    write_tuning(folder / "study", good_curves("study"))
+    counted = {"part": ["H1", "P1"], "label": ["fails", "exact"], "ours": [None, None], "notebook": "51", "runs": ""}
+    pd.DataFrame(counted).to_csv(folder / "study" / "claims.csv", index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITLIB_RUNS", str(folder / "runs"))
+        assert store.import_runs(folder / "study" / "runs.jsonl") == (110, 0)
+    return folder, names
+
+
+@pytest.fixture
+def planted_study(monkeypatch, tmp_path, kept_runs):
+    """A committed study of A1 and F1 in a folder of its own, and their runs in the store: the names of the runs."""
+    folder, names = kept_runs
+    shutil.copytree(folder / "study", tmp_path / "reference" / "study")
+    (tmp_path / "reference" / "pilot").symlink_to(PILOT)
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setenv("VITLIB_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(exact, "holds", lambda part: part.id != "H1")
+    return names
+
+
+def test_from_a_verdict_to_its_runs(planted_study, capsys):
+    for words in ([], ["--committed"]):
+        assert main(["claims", "F1", "--trace", "--profile", "study", *words]) == 0
+        shown = capsys.readouterr().out
+        assert "F1: level within 0.5" in shown and LEDGER.part("F1").says["predicted"] in shown
+        assert LEDGER.hash(LEDGER.part("F1"), "study") in shown and "control: all steps beat fewer" in shown
+        rows = [line.split() for line in shown.splitlines() if COMMIT in line]
+        assert len(rows) == 60
+        runs = {name for (number, _), of_arm in planted_study.items() if number == "41" for name in of_arm}
+        assert runs == {word for row in rows for word in row} & {n for of_arm in planted_study.values() for n in of_arm}
+        for row in rows:
+            assert {"0.003", "2026-12-01T00:00:40Z"[:17] + row[row.index(COMMIT) + 1][17:], "True"} <= {*row}
+
+
+def test_the_trace_shows_runs_that_were_made_under_another_entry(planted_study, capsys, monkeypatch, tmp_path):
+    (tmp_path / "doctored").mkdir()
+    fixed = doctored(tmp_path / "doctored", "part.F1", "margin = 0.5", "margin = 1.5")
+    monkeypatch.setattr(evidence, "ledger", lambda: fixed)
+    made = evidence.Stored(profiles.profile("study"), fixed)
+    assert evidence.verdict(made, fixed.part("F1")).label == "not run"
+    traced = evidence.trace(made, fixed.part("F1"))
+    assert len(traced) == 60 and not traced["as now"].any() and evidence.trace(made, fixed.part("A1"))["as now"].all()
+    assert list(evidence.trace(made, fixed.part("F3-time"))) == []  # times are in no run
+    assert set(traced["run"]) == {
+        name for (number, _), of_arm in planted_study.items() if number == "41" for name in of_arm
+    }
+
+
+def test_every_label_at_another_margin(planted_study, capsys):
+    assert main(["claims", "--profile", "study", "--margin", "0.75"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "at 0.3" in lines[0] and "at 0.75" in lines[0] and "at 1.5" in lines[0]
+    row = next(line for line in lines if line.split()[:1] == ["F1"])
+    assert row.count("level within") == 5
+    for m in ("0.3", "0.5", "0.75", "1", "1.5"):
+        assert f"level within {m}" in row
+
+
+def test_the_committed_study_is_read_from_its_own_folder(planted_study, capsys):
+    assert main(["claims", "--profile", "study", "--committed"]) == 0
+    committed = capsys.readouterr().out
+    assert main(["claims", "--profile", "study"]) == 0
+    stored = capsys.readouterr().out
+    for shown in (committed, stored):
+        assert "A1: level within 0.5" in shown and "F1: level within 0.5" in shown and "HELD HERE" in shown
+        assert "H1: fails" in shown and "P1: exact" in shown
+    assert main(["claims", "--profile", "photos", "--committed"]) == 2
+    assert "no committed study of profile photos" in capsys.readouterr().err
+    table = pd.read_csv(paths.outputs() / "study" / "claims.csv", index_col="part")
+    assert (
+        table.loc["A1", "label"] == "level within 0.5" and table.loc["H4-linear", "p_holm"] != table.loc["A1", "p_holm"]
+    )
+    margins = pd.read_csv(paths.outputs() / "study" / "margins.csv", index_col="part")
+    assert margins.loc["F1", "at 0.3"] == "level within 0.3"
+
+
+def test_an_archive_and_the_store_give_one_verdict_and_a_cut_curve_beside_the_archive_is_seen(planted_study):
+    archived, stored = evidence.reference(), evidence.Stored(profiles.profile("study"))
+    for id in ("A1", "F1"):
+        ours, theirs = (evidence.verdict(made, LEDGER.part(id)) for made in (archived, stored))
+        assert ours == theirs and len(ours.runs) == (50 if id == "A1" else 60)
+    curves = good_curves("study")
+    del curves["attn"][max(curves["attn"])]
+    write_tuning(archived.folder, curves)
+    assert (
+        evidence.verdict(evidence.Archived(archived.folder), LEDGER.part("F1")).label
+        == "check failed: rate of attn bracketed"
+    )
+
+
+def test_an_archive_whose_arms_name_other_runs_is_not_judged(planted_study):
+    kept = evidence.reference().folder
+    arms = pd.read_csv(kept / "arms.csv", dtype={"notebook": str})
+
+    def verdict_with(changed: pd.DataFrame) -> judge.Verdict:
+        changed.to_csv(kept / "arms.csv", index=False)
+        return evidence.verdict(evidence.Archived(kept), LEDGER.part("F1"))
+
+    swapped = arms.copy()  # two arms
+    swapped["arm"] = arms["arm"].replace({"attn": "full", "full": "attn"})
+    assert verdict_with(swapped).note == "attn was trained by another recipe than the ledger's"
+    twice = arms.copy()  # one run for two seeds
+    mine = twice.index[twice["arm"] == "attn"]
+    twice.loc[mine[1], "run"] = twice.loc[mine[0], "run"]
+    assert verdict_with(twice).note == "the runs of attn are not of the seeds of profile study"
+    assert verdict_with(arms[~((arms["arm"] == "full") & (arms["seed"] == 59))]).note == "19 of 20 seeds of full"
+    assert verdict_with(arms).label == "level within 0.5"
+
+
+def test_an_archive_is_judged_without_torch(planted_study):
+    code = (
+        "import sys, pathlib\nfrom lab import paths\npaths.REFERENCE = pathlib.Path(sys.argv[1])\n"
+        "from lab.claims import evidence\n"
+        "found = evidence.verdicts(evidence.reference())\n"
+        "print([v.label for v in found if v.part.id in ('A1', 'F1')], 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(paths.REFERENCE)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=paths.ROOT, check=False)
+    assert done.stdout == "['level within 0.5', 'level within 0.5'] False\n", done.stderr
+
+
+# ---- the pilot
+
+
+def test_the_pilots_claims_table_and_the_cells_of_its_tables_come_out_of_its_runs(capsys):
+    assert pilot.main() == 0
+    said = capsys.readouterr().out
+    assert "32 parts recomputed from their runs: 0 cells of claims.csv differ" in said
+    assert "221 cells of the tables recomputed: 0 differ" in said
+
+
+@pytest.fixture
+def copied_pilot(monkeypatch, tmp_path):
+    for name in ("runs.jsonl", "arms.csv", "claims.toml", "claims.csv"):
+        shutil.copy(PILOT / name, tmp_path)
+    (tmp_path / "tables").mkdir()
+    shutil.copy(PILOT / "tables" / "31_fig1_branches.csv", tmp_path / "tables")
+    monkeypatch.setattr(pilot, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_a_changed_cell_of_the_pilot_is_named(copied_pilot, capsys):
+    table = pd.read_csv(copied_pilot / "claims.csv", dtype=str, keep_default_na=False).set_index("part")
+    changed = {
+        ("P2-1", "ours"): "-0.13", ("A1", "high"): "1.0", ("F1", "p_holm"): "0.03", ("F2-full", "paired_low"): "0.0",
+        ("P3", "stance"): "supports", ("P4", "verdict"): "inconclusive", ("H7", "paper"): "0.38",
+        ("H4-conv", "smallest_visible"): "1.0", ("F5-digits", "test_images"): "5000",
+    }  # fmt: skip
+    for (part, column), value in changed.items():
+        assert table.loc[part, column] != value
+        table.loc[part, column] = value
+    table.loc["P5", "runs"] = table.loc["P5", "runs"].partition(" ")[2]
+    table.drop(index="P6-seq").to_csv(copied_pilot / "claims.csv")
+    path = copied_pilot / "tables" / "31_fig1_branches.csv"
+    path.write_text(path.read_text().replace("83.58 ± 0.28", "83.58 ± 0.29"))
+    assert pilot.main() == 1
+    shown = capsys.readouterr().out.splitlines()
+    named = {line.partition(":")[0] for line in shown}
+    assert named >= {f"{part}, {column}" for part, column in changed} | {"P5, runs", "P6-seq"}
+    assert f"32 parts recomputed from their runs: {len(changed) + 2} cells of claims.csv differ" in shown
+    assert any("6x2+LS" in line and "committed 83.58 ± 0.29" in line for line in shown)
+
+
+def test_a_changed_answer_of_the_pilots_runs_is_found(copied_pilot):
+    """As many images right as before, but others: the accuracy is the same, the interval is not."""
+    archive = Archive(copied_pilot)
+    run = archive.results("41")["attn"][0]
+    lines = (copied_pilot / "runs.jsonl").read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if json.loads(line)["result"]["hash"] == run.hash)
+    record = json.loads(lines[place])
+    record["result"] = replace(run, correct=np.sort(run.correct)).record()
+    lines[place] = json.dumps(record)
+    (copied_pilot / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    parts = {line.partition(",")[0] for line in pilot.claims(Archive(copied_pilot))[1]}
+    assert parts == {"F1", "F2-attn"}
+
+
+# ---- tuning
+
+
+def looked(curve, seeds: dict | None = None):
+    """`look` of a curve over log2 of the rate, with each seed's own offset; which (rate, seed) were asked for."""
+    asked = []
+
+    def look(lr: float, seed: int) -> float:
+        asked.append((lr, seed))
+        return curve(math.log2(lr)) + 0.01 * (seed % 7)
+
+    return look, asked
+
+
+def test_a_peak_inside_of_the_first_three_rates_is_chosen():
+    look, asked = looked(lambda x: 80 - x**2)
+    found = tuning.curve(1.0, False, look)
+    assert (found.chosen, found.flat, found.bracketed) == (1.0, (1.0,), True)
+    assert found.top1.keys() == {0.5, 1.0, 2.0} and {seed for _, seed in asked} == {1000, 1001}
+    found = tuning.curve(1.0, True, looked(lambda x: 80 - x**2)[0])  # primary: all three have four seeds
+    assert found.chosen == 1.0 and {tuple(of_lr) for of_lr in found.top1.values()} == {(1000, 1001, 1002, 1003)}
+
+
+@pytest.mark.parametrize("peak", [-4, -2, -1, 1, 2, 3, 5])
+@pytest.mark.parametrize("primary", [False, True])
+def test_the_grid_grows_until_the_best_has_a_worse_rate_on_each_side(peak, primary):
+    found = tuning.curve(1.0, primary, looked(lambda x: 80 - (x - peak) ** 2)[0])
+    assert (found.chosen, found.bracketed) == (2.0**peak, True)
+    assert min(found.top1) == 2.0 ** min(-1, peak - 1) and max(found.top1) == 2.0 ** max(1, peak + 1)  # and no further
+    four = [lr for lr, of_lr in found.top1.items() if len(of_lr) == 4]
+    assert sorted(four) == ([2.0 ** (peak - 1), 2.0**peak, 2.0 ** (peak + 1)] if primary else [])
+
+
+def flat_between(low: float, high: float):
+    """The same between two powers of 2, with noise that no seed shares; a point less outside for each factor."""
+
+    def look(lr: float, seed: int) -> float:
+        x = math.log2(lr)
+        away = max(low - x, x - high, 0)
+        wave = 0.2 * math.sin(1000 * x + 17 * seed) * (-1) ** seed  # deficits of both signs
+        return 80 - away + (wave if not away else 0.001 * seed)
+
+    return look
+
+
+def test_where_the_curve_is_flat_its_middle_is_chosen_and_of_two_the_lower():
+    assert tuning.middle((1.0,)) == 1.0 and tuning.middle((1.0, 2.0)) == 1.0
+    assert tuning.middle((1.0, 2.0, 4.0)) == 2.0 and tuning.middle((1.0, 2.0, 4.0, 8.0)) == 2.0
+    seeds = (1000, 1001)
+    level = {0.5: (70, 71), 1.0: (80, 80.4), 2.0: (80.3, 80.0), 4.0: (80.2, 80.2), 8.0: (75, 76)}
+    curve = {lr: dict(zip(seeds, values, strict=True)) for lr, values in level.items()}
+    # the best is 1.0; 2.0's deficit is 0.05 with standard error 0.35, 4.0's 0.0 with 0.2
+    assert statistics.flat_part(curve) == (1.0, 2.0, 4.0)
+    curve[2.0] = {1000: 79.9, 1001: 80.3}  # always 0.1 worse: not flat, and what lies behind it is not looked at
+    assert statistics.flat_part(curve) == (1.0,)
+    curve[2.0] = {1000: 80.0, 1001: 80.4}  # equal: of equals the lowest is the best
+    assert statistics.flat_part(curve)[:2] == (1.0, 2.0)
+
+
+def test_the_best_is_one_of_the_rates_with_most_seeds_and_deficits_are_paired():
+    curve = {1.0: {1000: 80.0, 1001: 82.0}, 2.0: {1000: 79.0, 1001: 81.1, 1002: 70.0, 1003: 70.0}, 4.0: {1000: 60.0, 1001: 61.0, 1002: 1.0, 1003: 1.0}}  # fmt: skip
+    assert statistics.flat_part(curve) == (
+        1.0,
+        2.0,
+    )  # 2.0 is the best of those with four; 1.0 is not worse on their two
+
+
+def test_a_flat_part_has_to_end_on_both_sides():
+    found = tuning.curve(1.0, False, flat_between(-2, 2))
+    assert found.bracketed and found.flat[0] > min(found.top1) and found.flat[-1] < max(found.top1)
+    assert found.chosen == tuning.middle(found.flat) and len(found.flat) > 1
+    assert found.flat == statistics.flat_part(found.top1)
+
+
+def test_a_search_ends_at_nine_rates_and_says_that_it_found_no_end():
+    for slope in (1, -1):
+        found = tuning.curve(1.0, True, looked(lambda x, slope=slope: 80 + slope * x)[0])
+        assert len(found.top1) == tuning.MOST == 9 and not found.bracketed
+        assert found.chosen == (max if slope > 0 else min)(found.top1)
+        assert not evidence.bracketed({"x": found.chosen}, {"x": found.top1})
+    wide = tuning.curve(1.0, False, lambda lr, seed: 80.0)  # flat everywhere
+    assert len(wide.top1) == 9 and not wide.bracketed and wide.chosen == 1.0
+
+
+def test_a_search_asks_for_what_is_missing_two_seeds_first_and_two_more_of_the_best_three():
+    have: dict[tuple[float, int], float] = {}
+
+    def look(lr: float, seed: int) -> float | None:
+        return have.get((lr, seed))
+
+    rounds = []
+    while (found := tuning.curve(1.0, True, look)).missing:
+        rounds.append(found.missing)
+        assert found.chosen is None and found.flat == ()
+        have |= {(lr, seed): 80 - (math.log2(lr) - 2) ** 2 + 0.01 * (seed % 7) for lr, seed in found.missing}
+    first = [(lr, seed) for lr in (0.5, 1.0, 2.0) for seed in (1000, 1001)]
+    assert list(rounds[0]) == first
+    assert set(rounds[1]) == {(lr, seed) for lr in (0.5, 1.0, 2.0) for seed in (1002, 1003)}
+    assert set(rounds[2]) == {(4.0, 1000), (4.0, 1001)} and set(rounds[3]) == {(4.0, 1002), (4.0, 1003)}
+    assert set(rounds[4]) == {(8.0, 1000), (8.0, 1001)} and set(rounds[5]) == {(8.0, 1002), (8.0, 1003)}
+    assert found.chosen == 4.0 and len(rounds) == 6
+    # 0.5 and 1.0 were run with four seeds while they were among the best three; only the best three's are read
+    assert {lr: len(of_lr) for lr, of_lr in found.top1.items()} == {0.5: 2, 1.0: 2, 2.0: 4, 4.0: 4, 8.0: 4}
+
+
+STUDY = profiles.profile("study")
+
+
+def peaks_at(monkeypatch, peak: Mapping[str, float], until: str = "") -> list[RunSpec]:
+    """A store in which every run is finished (but fine-tuning, where `until` says so): best at its protocol's rate."""
+    seen = []
+
+    def find(spec: RunSpec) -> Result | None:
+        seen.append(spec)
+        if spec.protocol == until:
+            return None
+        away = math.log2(spec.recipe.lr / peak.get(spec.protocol, 3e-3))
+        return Result(spec.hash, {"top1": 80 - away**2 + 0.01 * (spec.seed % 7)}, None, {}, {})
+
+    monkeypatch.setattr(store, "find", find)
+    return seen
+
+
+def test_a_chosen_rate_is_passed_on_to_the_searches_that_come_after(monkeypatch):
+    seen = peaks_at(monkeypatch, {"supervised": 6e-3, "finetune": 1e-3})
+    wanted = tuning.searches(STUDY, ["full"])
+    assert list(wanted) == ["12x1+LS", "full"]
+    found = tuning.curves(STUDY, wanted)
+    assert found["12x1+LS"][2].chosen == pytest.approx(6e-3) and found["full"][2].chosen == pytest.approx(1e-3)
+    tuned = [spec for spec in seen if spec.protocol == "finetune"]
+    assert tuned and {spec.parent.recipe.lr for spec in tuned} == {6e-3}
+    assert {spec.seed for spec in seen} == {1000, 1001, 1002, 1003} and {spec.split for spec in seen} == {"validation"}
+    # the rates of the profile itself play no part
+    other = replace(STUDY, rates=dict.fromkeys(STUDY.rates, 1.0))
+    assert tuning.curves(other, wanted)["full"][2] == found["full"][2]
+    # control: `full` at its chosen rate on all, a half, a quarter of the images, four seeds each
+    runs = tuning.control(STUDY)
+    assert {n: {spec.images for spec in specs} for n, specs in runs.items()} == {
+        6000: {6000},
+        3000: {3000},
+        1500: {1500},
+    }
+    assert {spec.recipe.lr for specs in runs.values() for spec in specs} == {1e-3}
+    assert [spec.seed for spec in runs[3000]] == [1000, 1001, 1002, 1003]
+
+
+def test_a_search_waits_for_the_one_that_it_comes_after(monkeypatch):
+    seen = peaks_at(monkeypatch, {}, until="supervised")
+    wanted = tuning.searches(STUDY, ["full", "attn"])
+    assert list(tuning.curves(STUDY, wanted)) == ["12x1+LS"] and tuning.control(STUDY) == {}
+    asked = tuning.missing(STUDY, wanted)
+    assert {(spec.protocol, spec.recipe.lr) for spec in asked} == {("supervised", lr) for lr in (1.5e-3, 3e-3, 6e-3)}
+    assert [spec.seed for spec in asked] == [1000, 1000, 1000, 1001, 1001, 1001] and seen
+    assert tuning.table(STUDY, wanted) == []
+
+
+def test_what_a_search_tried_goes_to_a_table_from_which_its_rate_is_seen_to_be_bracketed(monkeypatch, tmp_path):
+    peaks_at(monkeypatch, {"supervised": 6e-3, "finetune": 1e-3})
+    wanted = tuning.searches(STUDY, ["full", "digits 100 scratch"])
+    rows = pd.DataFrame(tuning.table(STUDY, wanted))
+    assert list(dict.fromkeys(rows["rate_of"])) == list(wanted) == ["12x1+LS", "full", "digits 100 scratch"]
+    rows.to_csv(tmp_path / "tuning.csv", index=False)
+    tried = evidence.tried(tmp_path)
+    for name, (one, _, state) in tuning.curves(STUDY, wanted).items():
+        mine = rows[rows["rate_of"] == name]
+        assert list(mine.loc[mine["chosen"], "lr"]) == [state.chosen] and mine["bracketed"].all() == state.bracketed
+        assert (mine["n"] == [len(state.top1[lr]) for lr in mine["lr"]]).all() and (
+            mine["primary"] == one.primary
+        ).all()
+        assert tried[name] == state.top1
+        assert evidence.bracketed({name: state.chosen}, tried) == state.bracketed
+        assert not evidence.bracketed({name: 2 * state.chosen}, tried)
+
+
+def test_every_arm_of_the_study_has_a_search_of_its_own_and_primary_arms_are_searched_harder():
+    found = tuning.searches(STUDY)
+    assert set(found) == set(STUDY.rates)
+    primary = {name for name, one in found.items() if one.primary}
+    stems = {f"{stem} {what}" for stem in ("linear", "hmlp", "conv") for what in ("supervised", "masked", "pretrained")}
+    assert primary == {"12x1+LS", "6x2+LS", "full", "attn", "ffn"} | stems
+    read = {
+        name
+        for part in TRAINED
+        if part.primary
+        for arm in part.contrast
+        for name in LEDGER.recipe(part, "study", arm)["rates"]
+    }
+    assert read <= primary
+    assert {name: one.after for name, one in found.items() if one.after} == {
+        **dict.fromkeys(("full", "attn", "ffn", "head", "fc1", "norm", "bias"), "12x1+LS"),
+        **{f"digits 100 {s}": "12x1+LS" for s in ("full", "attn", "scratch")},
+        **{f"{stem} pretrained": f"{stem} masked" for stem in ("linear", "hmlp", "conv")},
+        **{f"linear {what} 500": "linear masked" for what in ("scratch", "pretrained")},
+    }  # fmt: skip
+    assert list(tuning.searches(STUDY, ["hmlp pretrained"])) == ["hmlp masked", "hmlp pretrained"]
+    with pytest.raises(UsageError, match=r"unknown rate of profile study 'ful'.*did you mean 'full'"):
+        tuning.searches(STUDY, ["ful"])
+    specs = found["digits 100 attn"].specs(STUDY, 1e-2, 1000)  # the mean over three subsets decides
+    assert [spec.subset for spec in specs] == [1, 2, 3] and {spec.recipe.lr for spec in specs} == {1e-2}
+
+
+def test_the_rates_that_are_trained_are_those_that_the_committed_tuning_chose():
+    path = paths.REFERENCE / "study" / "tuning.csv"
+    if not path.is_file():
+        pytest.skip("the study's rates are not tuned yet")
+    rows = pd.read_csv(path)
+    chosen = rows[rows["chosen"].astype(bool)].set_index("rate_of")["lr"]
+    assert {name: chosen[name] for name in profiles.RATES} == pytest.approx(profiles.RATES)
+    tried = evidence.tried(path.parent)
+    for name, curve in tried.items():
+        assert tuning.middle(statistics.flat_part(curve)) == pytest.approx(chosen[name]), name
+
+
+# ---- the paper's numbers
+
+
+def paper_csv(name: str) -> pd.DataFrame:
+    table = pd.read_csv(paths.PAPER / f"{name}.csv", dtype={"source": str})
+    assert set(table["source"]) <= set("ANBCDEF") and set(table["confidence"]) <= {"read", "read-chart", "computed"}
+    return table
+
+
+def test_the_papers_tables_have_all_their_rows():
+    rows = {"figure1": 12, "figure4": 3, "table5": 12, "table7": 10}
+    assert {name: len(paper_csv(name)) for name in rows} == rows
+    assert not paper_csv("table5").duplicated(["model", "dataset", "optimizer"]).any()
+    figure1 = paper_csv("figure1")
+    parts = figure1["model"].str.extract(r"([BS])(\d+)x(\d+)")
+    assert (parts[2].astype(int) == figure1["branches"]).all()
+    family = "ViT-" + parts[0] + (parts[1].astype(int) * parts[2].astype(int)).astype(str)
+    assert (family == figure1["model_family"]).all()
+
+
+def printed(part) -> dict[str, float]:
+    """What the paper prints for the arms of a part at its own scale."""
+    t2 = paper_csv("table2").query("epochs == 300").set_index(["model", "layer_scale"])["top1"]
+    t3, t8 = (
+        paper_csv("table3").set_index("model")["top1"],
+        paper_csv("table8").set_index(["procedure", "model"])["top1"],
+    )
+    t6 = paper_csv("table6").set_index(["dataset", "model"])
+    if part.notebook == "21":
+        return {a: t8["DeiT" if "DeiT" in a else "this paper", "ViT-" + a.split("12")[0]] for a in part.contrast}
+    if part.notebook == "31":
+        f1 = paper_csv("figure1").set_index("model")["top1"]
+        at300 = {
+            "18x2+LS": t2["B18x2", "yes"],
+            "36x1+LS": t2["B36x1", "yes"],
+            "18x2": t2["B18x2", "no"],
+            "36x1": t2["B36x1", "no"],
+        }
+        return at300 | {"12x3": f1["B12x3"], "9x4": f1["B9x4"]}
+    if part.notebook == "32":
+        f2 = paper_csv("figure2").set_index(["width", "branches"])["top1"]
+        return {a: f2[int(a.split()[0][1:]), int(a[-1])] for a in part.contrast}
+    if part.notebook == "33":
+        f3 = paper_csv("figure3").set_index("model")["top1"]
+        return {"18x2": t2["B18x2", "no"], "36x1": t2["B36x1", "no"], "6x2": f3["B6x2"], "12x1": f3["B12x1"]}
+    if part.notebook == "35":
+        return t3.to_dict()
+    if part.notebook == "41":
+        return paper_csv("table5").set_index(["model", "dataset", "optimizer"]).loc[("ViT-B", "val", "AdamW")].to_dict()
+    if part.notebook == "42":
+        models = {"W384": "ViT-S", "W768": "ViT-B", "W1024": "ViT-L"}
+        if part.contrast.keys() & {f"digits 100 {s}" for s in ("attn", "full")} or "ViT-S" in part.paper_source:
+            data = "stanford-cars" if "Cars" in part.paper_source else "flowers-102"
+            return {arm: t6.loc[(data, "ViT-S"), arm.split()[-1]] for arm in part.contrast}
+        return {arm: t6.loc[(arm.split()[1], models[arm.split()[0]]), arm.split()[-1]] for arm in part.contrast}
+    t7 = paper_csv("table7").set_index(["stem", "norm", "act", "model"])
+    norms = {
+        "linear": ("linear", "none", "none"),
+        "conv": ("conv", "bn", "gelu"),
+        "hmlp": ("hmlp", "bn", "gelu"),
+        "hmlp-ln": ("hmlp", "ln", "gelu"),
+    }
+    return {a: t7.loc[(*norms[a.split()[0]], "ViT-B12"), f"{a.split()[1]}_top1"] for a in part.contrast}
+
+
+def test_the_ledgers_differences_are_those_of_the_papers_tables():
+    seen = 0
+    for entry in TRAINED:
+        part = entry.at_profile("imagenet") if "imagenet" in entry.n else replace(entry, at={})
+        if part.paper is None:
+            assert part.id in ("H9", "F6-fashion-mnist-4", "F6-digits", "F6-animal-shapes")
+            continue
+        cells = printed(part)
+        assert part.paper == pytest.approx(sum(c * cells[arm] for arm, c in part.contrast.items()), abs=1e-9), part.id
+        seen += 1
+    assert seen == 36
+    f4, t4 = paper_csv("figure4").set_index("panel"), paper_csv("table4")
+    assert LEDGER.part("F3-time").paper == pytest.approx(
+        f4.loc["latency", "full"] / f4.loc["latency", "attn"], abs=5e-4
+    )
+    for part in (part for part in LEDGER.parts.values() if part.claim == "P7"):
+        row = t4.set_index(["model", "batch"]).loc[(f"{part.id[3]}18x2", int(part.id[4]))]
+        assert part.paper == pytest.approx(row["par_images_per_s"] / row["seq_images_per_s"], abs=1e-3), part.id
+
+
+def test_figure_4_saves_what_its_own_bars_say_and_the_text_says_less():
+    f4 = paper_csv("figure4")
+    computed = 100 * (1 - f4["attn"] / f4["full"])
+    assert list(f4["saving_percent"]) == pytest.approx(list(computed), abs=0.4)
+    assert list(f4["text_percent"]) == [66, 10, 10]

@@ -192,8 +192,8 @@ def _part(name: str, table: object) -> Part:
     if absent := [key for key in REQUIRED if key not in values]:
         raise UsageError(f"ledger entry {name} lacks the key {absent[0]!r}")
     part = Part(id=name, at=at, **values)
-    for profile in ("", *at):
-        _check_whole(part.at_profile(profile))
+    for there in (part, *map(part.at_profile, at)):
+        _check_whole(there)
     return part
 
 
