@@ -25,6 +25,7 @@ from vitlib.tasks.export import export_model
 from vitlib.tasks.finetune import finetune
 from vitlib.tasks.images import PARTS, View, read_task
 from vitlib.tasks.predict import evaluate, predict
+from vitlib.tasks.pretrain import probe
 from vitlib.tasks.trunk import hash_of, read_trunk, write_notes
 from vitlib.train.finetune import freeze, start_from, trainable
 
@@ -324,8 +325,10 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(sentence, monkeypa
 
 
 def test_a_folder_of_something_else_is_not_written_into(pets, trunk_file):
-    with pytest.raises(UsageError, match="is there and was not written by finetune"):
+    with pytest.raises(UsageError, match="is there and holds something else: give another place"):
         finetune(pets, pets, trunk_file)
+    with pytest.raises(UsageError, match="is there and holds something else"):
+        compare(pets, trunk_file, trunk_file)
 
 
 def test_no_memory_and_no_room_are_one_sentence(monkeypatch, pets, tmp_path, trunk_file, capsys):
@@ -571,3 +574,28 @@ def test_a_plan_counts_memory_and_time_for_a_gpu_that_is_not_here(pets, trunk_fi
     assert most[0] < most[1] < most[2] and "for a run on rtx4090" in full
     assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx409"]) == 2
     assert "unknown device 'rtx409'" in capsys.readouterr().err and not pets.with_name("runs").exists()
+
+
+# --- pre-training ---
+
+
+def test_masked_pre_training_makes_a_trunk_that_fine_tuning_starts_from(monkeypatch, tuned, pets, tmp_path, capsys):
+    words = ["pretrain", pets, "--out", tmp_path / "pre", "--model", "W32-2/4", "--image-size", 16, "--epochs", 2]
+    assert main([*map(str, words), "--batch-size", "8"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"loss [\d.]+ -> [\d.]+, linear probe [\d.]+ % of 3 folders", said.out)
+    assert said.err.count("linear probe") == 6  # of 6 steps
+    trunk = read_trunk(tmp_path / "pre")
+    assert trunk.model.config.stem == "hmlp" and trunk.classes == () and trunk.model.config.num_classes == 0
+    short(pets, tmp_path / "from", tmp_path / "pre", lr=1e-3, epochs=1)
+    for wrong, sentence in ((("--targets", "dvae"), "need a tokenizer"), (("--stem", "hmpl"), "unknown stem 'hmpl'")):
+        assert main([*map(str, words), *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_the_linear_probe_sees_what_can_be_told_apart(tuned, pets):
+    model = read_trunk(tuned).model
+    data = read_task(pets, VIEW).data
+    assert probe(model, data, runs.Engine()) == 100
+    data.labels[:] = torch.from_numpy(np.random.default_rng(0).integers(0, 3, len(data)))
+    assert probe(model, data, runs.Engine()) < 100

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # what `vitlib.finetune` and the like are: imported when first asked for
 _LAZY = {
     "finetune": "finetune", "predict": "predict", "evaluate": "predict", "compare": "compare", "plan": "plan",
-    "export_model": "export",
+    "pretrain": "pretrain", "export_model": "export",
     "TaskBank": "deltas", "save_delta": "deltas", "load_delta": "deltas",
 }  # fmt: skip
 

@@ -74,6 +74,18 @@ COMMANDS = {
         option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, rtx3090, rtx4090, t4", default="auto"),
         option("--strategies", "%(default)s and the like", type=words, default="full,attn,head"),
     ]),
+    "pretrain": ("masked pre-training on unlabelled images, for finetune --from", [
+        option("folder", "images, in folders of any depth", metavar="DIR"), OUT,
+        option("--model", "width, layers, patch size (%(default)s)", default="W128-6/8"),
+        option("--stem", "linear, hmlp, conv or local (%(default)s)", default="hmlp"),
+        option("--targets", "tokens (k-means) or pixels (%(default)s)", default="tokens"),
+        option("--image-size", "pixels per side (%(default)s)", type=int, default=64),
+        option("--epochs", "passes over the images (%(default)s)", type=int, default=50),
+        option("--batch-size", "images per step (%(default)s)", type=int, default=64),
+        option("--lr", "peak learning rate (%(default)s)", type=float, default=1e-3),
+        option("--seed", "of all draws (%(default)s)", type=int, default=0),
+        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
+    ]),
     "export-model": ("a fine-tuned model as ONNX or torch.export, branches fused, checked against the model", [
         option("model", "folder or file that finetune wrote", metavar="MODEL"),
         option("--onnx", "ONNX, of any batch size", metavar="FILE"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -362,6 +363,9 @@ def _download(name: str) -> nn.Module:
     if not timm.is_model(name):
         allowed = "allowed are such a file and timm's names, for example deit3_small_patch16_224.fb_in1k"
         raise UsageError(f"{name} is no file in .safetensors, .pth, .pt or .bin and no model of timm: {allowed}")
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # without a network it says of each retry that there is none
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as fault:  # no network, an unknown tag, no such weights

@@ -21,7 +21,7 @@ from vitlib.files import write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
 from vitlib.tasks.finetune import prepare
-from vitlib.tasks.runs import Job, Run, best_of, computing, execute, say, search
+from vitlib.tasks.runs import Job, Run, best_of, check_place, computing, execute, say, search
 from vitlib.tasks.trunk import read_trunk
 from vitlib.train import loop, supervised
 
@@ -113,6 +113,7 @@ class Comparison:
         right.axvline(0, color="black", linewidth=0.8)
         left.set(xlabel="top-1 on test images (%), each seed", yticks=range(len(self.correct)))
         left.set_yticklabels(self.correct)
+        left.margins(y=0.2)
         left.invert_yaxis()
         right.set(xlabel=f"difference from {self.reference} (points, 95 %)")
         with write_whole(path) as draft:
@@ -136,9 +137,8 @@ def compare(
         raise UsageError(
             f"{given} cannot be compared: allowed are two strategies, one seed, a margin above 0, and more"
         )
+    check_place(out, ("runs", "split.csv", "compare.csv", "compare.png"))
     job = prepare(folder, out / "runs", weights, strategies, epochs, batch_size, image_size, labels, group, device)
-    if out.exists() and any(e.name not in ("runs", "split.csv", "compare.csv", "compare.png") for e in out.iterdir()):
-        raise UsageError(f"{out} is there and was not written by compare: give another place with --out")
     costs = {strategy: measure(job, strategy) for strategy in strategies}
     steps = loop.count_steps(job.recipe(1.0), len(job.train))
     minutes = (3 + seeds) * steps * sum(cost.step_s for cost in costs.values()) / 60
@@ -188,7 +188,7 @@ def measure(job: Job, strategy: str) -> Cost:
     rows, recipe = np.arange(min(2 * job.batch_size, len(job.train))), replace(job.recipe(1e-6), epochs=1)
     if job.engine.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with computing(job):
+    with computing(model.config, job.batch_size):
         inputs = (model, recipe, job.train, rows, 0, supervised.loss_of(recipe))
         loop.train(*inputs, on_step=lambda *_: times.append(time.perf_counter()), engine=job.engine)
     on_gpu = job.engine.device == "cuda"

@@ -16,11 +16,13 @@ from vitlib.model import ViT
 from vitlib.stats import wilson
 from vitlib.tasks.deltas import save_delta
 from vitlib.tasks.images import read_task
-from vitlib.tasks.runs import Job, Outcome, Run, best_of, execute, say, search
+from vitlib.tasks.runs import Job, Outcome, Run, best_of, check_place, execute, say, search
 from vitlib.tasks.trunk import read_trunk, write_notes
 from vitlib.train import supervised
 from vitlib.train.engine import resolve
 from vitlib.train.finetune import trainable
+
+WRITTEN = ("runs", "split.csv", "rates.csv", "best.safetensors", "last.safetensors", "delta.safetensors", "result.json")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def finetune(
     `out` holds something else.
     """
     out = Path(out)
+    check_place(out, WRITTEN)
     job = prepare(folder, out / "runs", weights, [strategy], epochs, batch_size, image_size, labels, group, device, lr)
     name = Run(strategy, lr or 0.0, seed).place(job).name  # 0: searched
     if (out / "result.json").is_file():
@@ -68,8 +71,6 @@ def finetune(
         if kept["job"] != name:
             raise UsageError(f"{out} holds another model: give another place with --out")
         return Tuned(**kept | {"out": str(out)})
-    if out.exists() and any(entry.name not in ("runs", "split.csv") for entry in out.iterdir()):
-        raise UsageError(f"{out} is there and was not written by finetune: give another place with --out")
     job.task.write_split(out / "split.csv")
     tried = search(job, strategy, seed) if lr is None else {lr: execute(Run(strategy, lr, seed), job)}
     chosen = Run(strategy, best_of(tried), seed)

@@ -53,10 +53,20 @@ def plan(
         else:
             seconds, most = measure(job, strategy).step_s, ""
         memory = f"{(fixed + batch_size * each) / 1e9:.2f} GB of memory"
-        lines.append(f"{strategy}: {steps * seconds / 60:.1f} minutes for a run on {device}, {memory}{most}")
+        lines.append(f"{strategy}: {taking(steps * seconds)} for a run on {device}, {memory}{most}")
     how = (
         f"time at {SHARE:.0%} of the maker's rate, assumed" if device in DEVICES else "time of one step, measured here"
     )
     return "\n".join(
         [*lines, f"{how}; batches of {batch_size}, {epochs} epochs; a search of the rate is 3 runs or more"]
+    )
+
+
+def taking(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} minutes"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
     )

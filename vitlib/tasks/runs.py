@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vitlib.data import DataSet
 from vitlib.errors import UsageError
 from vitlib.files import write_whole
-from vitlib.model import ViT
+from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import save
 from vitlib.tasks.images import Task, View
 from vitlib.tasks.trunk import Trunk, write_notes
@@ -170,6 +170,12 @@ class Watch(Checkpoints):
         save(self.model, self.place / f"{name}.safetensors", notes)
 
 
+def check_place(out: Path, written: Collection[str]) -> None:
+    """Raises UsageError where `out` is there and holds something else than what a command has `written`."""
+    if out.exists() and not (out.is_dir() and all(entry.name in written for entry in out.iterdir())):
+        raise UsageError(f"{out} is there and holds something else: give another place with --out")
+
+
 def execute(run: Run, job: Job) -> Outcome:
     """Train a run, go on with it, or read it where it is finished.
 
@@ -180,7 +186,10 @@ def execute(run: Run, job: Job) -> Outcome:
         return Outcome(**json.loads((place / "result.json").read_text()))
     model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.train
     steps = loop.count_steps(recipe, len(train))
-    with tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar, computing(job):
+    with (
+        tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar,
+        computing(model.config, job.batch_size),
+    ):
         watch = Watch(place, model, job, bar)
         inputs = (model, recipe, train, np.arange(len(train)), run.seed, supervised.loss_of(recipe))
         try:
@@ -222,17 +231,17 @@ def best_of(tried: dict[float, Outcome]) -> float:
 
 
 @contextlib.contextmanager
-def computing(job: Job) -> Iterator[None]:
+def computing(config: ViTConfig, batch_size: int) -> Iterator[None]:
     """Inside, memory that does not suffice is one sentence, and a narrow model has one thread: more only wait for each other."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if job.trunk.model.config.width < NARROW else threads)
+    torch.set_num_threads(1 if config.width < NARROW else threads)
     torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
     try:
         yield
     except (MemoryError, RuntimeError) as fault:
         if isinstance(fault, RuntimeError) and "memory" not in str(fault).lower():
             raise
-        at_once = f"{job.batch_size} images of {job.view.image_size} pixels"
+        at_once = f"{batch_size} images of {config.image_size} pixels"
         raise UsageError(f"no memory for batches of {at_once}: give a smaller batch or image size") from fault
     finally:
         torch.set_num_threads(threads)

@@ -53,7 +53,8 @@ class Trunk:
 
 
 def read_trunk(source: str | Path | None = None) -> Trunk:
-    """Weights of `source`: a file, ours or one that `model.weights.read_checkpoint` reads, a folder that `finetune` wrote, or
+    """Weights of `source`: a file, ours or one that `model.weights.read_checkpoint` reads, a folder that `finetune` or
+    `pretrain` wrote, or
     a timm name; None is the trunk that ships.
 
     Raises UsageError for what cannot be read, and where no trunk ships.
@@ -63,7 +64,8 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
             raise UsageError("no trunk ships with this version: name weights with --from, a file or a timm name")
         source = SHIPPED
     path = Path(source)
-    path = path / "best.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        path = next((p for name in ("best", "trunk") if (p := path / f"{name}.safetensors").is_file()), path)
     mean, std, notes = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, {}
     if path.suffix == ".safetensors" and path.is_file() and "vitlib" in (metadata := read_metadata(path)):
         model, notes = load(path), read_notes(metadata)
@@ -74,6 +76,8 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
             notes.get(k, (0.5,) if model.config.in_chans == 1 else v) for k, v in (("mean", mean), ("std", std))
         )
     else:
+        if path.is_dir():
+            raise UsageError(f"folder {path} was not written by finetune or pretrain: name a file of weights")
         model = read_checkpoint(str(source))
         if not path.is_file():
             from timm.models import get_pretrained_cfg
