@@ -282,13 +282,14 @@ def test_the_search_goes_on_until_the_best_rate_is_inside(monkeypatch, pets, tmp
     assert runs.best_of(tried) == 64 * first(job, "attn")
 
 
-def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(monkeypatch, pets, tmp_path, trunk_file):
+@pytest.mark.parametrize("killed", [1, 2, 3])  # of four steps in two epochs
+def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(killed, monkeypatch, pets, tmp_path, trunk_file):
     whole = short(pets, tmp_path / "whole", trunk_file, lr=1e-3)
     looked = runs.Watch.after
 
     def kill(watch, step, steps):
         looked(watch, step, steps)
-        if step == 2:
+        if step == killed:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(runs.Watch, "due", lambda watch: True)
@@ -345,6 +346,41 @@ def test_no_memory_and_no_room_are_one_sentence(monkeypatch, pets, tmp_path, tru
     monkeypatch.setattr(runs.loop, "train", no_room)
     assert main(["finetune", str(pets), "--from", str(trunk_file), "--out", str(tmp_path / "o"), "--lr", "1e-3"]) == 2
     assert "vitlib: no room on disk for what this command writes" in capsys.readouterr().err
+
+
+def test_a_rate_at_which_the_loss_is_not_finite_loses_the_search_and_alone_is_refused(
+    monkeypatch, pets, tmp_path, trunk_file
+):
+    def train(model, recipe, *_, **__):
+        raise runs.loop.NonFiniteLoss
+
+    monkeypatch.setattr(runs.loop, "train", train)
+    with pytest.raises(UsageError, match="the loss is not finite at the rates 1e-05: give a lower one with --lr"):
+        short(pets, tmp_path / "out", trunk_file, lr=1e-5)
+    assert runs.best_of({1e-3: runs.Outcome(-1.0, np.inf, 0, 0.0), 1e-4: runs.Outcome(0.0, 9.0, 1, 0.0)}) == 1e-4
+
+
+def test_images_that_are_too_many_for_memory_are_streamed(monkeypatch, pets, tmp_path, trunk_file):
+    for path in pets.rglob("*.png"):  # of squares both ways to the middle square are one
+        Image.open(path).resize((20, 20)).save(path)
+    monkeypatch.setattr("vitlib.tasks.images.HELD", 0)
+    monkeypatch.setattr("vitlib.tasks.images.WORKERS", 0)
+    streamed = read_task(pets, VIEW)
+    monkeypatch.setattr("vitlib.tasks.images.HELD", 2**30)
+    held = read_task(pets, VIEW)
+    assert streamed.data.streamed and not held.data.streamed and streamed.checksum == held.checksum
+    # what a model sees of a test image is the same, up to how Pillow and torch round
+    seen = [next(task.part("test").evaluation_batches(9)).images for task in (streamed, held)]
+    assert (seen[0] - seen[1]).abs().max() <= 2 / 127.5 + 1e-6
+    monkeypatch.setattr("vitlib.tasks.images.HELD", 0)
+    assert short(pets, tmp_path / "out", trunk_file, lr=1e-3, epochs=1).test_images == 6
+
+
+def test_a_timm_name_brings_its_own_preprocessing(monkeypatch, trunk_file):
+    ours = read_trunk(trunk_file).model
+    monkeypatch.setattr("vitlib.tasks.trunk.read_checkpoint", lambda name: ours)
+    assert read_trunk("vit_tiny_patch16_224").mean == (0.5, 0.5, 0.5)
+    assert read_trunk("deit3_small_patch16_224").mean == (0.485, 0.456, 0.406)
 
 
 # --- predictions ---

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ PARTS = tuple(SPLITS)  # train, validation, test
 HELD_OUT = 0.15  # of each class: for validation, and again for test
 COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "category")}
 # What is too large for memory is cropped anew in every epoch; its test view is the middle square, as in memory.
+WORKERS = min(4, os.cpu_count() or 1)  # that decode it
 STREAMED = Augment(crop_scale=(0.35, 1.0), test_crop=1.0, interpolation="bilinear")
 
 
@@ -251,7 +253,7 @@ def read_images(found: Found, view: View, name: str) -> tuple[DataSet, list[str]
     if colour:
         notes.append(f"{colour} images are in colour, and these weights see grey alone: name weights with --from")
     if not held:
-        return Streamed(name, "all", found, view.image_size, STREAMED, 4, mean, std), digests, notes
+        return Streamed(name, "all", found, view.image_size, STREAMED, WORKERS, mean, std), digests, notes
     labels = torch.from_numpy(found.labels)
     return InMemory(name, "all", images, labels, found.classes, mean, std, ""), digests, notes
 

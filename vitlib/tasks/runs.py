@@ -137,9 +137,9 @@ class Watch(Checkpoints):
 
     def read(self, parts) -> list:
         history = super().read(parts)
-        if history:  # the table may be ahead of the checkpoint: the same numbers would come again
+        if history and self.table.is_file():  # it may be ahead of the checkpoint: the same numbers would come again
             self.scores = [tuple(map(float, line.split(",")[1:])) for line in self.table.read_text().splitlines()[1:]]
-            self.bar.update(len(history))
+        self.bar.update(len(history))
         return history
 
     def write(self, parts, history) -> None:
