@@ -861,7 +861,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(folder / "test.parquet")
     found = read_folder(folder, "train")
     with pytest.raises(UsageError, match=r"zz\.jpg cannot be read"):
-        read.decode(found.rows, [i for i in range(len(found.labels)) if "zz" in found.rows.name(i)][0])
+        read.decode(found.rows, next(i for i in range(len(found.labels)) if "zz" in found.rows.name(i)))
     with pytest.raises(UsageError, match="has no split 'test'"):
         read_folder(folder, "test")
 

@@ -1,6 +1,7 @@
 """The run store, the launcher, the plan: nothing half-written, nothing trained twice, nothing lost."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -30,6 +31,7 @@ from lab.runs import spec as specs
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib import files
+from vitlib.data import Augment
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop
@@ -93,6 +95,77 @@ def test_the_record_writes_every_field_of_a_run_its_model_and_its_recipe():
         for part in ("model", "recipe"):
             assert set(record[part]) == {f.name for f in fields(getattr(spec, part))}
     assert MASKED.record()["tokenizer"] == TOKENIZER.hash and TUNED.record()["parent"] == TINY.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        (lambda one: {"recipe": replace(TINY.recipe, lr=one, clip=one, warmup=0, betas=(0, 0.9))}, (1, 1.0)),
+        (lambda one: {"recipe": replace(TINY.recipe, betas=(0.5 * one, one / 2), mixup=one)}, (1, 1.0)),
+        (lambda one: {"model": replace(MODEL, layer_scale=one, head_scale=one, drop_path=one - 1)}, (1, 1.0)),
+        (lambda one: {"recipe": replace(TINY.recipe, augment=Augment(crop_scale=(0.5, one), test_crop=one))}, (1, 1.0)),
+        (lambda zero: {"recipe": replace(TINY.recipe, weight_decay=zero, mixup=zero)}, (0, 0.0)),
+    ],
+)
+def test_equal_numbers_are_one_run(change, equal):
+    first, second = (replace(TINY, **change(number)) for number in equal)
+    assert first == second and first.hash == second.hash
+    one, other = (replace(TOKENIZER.model, kl_weight=w, temperature=(1, w)) for w in (1, 1.0))
+    assert replace(TOKENIZER, model=one).hash == replace(TOKENIZER, model=other).hash
+
+
+WRONG = {
+    "seed": (-1, 1.0, "1", None, True), "subset": (-1, 0.5), "masked": (-1, 2.0), "threads": (0, "1"),
+    "streamed": (1, None), "blank": ("yes",), "compile": (0,), "checkpointing": (1.0,), "accumulate": (0, 1.5, 11, "2"),
+    "protocol": ("superviced", None, 5), "strategy": ("atn", ["attn"]), "device": ("gpu", 0), "precision": (16,),
+    "execution": ("parallel",), "targets": ("pixel", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_field_of_a_run_that_cannot_be_is_one_sentence(field):
+    for value in WRONG[field]:
+        with pytest.raises(UsageError, match=rf"{field}.*allowed are|unknown {field}") as error:
+            replace(TINY, **{field: value})
+        assert "\n" not in str(error.value)
+
+
+NO_RECIPE = {
+    "epochs": (0, -1, 1.5, "3", True, None, math.nan, 10**400), "batch_size": (0, 2.5), "lr": (0, -1, math.nan, math.inf, "1e-3", 10**400),
+    "weight_decay": (-0.1, math.nan, None), "betas": ((0.9,), (0.9, 0.99, 0.999), (0.9, 1), (-1, 0), 0.9, ("a", "b"), (math.nan, 0)),
+    "min_lr": (-1,), "warmup": (1, -0.1, math.nan), "clip": (0, -1, math.inf), "mixup": (-1, math.nan), "smoothing": (1, -0.1),
+    "layer_decay": (0, 1.1), "repeats": (0, 1.5), "ema": (0, 1, math.nan), "flip": (1, None), "loss": ("bec", None), "optimizer": ("adam",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NO_RECIPE)
+def test_a_recipe_that_cannot_be_is_one_sentence(field):
+    for value in NO_RECIPE[field]:
+        with pytest.raises(UsageError, match=rf"^{field} is .*: allowed are|unknown {field} ") as error:
+            replace(TINY.recipe, **{field: value})
+        assert "\n" not in str(error.value)
+
+
+NO_AUGMENT = {
+    "crop_scale": ((0, 1), (0.5,), 0.5, (1, 0.5), (math.nan, 1), "ab"), "color_jitter": (-1, math.nan, "0"), "erasing": (2, None),
+    "test_crop": (0, 1.5, math.inf), "view_size": (0, 1.5), "policy": ("randaug", 5, None), "interpolation": ("cubic", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NO_AUGMENT)
+def test_an_augmentation_that_cannot_be_is_one_sentence(field):
+    for value in NO_AUGMENT[field]:
+        with pytest.raises(UsageError, match=rf"{field}.*allowed"):
+            Augment(**{field: value})
+    for change in (
+        {"vocabulary": 2.5},
+        {"temperature": (1, math.nan)},
+        {"temperature": 1},
+        {"kl_weight": "0"},
+        {"width": None},
+    ):
+        with pytest.raises(UsageError, match=rf"^{next(iter(change))} is .*: allowed is"):
+            replace(TOKENIZER.model, **change)
 
 
 @pytest.mark.parametrize("images", [0, -5, 2.5, True])

@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import dataclasses
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 from vitlib.errors import UsageError
-from vitlib.model import ViT, fuse, resize_positions, vit_config
+from vitlib.model import ViT, fuse, resize_positions, set_execution, vit_config
 from vitlib.model.weights import (
     find_names,
     from_timm,
@@ -634,3 +636,107 @@ def test_a_checkpoint_of_other_classes_starts_with_a_fresh_head(tmp_path):
         trunk.state_dict(), vit_config("W64-2", patch_size=4, image_size=24, num_classes=3, layer_scale=1.0), 0
     )
     assert model.head.weight.shape == (3, 64) and torch.equal(model.cls_token, trunk.cls_token)
+
+
+# --- files from anywhere ---
+
+ASKED = {
+    "3 TB": ({"num_classes": 10**13}, "does not fit"),
+    "layers without end": ({"depth": 10**9}, "asks for 1,000,000,000 pairs of functions and holds 32 tensors"),
+    "a tensor that cannot be": ({"width": 32 * 10**9, "heads": 10**9}, "asks for a model that cannot be"),
+    "digits without end": ({"depth": 10**400}, "pairs of functions and holds 32 tensors"),
+    "a text": ({"heads": "x"}, "cannot be read (heads is 'x': allowed is a whole number from 1)"),
+    "an infinite number": ({"init_std": 10**400}, "cannot be read (init_std is"),
+    "not a number": ({"init_std": float("nan")}, "cannot be read (init_std is nan"),
+    "a field that is none": ({"wdth": 3}, "cannot be read"),
+}  # fmt: skip
+
+
+def our_file(path, **changes):
+    vit = ViT(vit_config("W32-2x1/4", image_size=16, num_classes=3))
+    save_file(vit.state_dict(), path, {"vitlib": json.dumps(dataclasses.asdict(vit.config) | changes)})
+    return vit
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_a_configuration_that_asks_for_more_than_the_file_holds_is_refused_before_memory_is_taken(what, tmp_path):
+    changes, said = ASKED[what]
+    our_file(tmp_path / "x.safetensors", **changes)
+    with pytest.raises(UsageError, match=re.escape(said)) as error:
+        load(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "5", "{", "[" * 99_999, '{"width": {}}'])
+def test_a_configuration_that_is_none_is_one_sentence(text, tmp_path):
+    vit = our_file(tmp_path / "x.safetensors")
+    save_file(vit.state_dict(), tmp_path / "x.safetensors", {"vitlib": text})
+    with pytest.raises(UsageError, match="names a configuration that cannot be read"):
+        load(tmp_path / "x.safetensors")
+
+
+def test_values_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    vit = our_file(tmp_path / "x.safetensors")
+    metadata = {"vitlib": json.dumps(dataclasses.asdict(vit.config))}
+    for value in (float("nan"), float("-inf")):
+        with torch.no_grad():
+            vit.head.weight[0, 0] = value
+        save_file(vit.state_dict(), tmp_path / "x.safetensors", metadata)
+        with pytest.raises(UsageError, match=r"has values that are not finite: head\.weight$"):
+            load(tmp_path / "x.safetensors")
+        with pytest.raises(UsageError, match=r"this model has values that are not finite: head\.weight$"):
+            save(vit, tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
+    state = deit().state_dict()
+    state["norm.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(UsageError, match=r"nan\.pth has values that are not finite: norm\.bias$"):
+        read_checkpoint(tmp_path / "nan.pth", heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_tied_tensors_and_small_types_are_saved_and_loaded(dtype, tmp_path):
+    vit = ViT(vit_config("W32-2x1/4", image_size=16, num_classes=3))
+    vit.layers[1].ffn[0].f.fc1.weight = vit.layers[0].ffn[0].f.fc1.weight
+    vit.to(dtype)
+    save(vit, tmp_path / "x.safetensors")
+    for name, tensor in load(tmp_path / "x.safetensors").state_dict().items():
+        assert tensor.dtype == dtype and tensor.float().equal(vit.state_dict()[name].float())
+
+
+NO_STATE = {
+    "a number for a name": {1: torch.ones(2)}, "a sparse tensor": {"x": torch.eye(2).to_sparse()},
+    "a tensor without values": {"x": torch.empty(2, device="meta")},
+    "a quantized tensor": {"x": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_STATE)
+def test_tensors_that_cannot_be_a_models_are_refused(what, tmp_path):
+    torch.save(deit().state_dict() | NO_STATE[what], tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"has no tensors under key 'model'|is damaged or was not written"):
+        read_checkpoint(tmp_path / "x.pth", heads=2)
+
+
+CALLS = {
+    "ViT of a name": (lambda: ViT("B12"), "ViT wants a ViTConfig, not 'B12'"),
+    "freeze a name": (lambda: freeze("B12", "attn"), "a str has no parameters to train"),
+    "freeze nothing": (lambda: freeze(None, "attn"), "a NoneType has no parameters to train"),
+    "freeze by a number": (lambda: freeze(nn.Linear(2, 2), 3), "unknown strategy '3'"),
+    "fuse a layer": (lambda: fuse(nn.Linear(2, 2)), "Linear cannot be fused: allowed is a ViT"),
+    "fuse a name": (lambda: fuse("B12"), "str cannot be fused: allowed is a ViT"),
+    "execution of a layer": (lambda: set_execution(nn.Linear(2, 2), "par"), "the branches of a Linear cannot be processed"),
+    "start from a path": (lambda: start_from("x.pth", vit_config("W32-2")), "tensors by name, as state_dict() gives them"),
+    "start from a model": (lambda: start_from(nn.Linear(2, 2), vit_config("W32-2")), "and no Linear"),
+    "start from texts": (lambda: start_from({"x": "y"}, vit_config("W32-2")), "tensors by name"),
+    "start at a name": (lambda: start_from({}, "B12"), "ViT wants a ViTConfig, not 'B12'"),
+    "save a layer": (lambda: save(nn.Linear(2, 2), "x.safetensors"), "Linear cannot be saved: known are vit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_what_is_no_model_is_refused_in_one_sentence(what):
+    call, said = CALLS[what]
+    with pytest.raises(UsageError, match=re.escape(said)) as error:
+        call()
+    assert "\n" not in str(error.value)

@@ -28,6 +28,8 @@ ALLOWED = {
     "execution": ("seq", "par"),
     "device": ("cpu", "cuda", "auto"),  # auto: a GPU where there is one; the result says what it was
 }
+COUNTS = {"seed": 0, "subset": 0, "masked": 0, "threads": 1}  # whole numbers from
+SWITCHES = ("streamed", "blank", "compile", "checkpointing")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class RunSpec:
         protocol, batch = PROTOCOLS[self.protocol], self.recipe.batch_size
         if self.images is not None and (type(self.images) is not int or self.images < 1):
             raise UsageError(f"images is {self.images!r}: allowed are None (all) and whole numbers from 1")
+        for field, least in COUNTS.items():
+            if type(value := getattr(self, field)) is not int or value < least:
+                raise UsageError(f"{field} is {value!r}: allowed are whole numbers from {least}")
+        for field in SWITCHES:
+            if type(value := getattr(self, field)) is not bool:
+                raise UsageError(f"{field} is {value!r}: allowed are True and False")
         if protocol.needs_parent != (self.parent is not None):
             raise UsageError(f"a {self.protocol} run {'needs a' if protocol.needs_parent else 'has no'} parent")
         if not isinstance(self.model, protocol.config):

@@ -18,6 +18,7 @@ from torchvision.transforms import functional as F
 
 from vitlib import draws
 from vitlib.errors import UsageError, unknown
+from vitlib.records import check_types, floats
 
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")
 RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*)*")
@@ -43,6 +44,8 @@ class Augment:
     view_size: int | None = None  # a second view of the same crop at this side, for a tokenizer (BEiT: 112, Lanczos)
 
     def __post_init__(self) -> None:
+        floats(self)
+        check_types(self)
         if self.policy not in ("none", "3-augment") and not RAND_AUGMENT.fullmatch(self.policy):
             raise unknown("policy", self.policy, ("none", "3-augment", "rand-m7-mstd0.5-inc1 and its like"))
         if self.interpolation not in INTERPOLATIONS:
@@ -55,7 +58,8 @@ class Augment:
             )
         if self.color_jitter < 0 or (self.view_size is not None and self.view_size < 1):
             raise UsageError(
-                f"color_jitter {self.color_jitter} is from 0 and view_size {self.view_size} None or a number of pixels"
+                f"color_jitter is {self.color_jitter} and view_size {self.view_size}: allowed are numbers from 0, and None or "
+                "pixels from 1"
             )
 
 

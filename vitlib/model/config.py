@@ -14,6 +14,7 @@ from difflib import get_close_matches
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model.stems import STEMS
+from vitlib.records import floats
 
 # name -> (width, heads). Paper: Table 1, columns "width" and "heads".
 WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
@@ -51,6 +52,7 @@ class ViTConfig:
     key_bias: bool = True  # False: none on k, whose bias adds the same to all logits of a query, which softmax ignores
 
     def __post_init__(self) -> None:
+        floats(self)
         _check(self)
         for field in ("norm", "act"):
             if getattr(self, f"stem_{field}") == getattr(STEMS[self.stem], field):
@@ -132,7 +134,7 @@ def _whole(value: object, least: int = 1) -> bool:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, float) and math.isfinite(value)  # `floats` has made whole numbers floats
 
 
 # fields, which values are allowed, and the same in words

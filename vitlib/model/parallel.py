@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 from vitlib.model.config import ViTConfig
 from vitlib.model.layers import ALL, EPS, FFN, MHSA, Reads, Residual, attend, is_plain, project, take
 
@@ -81,8 +81,10 @@ def _drawn(branches: nn.ModuleList, draws: Tensor | None, part: int) -> Iterator
 def set_execution(model: nn.Module, execution: str) -> nn.Module:
     """Choose how the branches of a ViT are processed from now on, one of EXECUTIONS; the model itself.
 
-    Raises UsageError for an unknown execution.
+    Raises UsageError for an unknown execution, and for what is no ViT.
     """
+    if not all(isinstance(layer, ParallelLayer) for layer in getattr(model, "layers", [None])):
+        raise UsageError(f"the branches of a {type(model).__name__} cannot be processed otherwise: allowed is a ViT")
     if execution not in EXECUTIONS:
         raise unknown("execution", execution, EXECUTIONS)
     for layer in model.layers:

@@ -52,19 +52,22 @@ KINDS = {"vit": Savable(ViT, ViTConfig, lambda config, state: ViT(config))}  # v
 def save(model: nn.Module, path: str | Path, notes: Mapping[str, str] = {}) -> None:
     """Weights and configuration in one safetensors file, with `notes` in its metadata.
 
-    Raises UsageError for a model that `load` would refuse: of another class, or changed since its configuration.
+    Raises UsageError for a model that `load` would refuse: of another class, changed since its configuration, or with
+    values that are not finite.
     """
     kind = next((name for name, kind in KINDS.items() if type(model) is kind.model), None)
     if kind is None:
         raise UsageError(f"{type(model).__name__} cannot be saved: known are {', '.join(KINDS)}")
     about = {"format": "pt", "kind": kind, "vitlib": json.dumps(asdict(model.config)), **notes}
-    write_safetensors(path, _state(model, kind), about)
+    _check_values(state := _state(model, kind), "this model")
+    write_safetensors(path, state, about)
 
 
 def load(path: str | Path) -> nn.Module:
     """The model that `save` wrote, in its precision.
 
-    Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ.
+    Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ, or are not
+    finite. Before memory is taken: what a file asks for is compared with what it holds.
     """
     state, metadata = read_safetensors(path)
     kind = metadata.get("kind", "vit")
@@ -74,7 +77,13 @@ def load(path: str | Path) -> nn.Module:
         known = ", ".join(KINDS)
         raise UsageError(f"{path} holds a model of kind {kind!r}: known are {known}; import vitlib.train first")
     config = read_config(metadata, path, KINDS[kind].config)
-    return _fill(_empty(config, kind, state), state, {}, str(path))
+    if config.pairs > len(state):
+        raise UsageError(f"{path} asks for {config.pairs:,} pairs of functions and holds {len(state)} tensors")
+    try:
+        empty = _empty(config, kind, state)
+    except (RuntimeError, OverflowError, TypeError) as fault:  # sizes that no tensor has
+        raise UsageError(f"{path} asks for a model that cannot be ({first_line(fault)})") from fault
+    return _fill(empty, state, {}, str(path))
 
 
 def read_config(metadata: Mapping[str, str], path: str | Path, kind: type = ViTConfig) -> object:
@@ -82,8 +91,8 @@ def read_config(metadata: Mapping[str, str], path: str | Path, kind: type = ViTC
     try:
         values = json.loads(metadata["vitlib"])
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, AttributeError, json.JSONDecodeError) as fault:
-        raise UsageError(f"{path} names a configuration that cannot be read ({fault})") from fault
+    except (TypeError, AttributeError, ValueError, RecursionError) as fault:  # UsageError is a ValueError
+        raise UsageError(f"{path} names a configuration that cannot be read ({first_line(fault)})") from fault
 
 
 def assemble(config: ViTConfig, state: State, what: str) -> ViT:
@@ -113,8 +122,15 @@ def _fill(model: nn.Module, state: State, names: Names, what: str) -> nn.Module:
     theirs = {name: their_name(name, names) if names else name for name in model.state_dict()}
     if differ := _differ({theirs[name]: tensor for name, tensor in model.state_dict().items()}, state):
         raise UsageError(f"{what} does not fit {model.config.name}: {differ}; nothing was loaded")
+    _check_values(state, what)
     model.load_state_dict({name: state[other] for name, other in theirs.items()}, assign=True)
     return model
+
+
+def _check_values(state: State, what: str) -> None:
+    """Raises UsageError, with the keys, for values that are not finite."""
+    if odd := [name for name, tensor in state.items() if not tensor.float().isfinite().all()]:
+        raise UsageError(f"{what} has values that are not finite: {', '.join(odd[:8])}{', ...' * (len(odd) > 8)}")
 
 
 def _differ(wanted: State, given: State) -> str:
@@ -140,6 +156,8 @@ def fuse(model: ViT) -> ViT:
 
     Raises UsageError where a branch has a part that cannot be read, e.g. an adapter that is not merged.
     """
+    if not isinstance(model, ViT):
+        raise UsageError(f"{type(model).__name__} cannot be fused: allowed is a ViT")
     K, config = model.config.branches, model.config
     for i, layer in enumerate(model.layers):
         if reason := obstacle(layer):
@@ -380,10 +398,16 @@ def _tensors(path: Path, key: str) -> State:
     if not isinstance(content, Mapping):
         raise UsageError(f"{path} holds a {type(content).__name__}: allowed is a dictionary of tensors by name")
     state = content.get(key, content if key == "model" else None)
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
         states = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
         raise UsageError(f"{path} has no tensors under key {key!r}: allowed are {', '.join(states) or 'bare states'}")
     return state
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    """Whether this is a tensor by its name: no sparse or quantized one, none without values."""
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    return isinstance(name, str) and dense and not tensor.is_quantized
 
 
 def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: float | None) -> ViT:

@@ -24,6 +24,7 @@ from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model.weights import KINDS, Savable
+from vitlib.records import check_types, floats
 from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import codebook_use
@@ -51,6 +52,8 @@ class DVAEConfig:
     pairs: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        floats(self)
+        check_types(self)
         if min(self.image_size, self.patch_size, self.in_chans) < 1:
             raise UsageError("a dVAE needs image_size, patch_size and in_chans from 1")
         if self.image_size % self.patch_size:

@@ -19,6 +19,7 @@ and in timm's; a model with attention of a class that is not known is refused, n
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +73,9 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     Raises UsageError for an unknown strategy, a model without a head, and layers of the strategy's role in a class
     that is not known, because they would stay frozen without a word.
     """
-    last = LAST.fullmatch(strategy)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a {type(model).__name__} has no parameters to train: allowed is a model (torch.nn.Module)")
+    last = LAST.fullmatch(str(strategy))
     if strategy not in STRATEGIES and not last:
         raise unknown("strategy", strategy, (*STRATEGIES, "last-1, last-2, ..."))
     names = [name for name, _ in model.named_parameters()]
@@ -159,7 +162,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def freeze(model: nn.Module, strategy: str) -> list[str]:
     """Set `requires_grad` as the strategy says; the names that stay trainable. Raises UsageError as `trainable`."""
     # DDP waits for the gradients of what trained when it was made
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    if isinstance(model, nn.Module) and any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise UsageError("freeze the model before DistributedDataParallel wraps it: model.module is what it wraps")
     kept = trainable(model, strategy)
     chosen = set(kept)
@@ -168,13 +171,17 @@ def freeze(model: nn.Module, strategy: str) -> list[str]:
     return kept
 
 
-def start_from(weights: dict[str, Tensor], config: ViTConfig, seed: int, new_head: bool = False) -> ViT:
+def start_from(weights: Mapping[str, Tensor], config: ViTConfig, seed: int = 0, new_head: bool = False) -> ViT:
     """A model of `config` with the weights of a pretrained backbone.
 
     The backbone may be a classifier at another image size or with other classes, a masked pre-trained model without a head,
     or have its pairs in other branches. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
     Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UsageError(
+            f"a trunk's weights are tensors by name, as state_dict() gives them, and no {type(weights).__name__}"
+        )
     model = ViT(config, seed)
     fresh = model.state_dict()
     weights = regrouped(weights, config.branches)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
+from vitlib.records import floats
 
 OPTIMIZERS = ("adamw", "lamb", "sgd")  # timm's names; sgd has Nesterov momentum 0.9
 LOSSES = ("cross_entropy", "bce")
 
 
-def _number(least: float, below: float = math.inf, kind: type = float) -> Callable[[object], bool]:
+def _number(least: float, below: float = sys.float_info.max, kind: type = float) -> Callable[[object], bool]:
     """Numbers from `least` and less than `below`: neither infinite nor NaN."""
     return lambda v: isinstance(v, (int, kind)) and not isinstance(v, bool) and least <= v < below
 
@@ -60,6 +61,7 @@ class Recipe:
     ema: float | None = None  # decay of an exponential moving average of the weights, evaluated beside them
 
     def __post_init__(self) -> None:
+        floats(self)
         for field, allowed in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
             if getattr(self, field) not in allowed:
                 raise unknown(field, getattr(self, field), allowed)
