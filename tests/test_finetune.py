@@ -122,12 +122,14 @@ def test_frozen_tensors_stay_and_trained_ones_move(images):
     config = small(layer_scale=0.1, stem="hmlp")
     trunk, _ = train(config, images, rows=100)
     before = {k: v.clone() for k, v in trunk.state_dict().items()}
-    for strategy in ("attn", "ffn", "head"):
+    for strategy in ("attn", "ffn", "head", "fc1", "norm", "bias"):
         model = start_from(before, config, 1000)
         kept = set(freeze(model, strategy))
         train(config, images, rows=100, model=model)
         moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-        assert moved == kept  # also: frozen batch norm keeps its running statistics
+        # also: frozen batch norm keeps its running statistics
+        assert {k for k in moved if "running" not in k and "num_batches" not in k} == kept
+        assert kept == moved or strategy in ("norm", "bias")  # these train the stem's batch norm
 
 
 def test_a_trunk_starts_at_a_new_resolution_with_resized_positions(images):
@@ -158,3 +160,18 @@ def test_a_backbone_without_classes_starts_a_model_without_a_head():
     config = vit_config("W32-1x1/4", image_size=8, num_classes=0)
     weights = ViT(config, 1).state_dict()
     assert all(torch.equal(t, weights[name]) for name, t in start_from(weights, config, seed=0).state_dict().items())
+
+
+def test_first_matrices_norms_and_biases_are_picked_by_their_role_in_our_models_and_timms():
+    ours = ViT(small(stem="hmlp", layer_scale=0.1))
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5)
+    for model, first in ((ours, ".f.fc1."), (theirs, ".mlp.fc1.")):
+        names = {n for n, _ in model.named_parameters()}
+        fresh = {n for n in names if n.startswith("head.") or n == "pos_embed"}
+        assert {*trainable(model, "fc1")} == {n for n in names if first in n} | fresh
+        assert {*trainable(model, "bias")} == {n for n in names if n.endswith("bias")} | fresh
+        norms = {f"{n}." for n, m in model.named_modules() if "Norm" in type(m).__name__}
+        assert (
+            len(norms) > 1 and {*trainable(model, "norm")} == {n for n in names if n.startswith(tuple(norms))} | fresh
+        )

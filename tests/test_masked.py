@@ -17,7 +17,7 @@ from vitlib.draws import uniform, uniform_on
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import dvae as dvae_module
-from vitlib.train import loop
+from vitlib.train import loop, masked
 from vitlib.train.dvae import DVAE, Block, DVAEConfig, DVAELoss, gumbel
 from vitlib.train.dvae import evaluate as evaluate_dvae
 from vitlib.train.finetune import start_from
@@ -141,6 +141,23 @@ def test_masked_pixels_do_not_reach_the_prediction_but_through_a_convolutional_s
     ):
         model = MaskedViT(small(stem=stem, stem_norm=norm), 16).eval()
         assert torch.equal(model(batch.images, mask), model(other, mask)) != reaches, stem
+
+
+def test_blanked_pixels_do_not_reach_the_prediction_through_a_convolutional_stem_either(images):
+    config = replace(vit_config("W32-2/4", image_size=16, in_chans=1, num_classes=10), stem="conv")
+    seen = images.normalise(images.images[:8])
+    mask = torch.from_numpy(masked.block_masks(0, 0, np.arange(8), config.grid, 6))
+    hidden = masked.pixels(mask, config.grid, 4)
+    assert hidden.shape == (8, 1, 16, 16) and hidden.sum() == 8 * 6 * 16
+    assert hidden[3, 0, 4:8, 8:12].all() == mask[3, 1 * 4 + 2]  # row 1, column 2
+    other = torch.where(hidden, seen.flip(0), seen)
+    for blank in (False, True):
+        model = masked.MaskedViT(config, 7, seed=1, blank=blank).eval()
+        assert torch.equal(model(seen, mask), model(other, mask)) == blank
+    model.blank = False
+    assert torch.equal(
+        model(seen.masked_fill(hidden, 0.0), mask), masked.MaskedViT(config, 7, 1, True).eval()(seen, mask)
+    )
 
 
 def test_masked_pre_training_learns_and_its_weights_start_a_classifier(images):

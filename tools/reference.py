@@ -93,7 +93,7 @@ def copy(p: Profile) -> list[Path]:
 def about(results: list[Result]) -> str:
     """What the numbers were measured on: runs, hours, devices, dates."""
     if not results:
-        return "The second study has not been run yet."
+        return "The second study is under way; until it is complete, the estimates of the first one stand here."
     devices = " and ".join(sorted({r.about["device"] for r in results}))
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r.about for r in results) else ("CPU", "cpu_s")
     hours = sum(r.about[spent] for r in results) / 3600

@@ -82,8 +82,7 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
         return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said)
     fixed, found = source.ledger, {}
     for arm in here.arms:
-        recipe = fixed.recipe(part, name, arm)
-        wanted = min(part.n[name], recipe["n"])
+        wanted = min(part.n[name], fixed.recipe(part, name, arm)["n"])
         if arm in here.contrast and wanted < part.n[name]:
             raise UsageError(
                 f"the ledger fixes n = {part.n[name]} of part {part.id}, and {wanted} seeds of its arm {arm!r}"
@@ -92,9 +91,11 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
         if len(runs) < wanted:
             return replace(blank, note=absent or f"{len(runs)} of {wanted} seeds of {arm}")
         found[arm] = runs[:wanted]
-        if [run.seed for run in found[arm]] != [*PROFILES[name].seeds[:wanted]]:
+    for arm, runs in found.items():
+        if [run.seed for run in runs] != [*PROFILES[name].seeds[: len(runs)]]:
             return replace(blank, note=f"the runs of {arm} are not of the seeds of profile {name}")
-        if stale := _stale(part, arm, found[arm], fixed.hash(part, name), recipe["record"], name in COMMITTED):
+        record = fixed.recipe(part, name, arm)["record"]
+        if stale := _stale(part, arm, runs, fixed.hash(part, name), record, name in COMMITTED):
             return replace(blank, note=stale)
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
     recipes = {arm: fixed.recipe(part, name, arm) for arm in here.contrast}
@@ -186,6 +187,7 @@ class Stored:
     profile: Profile
     ledger: Ledger = field(default_factory=ledger)
     _experiments: dict[str, Experiment] = field(default_factory=dict, repr=False)
+    _files: dict[RunSpec, Mapping[str, str]] = field(default_factory=dict, repr=False)  # that runs on files have read
 
     @property
     def name(self) -> str:
@@ -209,16 +211,16 @@ class Stored:
             setting = self._experiment(number)
         except DataAbsent as fault:
             return [], str(fault)
-        found, files = [], {}
+        found = []
         for spec in setting.seeds_of(label) if label in setting.arms else ():
             family = {member: store.find(member) for member in spec.family()}
             if family[spec] is None:
                 break
             record = record_hash([member.record() for member in family])
             results = [result for result in family.values() if result is not None]
-            files |= {member: result.files for member, result in family.items() if result is not None}
+            self._files.update({member: result.files for member, result in family.items() if result is not None})
             found.append(Evidence(family[spec], spec.seed, record, results, spec.record()["data_checksum"]))
-        store.warn_of_other_files(files)
+        store.warn_of_other_files(self._files)
         return found, ""
 
     def _experiment(self, number: str) -> Experiment:

@@ -225,4 +225,4 @@ def answer(name: str, study: str = "study") -> None:
 def where(study: str) -> str:
     """On what the numbers were measured, as it was written with them."""
     path = paths.REFERENCE / study / "about.txt"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else "The second study has not been run yet."
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else "There is no committed study yet."

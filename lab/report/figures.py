@@ -79,7 +79,7 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
         return figure
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for x, arm in enumerate(arms):
-        by_seed = [a.metrics["top1"] - b.metrics["top1"] for a, b in zip(runs.results[arm], base, strict=True)]
+        by_seed = [a.metrics["top1"] - b.metrics["top1"] for a, b in zip(runs.results[arm], base, strict=False)]
         axes.plot([x] * len(by_seed), by_seed, "o", color="0.55", markersize=5)
     table = with_bounds(pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)])).dropna()
     axes.errorbar(table["x"], table["points"], whiskers(table), fmt="D", capsize=4, color=sns.color_palette()[0])
@@ -116,7 +116,7 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
         axes.plot(rows["images"], rows["points"], "Dos"[i], **look)
     table = with_bounds(table)
     for i, ((name, width, measured), rows) in enumerate(table.groupby(["data", "width", "measured"], sort=False)):
-        look = {"color": sns.color_palette()[(3 + i) % 10], "label": f"{name}, width {width}, {measured}"}
+        look = {"color": sns.color_palette()[(3 + i) % 10], "label": f"{name}, width {width:.0f}, {measured}"}
         axes.errorbar(rows["images"], rows["points"], whiskers(rows), fmt="os^v"[i % 4], capsize=3, **look)
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set(xscale="log", xlabel="training images", ylabel="top-1 of attn minus full, points")

@@ -106,8 +106,9 @@ def gap(runs: Runs, a: str, b: str, prefix: str = "") -> dict[str, float]:
     """a - b in points, with its 95 % interval over seeds and images where there are two seeds; empty where one was not run."""
     if not {a, b} <= runs.results.keys() or a == b:
         return {}
-    right = {arm: np.stack([r.correct for r in runs.results[arm]]) for arm in (a, b)}
-    if len(right[a]) < 2:
+    n = min(len(runs.results[arm]) for arm in (a, b))  # an arm may have fewer seeds, the first ones
+    right = {arm: np.stack([r.correct for r in runs.results[arm][:n]]) for arm in (a, b)}
+    if n < 2:
         return {f"{prefix}points": 100 * float(right[a].mean() - right[b].mean())}
     estimate = interval(difference(right, {a: 1.0, b: -1.0}))
     return {f"{prefix}points": estimate.mean, f"{prefix}low": estimate.low, f"{prefix}high": estimate.high}

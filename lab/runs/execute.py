@@ -33,6 +33,7 @@ from lab.runs.spec import RunSpec
 from lab.runs.store import checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
 from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
+from vitlib.model.regroup import regrouped
 from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.dvae import DVAE
@@ -141,9 +142,12 @@ def second_test(spec: RunSpec) -> DataSet | None:
 def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
     parent, tokenizer = spec.parent, spec.tokenizer
+    start = parent and weights(parent)
+    if parent and parent.model.branches != spec.model.branches:  # its pairs in the branches that this spec names
+        start = regrouped(start, spec.model.branches)
     setting = Setting(
         model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, rows=rows, steps=spec.steps,
-        weights=parent and weights(parent), new_head=parent is not None and parent.data != spec.data,
+        weights=start, new_head=parent is not None and parent.data != spec.data,
         strategy=spec.strategy, targets=spec.targets, tokenizer=tokenizer and trained_tokenizer(tokenizer),
         masked=spec.masked, blank=spec.blank, execution=spec.execution, device=resolve(spec.device),
     )  # fmt: skip

@@ -30,7 +30,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
 from vitlib.model.layers import FFN, MHSA
-from vitlib.model.regroup import regrouped
 from vitlib.model.vit import RelativeBias
 from vitlib.train import supervised
 from vitlib.train.protocol import LossFunction, Protocol, Setting
@@ -174,8 +173,8 @@ def freeze(model: nn.Module, strategy: str) -> list[str]:
 def start_from(weights: Mapping[str, Tensor], config: ViTConfig, seed: int = 0, new_head: bool = False) -> ViT:
     """A model of `config` with the weights of a pretrained backbone.
 
-    The backbone may be a classifier at another image size or with other classes, a masked pre-trained model without a head,
-    or have its pairs in other branches. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
+    The backbone may be a classifier at another image size or with other classes, or a masked pre-trained model without
+    a head. new_head: the head is fresh though its shape is the same, because the backbone's classes were others.
     Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
@@ -184,7 +183,7 @@ def start_from(weights: Mapping[str, Tensor], config: ViTConfig, seed: int = 0, 
         )
     model = ViT(config, seed)
     fresh = model.state_dict()
-    weights = regrouped(weights, config.branches)
+    weights = dict(weights)
     # positions: (1, n * n, D) -> (1, grid * grid, D)
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)
