@@ -46,8 +46,8 @@ unexport UV_SYSTEM_PYTHON UV_PYTHON UV_BREAK_SYSTEM_PACKAGES
 # Nor other Pythons' packages into this one.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export TOKENIZERS_PARALLELISM := false
-# Profiles of embedded data never ask a hub; gpu and imagenet may.
-ifeq ($(filter gpu imagenet,$(PROFILE)),)
+# Profiles of embedded data never ask a hub; photos and imagenet may.
+ifeq ($(filter photos imagenet,$(PROFILE)),)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 endif
@@ -56,11 +56,11 @@ ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
 endif
 
-.PHONY: FORCE help setup reproduce test check lab refresh lint lock clean
+.PHONY: FORCE help setup reproduce test check lab site refresh lint lock clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
-	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|gpu|imagenet] [NB=31] [JOBS=2] [TORCH=cpu] [ARGS=...]"
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|photos|imagenet] [NB=31] [JOBS=2] [TORCH=cpu] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
@@ -93,9 +93,11 @@ test: $(READY)  ## pytest and nbval, each with an empty temporary run store; ARG
 check: $(READY)  ## a subset under a minute: lint, imports, the project's rules, identities of the model
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PYTEST) -m check tests
 
-lab: $(READY)  ## JupyterLab on the index notebook
-	@$(PY) -m jupyter trust notebooks/*.ipynb >/dev/null
-	$(PY) -m jupyter lab notebooks/00_claims.ipynb
+lab: $(READY)  ## JupyterLab on the page of all claims; ARGS= goes to it, e.g. ARGS=--no-browser
+	@$(PY) -c 'import os, shlex, sys; from lab.report import jupyter; sys.exit(jupyter.start(shlex.split(os.environ["ARGS"])))'
+
+site: $(READY)  ## the notebooks as a site of plain pages in outputs/site
+	@$(PY) -m lab site
 
 refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
 	@$(PY) -m tools.refresh $(CHOICE)
@@ -107,5 +109,5 @@ lock: $(READY)  ## compile requirements.lock anew (universal, with hashes)
 	$(COMPILE) pyproject.toml -o requirements.lock
 
 clean:  ## remove .venv, caches and rendered results; finished runs in outputs/runs stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/gpu outputs/imagenet
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/photos outputs/imagenet outputs/site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

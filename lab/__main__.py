@@ -76,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
     show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
     show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
+    opened = add("notebook", notebook_, "JupyterLab on the page of all claims (make lab)")
+    opened.add_argument("options", nargs="*", help="of JupyterLab, after --, e.g. -- --no-browser --port 9999")
+    site = add("site", site_, "the notebooks as a site of plain pages, which asks no other host for anything")
+    site.add_argument("--of", default="", metavar="PROFILE", help="as reproduce rendered them (default: as committed)")
+    site.add_argument("--folder", type=Path, help="where to (default: outputs/site)")
     text = "write the finished runs to a runs.jsonl (metrics, no weights)"
     add("export", export_, text).add_argument("file", type=Path)
     add("import", import_, "merge a runs.jsonl into the run store").add_argument("file", type=Path)
@@ -266,6 +271,21 @@ def show_(arguments) -> None:
     if arguments.figure and (drawn := answer.figure(rows)) is not None:
         drawn.savefig(arguments.figure, dpi=200)
         print(f"figure: {arguments.figure}")
+
+
+def notebook_(arguments) -> int:
+    from lab.report import jupyter
+
+    return jupyter.start(arguments.options)
+
+
+def site_(arguments) -> None:
+    from lab import paths
+    from lab.report import site
+
+    folder = arguments.folder or paths.outputs() / "site"
+    written = site.build(site.executed(arguments.of), folder)
+    print(f"{len(written)} pages: {folder / 'index.html'}")
 
 
 def export_(arguments) -> None:

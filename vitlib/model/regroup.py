@@ -27,7 +27,9 @@ def regroup(model: ViT, branches: int) -> ViT:
     """
     pairs = model.config.pairs
     if type(branches) is not int or branches < 1 or pairs % branches:
-        raise UsageError(f"{pairs} pairs cannot be regrouped into layers of {branches!r} branches: allowed are its divisors")
+        raise UsageError(
+            f"{pairs} pairs cannot be regrouped into layers of {branches!r} branches: allowed are its divisors"
+        )
     model = copy.deepcopy(model)
     old, execution = list(model.layers), model.layers[0].execution
     model.config = replace(model.config, depth=pairs // branches, branches=branches)
@@ -51,7 +53,7 @@ def regrouped(state: dict[str, Tensor], branches: int) -> dict[str, Tensor]:
         if m is None:
             return name
         layer, branch = divmod(int(m[1]) * before + int(m[3]), branches)
-        return f"layers.{layer}.{m[2]}.{branch}.{name[m.end():]}"
+        return f"layers.{layer}.{m[2]}.{branch}.{name[m.end() :]}"
 
     return {renamed(name, m): state[name] for name, m in found}
 

@@ -1,0 +1,160 @@
+"""The notebooks as a site of plain pages: `python -m lab site` (or `make site`). No page asks another host for anything.
+
+Equations become MathML, pictures carry their text, notebooks link to each other; light and dark, wide and narrow.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import nbformat
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters import markdown2html
+from pygments.formatters import HtmlFormatter
+
+from lab import paths
+from lab.experiments.catalogue import NOTEBOOKS, Notebook
+from lab.report import answer
+from vitlib.errors import UsageError
+from vitlib.files import write_whole
+
+TITLE = "Three things everyone should know about Vision Transformers: are they true?"
+DOCS = ("judging", "scaling", "speed")
+MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.S)
+CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d8d8d4; --link: #0b57a4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e6e3; --paper: #16181a; --soft: #212427; --line: #3a3e42; --link: #8ab8f0; }
+  .highlight span { color: inherit !important; } }
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+header, main, footer { max-width: 54rem; margin: 0 auto; padding: 0 1rem; }
+header { border-bottom: 1px solid var(--line); padding-block: .6rem; } nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
+a { color: var(--link); } nav a[aria-current] { font-weight: 700; color: var(--ink); text-decoration: none; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 2.2rem; font-size: 1.2rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 4px; font-size: .82rem; }
+code { background: var(--soft); } math { font-size: 1.05rem; } math[display=block] { overflow-x: auto; margin: 1rem 0; }
+.jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
+footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-block: 1rem; font-size: .85rem; }
+"""
+
+
+def build(notebooks: Sequence[Path], folder: Path) -> list[Path]:
+    """Write a page per notebook and document, the first one as index.html too; what was written.
+
+    Raises UsageError for a notebook that is not there or was never run.
+    """
+    known = {one.file: one for one in NOTEBOOKS}
+    shown = [(known[path.stem], _read(path)) for path in notebooks if path.stem in known]
+    if not shown:
+        raise UsageError(f"there are no notebooks of this project among {', '.join(map(str, notebooks)) or 'none'}")
+    menu = [("index", "Answers"), *((one.file, one.number) for one, _ in shown if one.number != "00")]
+    menu += [(name, name.capitalize()) for name in DOCS] + [("execution", "Execution")]
+    pages = {("index" if one.number == "00" else one.file): _notebook(content) for one, content in shown}
+    pages |= {name: _document(paths.ROOT / "docs" / f"{name}.md") for name in DOCS}
+    pages["execution"] = _execution(shown)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, body in pages.items():
+        with write_whole(folder / f"{name}.html") as draft:
+            draft.write_text(_page(name, body, menu, {one.file: one.number for one, _ in shown}), encoding="utf-8")
+    return [folder / f"{name}.html" for name in pages]
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    try:
+        content = nbformat.read(path, 4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as fault:
+        raise UsageError(f"the notebook {path} cannot be read: {fault}") from None
+    if not any(cell.get("outputs") for cell in content.cells if cell.cell_type == "code"):
+        raise UsageError(f"the notebook {path} was never run: make reproduce")
+    return content
+
+
+def _notebook(content: nbformat.NotebookNode) -> str:
+    """The body of a notebook's page."""
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = mathml(cell.source)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
+    words = iter(_alternatives(content))
+    return re.sub(
+        r'<img src="data:image/png',
+        lambda _: f'<img alt="{html.escape(next(words, ""))}" src="data:image/png',
+        re.sub(r'alt="[^"]*"', "", body),
+    )
+
+
+def _alternatives(content: nbformat.NotebookNode) -> list[str]:
+    """The text of each picture, in the order of the page."""
+    outputs = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [o.metadata.get("image/png", {}).get("alt", "") for o in outputs if "image/png" in o.get("data", {})]
+
+
+def mathml(text: str) -> str:
+    """Markdown with its equations as MathML; code stays as it is."""
+    from latex2mathml.converter import convert
+
+    def one(match: re.Match) -> str:
+        return convert(match[1] or match[2], display="block" if match[1] else "inline")
+
+    return "".join(piece if i % 2 else MATH.sub(one, piece) for i, piece in enumerate(CODE.split(text)))
+
+
+def _document(path: Path) -> str:
+    return markdown2html(path.read_text(encoding="utf-8"))
+
+
+def _execution(shown: Sequence[tuple[Notebook, nbformat.NotebookNode]]) -> str:
+    """What was run when: from what `reproduce` writes into each notebook."""
+    rows = []
+    for one, content in shown:
+        about = content.metadata.get("vitlib", {})
+        cells = [one.file, *(str(about.get(key, "–")) for key in ("profile", "seconds", "date", "commit"))]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("notebook", "profile", "seconds", "date", "commit"))
+    return (
+        f"<h1>Execution</h1><p>{html.escape(answer.where('study'))}</p><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table><p>A dash: committed with the project, run at profile smoke.</p>"
+    )
+
+
+def _page(name: str, body: str, menu: Sequence[tuple[str, str]], files: dict[str, str]) -> str:
+    """A whole page: head, navigation, body, foot."""
+    heading = re.search(r"<h1[^>]*>(.*?)(?:<a|</h1>)", body, re.S)
+    title = html.unescape(re.sub("<.*?>", "", heading[1])).strip() if heading else TITLE
+    body = re.sub(
+        r'href="(?:\.\./)?(?:notebooks/)?(\w+)\.ipynb"',
+        lambda m: f'href="{"index" if m[1] == "00_claims" else m[1]}.html"',
+        body,
+    )
+    body = re.sub(r'href="(?:\.\./)*docs/(\w+)\.md"', r'href="\1.html"', body)
+    body = re.sub(
+        r'<a[^>]* href="(?![\w-]+\.html|#|https?:)[^"]*"[^>]*>(.*?)</a>', r"\1", body, flags=re.S
+    )  # files of the checkout
+    links = "".join(
+        f'<a href="{file}.html"{" aria-current=page" if file == name else ""}>{html.escape(text)}</a>'
+        for file, text in menu
+    )
+    words = html.escape(f"{title}: {TITLE}"[:155], quote=True)
+    highlight = HtmlFormatter().get_style_defs(".highlight")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><meta name="description" content="{words}"><link rel="icon" href="data:,">
+<style>{highlight}{STYLE}</style></head>
+<body><header><nav aria-label="Pages">{links}</nav></header>
+<main>{body}</main>
+<footer>Touvron et al., <cite>Three things everyone should know about Vision Transformers</cite>, arXiv 2203.09795, re-run at a
+small scale. A small scale is no reproduction of the paper.</footer></body></html>
+"""
+
+
+def executed(profile: str) -> list[Path]:
+    """The notebooks that `reproduce` rendered at a profile; "" = the committed ones."""
+    folder = paths.outputs() / profile / "notebooks" if profile else paths.NOTEBOOKS
+    return sorted(folder.glob("*.ipynb"))
