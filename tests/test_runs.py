@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -457,6 +457,29 @@ def test_damaged_weights_are_noticed(damage, run_store):
     path.write_bytes({"a bit": whole[:-1] + bytes([whole[-1] ^ 1]), "cut": whole[:-9]}.get(damage, other))
     with pytest.raises(UsageError, match=rf"{path} (is damaged: its SHA-256|cannot be read as a safetensors file)"):
         execute.execute(TUNED)
+
+
+@contextmanager
+def file_size(limit: int):
+    """No file may become larger meanwhile: what a full disk does, without one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 30_000])
+@pytest.mark.parametrize("every_s", [0, 300])
+def test_without_room_on_disk_a_run_is_one_sentence_and_nothing_half_written_stays(limit, every_s, run_store):
+    with pytest.raises(UsageError, match="no room on disk for") as error, file_size(limit):
+        execute.execute(TINY, every_s=every_s)
+    what = "for the run" if every_s else "for a checkpoint"
+    assert what in str(error.value) and "\n" not in str(error.value)
+    assert [path.suffix for path in run_store.rglob("*") if path.is_file()] == [".lock"]
+    assert execute.execute(TINY).metrics  # with room again
 
 
 # ---- the launcher

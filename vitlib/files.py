@@ -107,8 +107,9 @@ def no_room(what: str) -> Iterator[None]:
     """Raises UsageError, `no room on disk` and `what`, where a disk, a quota or a limit on file sizes is full."""
     try:
         yield
-    except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, RuntimeError) as fault:  # torch's writer raises the second while it handles the first
+        cause = fault if isinstance(fault, OSError) else fault.__context__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UsageError(f"no room on disk {what}") from fault
 
