@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -30,6 +32,7 @@ from lab.runs import execute, launch, processes, results, store
 from lab.runs import spec as specs
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
+from tools import kill
 from vitlib import files
 from vitlib.data import Augment
 from vitlib.errors import UsageError
@@ -564,6 +567,56 @@ def test_workers_end_when_the_process_that_asked_is_killed_and_the_same_command_
     found = launch.launch(specs, jobs=2)
     assert all(found.values()) and not left.exists()  # drafts of the killed process are gone
     assert all((run_store / name / "result.json").stat().st_mtime_ns == when for name, when in kept.items())
+
+
+@pytest.mark.slow
+def test_ten_kills_at_any_moment_change_no_bit_and_leave_nothing(run_store, tmp_path, monkeypatch):
+    """The short form of `python -m tools.kill`, which kills commands."""
+    spec, fork, draws = (
+        replace(TINY, recipe=replace(TINY.recipe, epochs=8)),
+        multiprocessing.get_context("fork"),
+        random.Random(0),
+    )
+    monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "whole"))
+    execute.execute(spec)
+    expected, seconds = ends_with(tmp_path / "whole"), store.find(spec).about["wall_s"]
+    monkeypatch.setenv("VITLIB_RUNS", str(run_store))
+    for _ in range(10):
+        process = fork.Process(target=execute.execute, args=(spec,), kwargs={"every_s": 0})
+        process.start()
+        process.join(draws.uniform(0, 1.5 * seconds))
+        process.kill()
+        process.join()
+        store.sweep_store()
+        assert list(run_store.rglob(".draft-*")) == []
+        if store.find(spec):
+            assert ends_with(run_store) == expected
+            shutil.rmtree(run_store)
+    execute.execute(spec)
+    assert ends_with(run_store) == expected and not store.checkpoint_path(spec).exists()
+
+
+def ends_with(folder: Path) -> dict:
+    """What the numbers of a store's runs are in."""
+    numbers = {path.name: path.read_bytes() for path in folder.glob("[0-9a-f]*/*") if path.name != "result.json"}
+    (result,) = (json.loads(path.read_text()) for path in folder.glob("[0-9a-f]*/result.json"))
+    return numbers | {name: result[name] for name in ("metrics", "correct", "ledger", "sha256")}
+
+
+def test_the_harness_finds_what_a_command_leaves_behind(tmp_path):
+    """A command that ends at once, but not what it has started, nor its draft."""
+    child = (
+        "import os, subprocess, sys; open(os.environ['TMPDIR'] + '/.draft-x', 'w'); subprocess.Popen(['sleep', '60'])"
+    )
+    place = kill.Place(tmp_path / "a", [sys.executable, "-c", child])
+    assert place.start().wait() == 0
+    (left,) = place.alive()
+    os.kill(left, signal.SIGKILL)
+    assert [path.name for path in place.drafts()] == [".draft-x"]
+    waits = kill.Place(tmp_path / "b", ["sleep", "60"])
+    one = kill.kill(waits, random.Random(0), 0.2)
+    assert one.sent in ("SIGKILL", "SIGTERM", "SIGINT") and not one.fault and waits.alive() == []
+    assert f"| x | {one.sent} | {one.whom} | 1 | {one.alive_s} | none |" in kill.table("x", [one])
 
 
 def test_workers_that_wait_for_a_lock_end_with_the_process_that_asked(run_store, tmp_path):
