@@ -288,9 +288,10 @@ def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(killed, monk
     looked = runs.Watch.after
 
     def kill(watch, step, steps):
-        looked(watch, step, steps)
         if step == killed:
             raise KeyboardInterrupt
+        looked(watch, step, steps)
+        assert watch.model.training  # after a validation too
 
     monkeypatch.setattr(runs.Watch, "due", lambda watch: True)
     monkeypatch.setattr(runs.Watch, "after", kill)
