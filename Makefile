@@ -56,7 +56,7 @@ ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
 endif
 
-.PHONY: FORCE help setup reproduce test check lab site refresh lint lock clean
+.PHONY: FORCE help setup reproduce test check lab site refresh lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
@@ -107,6 +107,12 @@ lint: $(READY)  ## ruff over code and notebooks
 
 lock: $(READY)  ## compile requirements.lock anew (universal, with hashes)
 	$(COMPILE) pyproject.toml -o requirements.lock
+
+audit: $(READY)  ## known vulnerabilities of what requirements.lock pins, where their database can be reached
+	@{ echo '# /// script'; echo '# requires-python = ">=3.11"'; echo '# dependencies = ['; \
+	  sed -n 's/^\([a-z0-9._-]*==[^\]*[^ \]\) *\\$$/#   "\1",/p' requirements.lock; echo '# ]'; echo '# ///'; } > $(VENV)/audit.py
+	@$(VENV)/bin/uv audit --preview --script $(VENV)/audit.py 2> $(VENV)/audit.log || { code=$$?; \
+	  [ $$code = 1 ] || echo "audit: the database of vulnerabilities cannot be read, so nothing is known ($$(grep -m1 -i 'error' $(VENV)/audit.log))" >&2; exit $$code; }
 
 clean:  ## remove .venv, caches and rendered results; finished runs in outputs/runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/photos outputs/imagenet outputs/site

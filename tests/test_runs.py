@@ -573,7 +573,7 @@ def test_workers_end_when_the_process_that_asked_is_killed_and_the_same_command_
 def test_ten_kills_at_any_moment_change_no_bit_and_leave_nothing(run_store, tmp_path, monkeypatch):
     """The short form of `python -m tools.kill`, which kills commands."""
     spec, fork, draws = (
-        replace(TINY, recipe=replace(TINY.recipe, epochs=8)),
+        replace(TINY, recipe=replace(TINY.recipe, epochs=4)),
         multiprocessing.get_context("fork"),
         random.Random(0),
     )
