@@ -480,6 +480,8 @@ def test_a_delta_holds_what_differs_and_no_other_trunk_takes_it(bank, tmp_path):
     state, about = read_safetensors(tmp_path / "cars.safetensors")
     assert set(state) == set(trainable(whole["cars"], "attn")) and about["trunk"] == hash_of(bank.trunk.state_dict())
     assert bank["cars"].layers[0].ffn[0].f.fc1.weight is bank.trunk.layers[0].ffn[0].f.fc1.weight
+    with_head = ViT(replace(bank.trunk.config, num_classes=5), seed=1)
+    assert hash_of(with_head.state_dict()) == about["trunk"]  # the head is a task's own
     other = ViT(bank.trunk.config, seed=2)
     with pytest.raises(UsageError, match=r"cars.safetensors belongs to another trunk: its hash is .*, this one's "):
         load_delta(tmp_path / "cars.safetensors", other)
