@@ -1,6 +1,6 @@
 """Kill a command at random moments, start it again, and compare what it ends with to an uninterrupted one's, bit for bit.
 
-    python -m tools.kill [--what smoke|checkpoints|torchrun] [--kills 100] [--seed 0] [--notebook 51]
+    python -m tools.kill [--what smoke|checkpoints|torchrun] [--kills 100] [--seed 0] [--notebook 31]
 
 smoke        `python -m lab reproduce --profile smoke`: training, drafts, notebooks, claims
 checkpoints  one run that writes a checkpoint every tenth of a second
@@ -57,7 +57,7 @@ class Kill(NamedTuple):
     fault: str
 
 
-def command(what: str, notebook: str = "51", epochs: int = 4) -> list[str]:
+def command(what: str, notebook: str = "31", epochs: int = 4) -> list[str]:
     """What is killed."""
     if what == "smoke":
         return [sys.executable, "-m", "lab", "reproduce", "--profile", "smoke", "--notebook", notebook]
@@ -138,7 +138,7 @@ def kill(place: Place, draws: random.Random, seconds: float) -> Kill | None:
     return Kill(sent.name, whom, round(after, 1), round(alive_s, 1), fault)
 
 
-def harness(what: str, kills: int, seed: int, folder: Path, notebook: str = "51", epochs: int = 4) -> list[Kill]:
+def harness(what: str, kills: int, seed: int, folder: Path, notebook: str = "31", epochs: int = 4) -> list[Kill]:
     """So many kills of one command, and after each one that completed the comparison; faults are in the last entry too."""
     draws, words, done = random.Random(seed), command(what, notebook, epochs), []
     whole = Place(folder / "whole", words)
@@ -182,7 +182,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--what", choices=("smoke", "checkpoints", "torchrun"), default="smoke")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--notebook", default="51", help="of smoke (default: %(default)s)")
+    parser.add_argument("--notebook", default="31", help="of smoke (default: %(default)s)")
     chosen = parser.parse_args(words)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         done = harness(chosen.what, chosen.kills, chosen.seed, Path(folder), chosen.notebook)

@@ -43,7 +43,7 @@ from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
 from vitlib.files import first_line, private_folder, sweep, write_whole
 
-logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters of types that it does not know
+logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what is wrong is said by NotebookFailed
 QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
 SOCKET = 107 - len("/01234567-ipc-99")  # characters of a folder whose sockets have paths that the system allows
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours when a notebook is run on its own
