@@ -27,7 +27,7 @@ from lab.claims.ledger import ledger
 from lab.data import cards, published
 from lab.data.cards import load, load_resized, source
 from lab.experiments import catalogue, profiles, small
-from lab.report import render, tables
+from lab.report import render
 from lab.runs import execute, results, store
 from lab.runs.spec import RunSpec
 from vitlib.data import Augment, Streamed, open_folder, subset

@@ -80,6 +80,10 @@ def copy(p: Profile) -> list[Path]:
     for file in ("claims.csv", "margins.csv", "tuning.csv", "control.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)
+    if (made / "tuning.csv").is_file():
+        answer.rates_figure(pd.read_csv(made / "tuning.csv")).savefig(
+            kept / "tuning.png", dpi=150, metadata={"Software": None}
+        )
     for folder, kinds in (("tables", (".csv", ".md")), ("figures", (".png",))):
         if (made / folder).is_dir():
             shutil.rmtree(kept / folder, ignore_errors=True)
@@ -180,7 +184,7 @@ PILOT_WORDS = (
 
 def _files(study: str) -> str:
     folder = paths.REFERENCE / study
-    names = ("claims.csv", "margins.csv", "runs.jsonl", "tuning.csv", "tables", "figures")
+    names = ("claims.csv", "margins.csv", "runs.jsonl", "tuning.csv", "tuning.png", "tables", "figures")
     return ", ".join(f"[{name}]({study}/{name})" for name in names if (folder / name).exists())
 
 

@@ -187,6 +187,35 @@ def legend(drawn: Figure, used: Iterable[str]) -> None:
     drawn.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize="small", frameon=False)
 
 
+def rates_figure(tuning: pd.DataFrame) -> Figure:
+    """A panel per learning rate that was searched: validation accuracy of each seed and their mean; the chosen one is marked.
+
+    tuning: the committed tuning.csv. The flat part of a curve is shaded.
+    """
+    names, across = list(dict.fromkeys(tuning["rate_of"])), 5
+    down = -(-len(names) // across)
+    drawn, panels = plt.subplots(down, across, figsize=(8, 1.5 * down), layout="constrained", squeeze=False)
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels.flat, names, strict=False):
+        rows = tuning[tuning["rate_of"] == name].sort_values("lr")
+        flat, chosen = rows[rows["flat"]], rows[rows["chosen"]]
+        if len(flat):
+            panel.axvspan(flat["lr"].min() / 1.2, flat["lr"].max() * 1.2, color="0.5", alpha=0.18, linewidth=0)
+        for seed in (column for column in rows if column.startswith("seed_")):
+            panel.plot(rows["lr"], rows[seed], ".", color="0.5", markersize=3)
+        panel.plot(rows["lr"], rows["top1_validation"], "-", linewidth=1)
+        panel.plot(chosen["lr"], chosen["top1_validation"], "D", color="C3", markersize=5)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(rows["lr"], [f"{lr:g}" for lr in rows["lr"]], rotation=60, fontsize=5)
+        panel.tick_params(axis="y", labelsize=5)
+        panel.minorticks_off()
+        panel.set_title(name, fontsize=7)
+    drawn.supxlabel("learning rate", fontsize="small")
+    drawn.supylabel("validation top-1, %", fontsize="small")
+    return drawn
+
+
 def alt(rows: pd.DataFrame) -> str:
     """What the figure shows, in words."""
     shown = rows[rows["ours"].notna() & (rows["test"] != "ratio")]
