@@ -37,6 +37,7 @@ from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
 from lab.experiments.profiles import Profile
 from lab.report import tables
 from lab.runs import store
+from lab.runs.execute import now
 from lab.runs.launch import launch
 from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
@@ -178,6 +179,8 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
     Raises NotebookFailed, whatever went wrong: the other notebooks go on.
     """
     kept, fault, content = target.parent / "failed" / target.name, None, None
+    about = {"profile": parameters.get("profile", ""), "date": now()[:10], "commit": paths.commit()}
+    began = time.monotonic()
     with private_folder() as folder:
         executed = folder / target.name
         try:
@@ -194,7 +197,8 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
             fault = f"stopped: {type(error).__name__}: {first_line(error)}"
         try:
             content = nbformat.read(executed, 4)
-            content.metadata["vitlib"] = {"content": key if fault is None else ""}
+            about |= {"content": key if fault is None else "", "seconds": round(time.monotonic() - began)}
+            content.metadata["vitlib"] = about
             with write_whole(target if fault is None else kept) as draft:
                 nbformat.write(content, draft)
         except Exception as error:
