@@ -41,7 +41,7 @@ def kinds(profile: Profile) -> dict[str, RunSpec]:
     light = replace(stems["hmlp pretrained"].parent, targets="tokens", tokenizer=None)  # no run to train first
     return {
         "supervised": resolution["trunk"], "fine-tuning": resolution["attn"],
-        "masked": light, "few labels": stems["hmlp scratch"],
+        "masked": light, "stem": stems["hmlp supervised"],
     }  # fmt: skip
 
 

@@ -159,4 +159,4 @@ def test_the_template_of_a_notebook_runs_as_it_is(monkeypatch, tmp_path, capsys)
     for cell in cells:
         if cell.cell_type == "code":
             exec(cell.source.replace("NUMBER", "31"), names)
-    assert names["page"].notebook.number == "31" and names["reference"] in names["page"].arms
+    assert names["page"].notebook.number == "31" and names["reference"] in names["page"].experiment.arms

@@ -129,7 +129,8 @@ def _fill(model: nn.Module, state: State, names: Names, what: str) -> nn.Module:
 
 def _check_values(state: State, what: str) -> None:
     """Raises UsageError, with the keys, for values that are not finite."""
-    if odd := [name for name, tensor in state.items() if not tensor.float().isfinite().all()]:
+    there = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+    if odd := [name for name, tensor in there.items() if not tensor.float().isfinite().all()]:
         raise UsageError(f"{what} has values that are not finite: {', '.join(odd[:8])}{', ...' * (len(odd) > 8)}")
 
 
