@@ -19,7 +19,7 @@ from vitlib.model import ViT, vit_config
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.weights import load, save
 from vitlib.tasks import runs
-from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, step_bytes
+from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, step_bytes, tested
 from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
 from vitlib.tasks.export import export_model
 from vitlib.tasks.finetune import finetune
@@ -361,6 +361,13 @@ def test_a_rate_at_which_the_loss_is_not_finite_loses_the_search_and_alone_is_re
     assert runs.best_of({1e-3: runs.Outcome(-1.0, np.inf, 0, 0.0), 1e-4: runs.Outcome(0.0, 9.0, 1, 0.0)}) == 1e-4
 
 
+def test_a_seed_at_which_the_loss_is_not_finite_is_said(monkeypatch, tmp_path, trunk_file):
+    monkeypatch.setattr("vitlib.tasks.compare.execute", lambda run, job: runs.Outcome(-1.0, np.inf, 0, 0.0))
+    job = runs.Job(read_task(class_folders(tmp_path / "pets"), VIEW), read_trunk(trunk_file), VIEW, tmp_path)
+    with pytest.raises(UsageError, match=r"the loss of norm, rate 0.1, seed 3 is not finite.*: leave norm out"):
+        tested(runs.Run("norm", 0.1, 3), job)
+
+
 def test_images_that_are_too_many_for_memory_are_streamed(monkeypatch, pets, tmp_path, trunk_file):
     for path in pets.rglob("*.png"):  # of squares both ways to the middle square are one
         Image.open(path).resize((20, 20)).save(path)
@@ -576,6 +583,10 @@ def test_strategies_are_compared_on_the_same_seeds_and_more_seeds_cost_only_them
     assert result.correct["attn"].shape == (2, 6) and result.costs["attn"].stored_mb < result.costs["full"].stored_mb
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"runs", "split.csv", "compare.csv", "compare.png"}
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+    monkeypatch.setattr("vitlib.errors.find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=r"scipy is not installed: pip install 'vitlib\[own\]'"):
+        compare(pets, tmp_path / "other", trunk_file)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UsageError, match="1 strategies, 5 seeds and margin 1 cannot be compared"):
         compare(pets, tmp_path / "out", trunk_file, ["full"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class UsageError(ValueError):
@@ -16,3 +17,9 @@ def unknown(what: str, given: object, allowed: Iterable[object]) -> UsageError:
     near = get_close_matches(str(given), names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UsageError(f"unknown {what} {str(given)!r}: allowed are {', '.join(names)}{hint}")
+
+
+def need(package: str, extra: str) -> None:
+    """Raises UsageError where a package of one of vitlib's extras is not installed."""
+    if find_spec(package) is None:
+        raise UsageError(f"{package} is not installed: pip install 'vitlib[{extra}]' brings what this needs")

@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, need
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,9 @@ def _satterthwaite(mean_squares: tuple[float, float, float], n: int, images: int
 
 def t_quantile(level: float, df: float) -> float:
     """Student's t below which a share `level` lies. Raises UsageError where scipy is absent."""
-    try:
-        from scipy import stats
-    except ModuleNotFoundError as fault:
-        raise UsageError("scipy is not installed: pip install 'vitlib[own]' brings what intervals need") from fault
+    need("scipy", "own")
+    from scipy import stats
+
     return float(stats.t.ppf(level, df))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, need
 from vitlib.files import write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
@@ -137,6 +137,8 @@ def compare(
         raise UsageError(
             f"{given} cannot be compared: allowed are two strategies, one seed, a margin above 0, and more"
         )
+    need("scipy", "own")
+    need("matplotlib", "own")
     check_place(out, ("runs", "split.csv", "compare.csv", "compare.png"))
     job = prepare(folder, out / "runs", weights, strategies, epochs, batch_size, image_size, labels, group, device)
     costs = {strategy: measure(job, strategy) for strategy in strategies}
@@ -146,7 +148,12 @@ def compare(
         f"cost: about {minutes:.1f} minutes or more: 3 rates and {seeds} seeds for each of {len(strategies)} strategies"
     )
     job.task.write_split(out / "split.csv")
-    rates = {strategy: best_of(search(job, strategy, TUNING_SEED)) for strategy in strategies}
+    rates = {}
+    for strategy in strategies:
+        tried = search(job, strategy, TUNING_SEED)
+        rates[strategy] = best_of(tried)
+        for lr in tried:
+            forget(Run(strategy, lr, TUNING_SEED).place(job))
     correct, seconds = {s: [] for s in strategies}, {s: [] for s in strategies}
     for seed in range(seeds):
         for strategy, lr in rates.items():
@@ -161,24 +168,28 @@ def compare(
         table.writeheader()
         table.writerows(result.rows())
     result.draw(out / "compare.png")
-    for kept in job.folder.glob("*/*.safetensors"):
-        kept.unlink()
     return result
+
+
+def forget(place: Path) -> None:
+    """Remove the weights of a finished run: its numbers are all that a comparison needs."""
+    for kept in place.glob("*.safetensors"):
+        kept.unlink()
 
 
 def tested(run: Run, job: Job) -> np.ndarray:
     """Which test images a run's best model classifies correctly, bool (N,)."""
     place = run.place(job) / "test.npy"
     if not place.is_file():
-        execute(run, job)
-        if not (place.parent / "best.safetensors").is_file():
+        if execute(run, job).top1 < 0:
             raise UsageError(
-                f"the loss of {run} is not finite, at a rate that another seed chose: lower it with more epochs"
+                f"the loss of {run} is not finite, at a rate that another seed chose: leave {run.strategy} out"
             )
         model = read_trunk(place.parent / "best.safetensors").model.to(job.engine.device)
         _, correct = supervised.evaluate(model, job.test, job.engine)
         with write_whole(place) as draft:
             np.save(draft, correct)
+        forget(place.parent)
     return np.load(place)
 
 

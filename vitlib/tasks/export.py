@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, need
 from vitlib.files import write_whole
 from vitlib.model import fuse
 from vitlib.tasks.predict import classifier
@@ -25,6 +25,8 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
     """
     if (onnx is None) == (torch_export is None):
         raise UsageError("export-model writes one file: give --onnx FILE or --torch-export FILE")
+    for package in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
+        need(package, "export")
     tuned, path = classifier(model), Path(onnx or torch_export)
     fused, config = fuse(tuned.model), tuned.model.config
     images = torch.randn(3, config.in_chans, config.image_size, config.image_size)
@@ -51,13 +53,8 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
 
 def to_onnx(model: torch.nn.Module, images: torch.Tensor, sizes: tuple, path: Path):
     """Write ONNX; what runs it, images (B, C, H, W) -> logits (B, K)."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it
-    except ModuleNotFoundError as fault:
-        raise UsageError(
-            f"{fault.name} is not installed: pip install 'vitlib[export]' brings what ONNX needs"
-        ) from fault
+    import onnxruntime
+
     torch.onnx.export(
         model, (images,), path, dynamo=True, dynamic_shapes=sizes, verbose=False, external_data=False,
         input_names=["images"], output_names=["logits"],

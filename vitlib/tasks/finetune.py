@@ -63,7 +63,8 @@ def finetune(
     `out` holds something else.
     """
     out = Path(out)
-    check_place(out, WRITTEN)
+    if not (out / "result.json").is_file():
+        check_place(out, WRITTEN)
     job = prepare(folder, out / "runs", weights, [strategy], epochs, batch_size, image_size, labels, group, device, lr)
     name = Run(strategy, lr or 0.0, seed).place(job).name  # 0: searched
     if (out / "result.json").is_file():

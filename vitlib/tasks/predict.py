@@ -14,7 +14,7 @@ import torch
 
 from vitlib.data import DataSet, Found
 from vitlib.data.read import Files, images_in
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, need
 from vitlib.files import write_whole
 from vitlib.stats import wilson
 from vitlib.tasks.images import read_all, read_images
@@ -124,6 +124,8 @@ def evaluate(
     Images that are in the model's training and validation parts (`split.csv` beside it) are left out. Raises UsageError
     where the folder has classes that the model has not.
     """
+    if picture is not None:
+        need("matplotlib", "own")
     tuned = classifier(model)
     data, _, digests = read_all(folder, tuned.view(tuned.model.config.image_size), labels)
     if other := sorted(set(data.classes) - set(tuned.classes)):

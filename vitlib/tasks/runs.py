@@ -96,15 +96,8 @@ class Run:
     seed: int
 
     def place(self, job: Job) -> Path:
-        names = [
-            VERSION,
-            job.task.checksum,
-            job.trunk.hash,
-            job.view,
-            job.epochs,
-            job.batch_size,
-            *asdict(self).values(),
-        ]
+        data, recipe = (job.task.checksum, job.trunk.hash, job.view), (job.epochs, job.batch_size)
+        names = [VERSION, *data, *recipe, self.strategy, self.lr, self.seed]
         return job.folder / hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
