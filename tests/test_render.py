@@ -82,6 +82,21 @@ def test_a_notebook_that_cannot_be_written_is_one_sentence(tmp_path):
         rendered(tmp_path, "print(1)")
 
 
+@pytest.mark.parametrize("change", ["emptied", "cut", "an output", "a table that is gone", "a table that is another"])
+def test_a_notebook_that_was_changed_or_whose_tables_were_is_rendered_again(change, tmp_path):
+    target, table = tmp_path / "smoke" / "notebooks" / "tiny.ipynb", tmp_path / "smoke" / "tables" / "tiny_x.csv"
+    cell = f"import pathlib; p = pathlib.Path({str(table)!r}); p.parent.mkdir(parents=True, exist_ok=True); p.write_text('1'); print(5)"
+    with kernel_environment():
+        render._render(written(tmp_path, cell), target, {}, "key")
+    assert render._is_current(target, "key") and not render._is_current(target, "another")
+    text = target.read_text()
+    if "table" in change:
+        table.unlink() if "gone" in change else table.write_text("2")
+    else:
+        target.write_text({"emptied": "", "cut": text[:-9]}.get(change, text.replace('"5\\n"', '"6\\n"')))
+    assert not render._is_current(target, "key")
+
+
 RENDERS = """
 import sys
 from pathlib import Path

@@ -167,10 +167,21 @@ def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) 
 
 
 def _is_current(target: Path, key: str) -> bool:
+    """Whether the notebook was rendered from the same contents, and it and its tables and figures are as they were."""
     try:
-        return json.loads(target.read_text(encoding="utf-8"))["metadata"]["vitlib"]["content"] == key
-    except (OSError, ValueError, KeyError):
+        content = nbformat.read(target, 4)
+        kept = content.metadata["vitlib"]
+        return (kept["content"], kept["shown"]) == (key, _shown(content, target))
+    except Exception:  # not there, or damaged in any way
         return False
+
+
+def _shown(content: nbformat.NotebookNode, target: Path) -> str:
+    """A hash of an executed notebook's cells and of the files that it has written beside its folder."""
+    digest = hashlib.sha256(json.dumps(content.cells, sort_keys=True).encode())
+    for path in sorted(target.parents[1].glob(f"[tf]*/{target.stem}*")):  # tables/, figures/
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _render(notebook: Path, target: Path, parameters: dict[str, object], key: str) -> None:
@@ -197,7 +208,11 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
             fault = f"stopped: {type(error).__name__}: {first_line(error)}"
         try:
             content = nbformat.read(executed, 4)
-            about |= {"content": key if fault is None else "", "seconds": round(time.monotonic() - began)}
+            about |= {
+                "content": key if fault is None else "",
+                "shown": _shown(content, target),
+                "seconds": round(time.monotonic() - began),
+            }
             content.metadata["vitlib"] = about
             with write_whole(target if fault is None else kept) as draft:
                 nbformat.write(content, draft)

@@ -48,11 +48,11 @@ class Checkpoints:
         self.path, self.every_s, self.notes, self.writes, self.run = path, every_s, notes or {}, writes, run
         self.step = 0  # that the file on disk belongs to; 0 = there is none
         self.written = time.monotonic()
-        self.began, self.cpu_began = time.time(), time.process_time()  # earlier by what earlier processes took
+        self.began, self.cpu_began = time.monotonic(), time.process_time()  # earlier by what earlier processes took
 
     @property
     def wall_s(self) -> float:
-        return time.time() - self.began
+        return time.monotonic() - self.began
 
     @property
     def cpu_s(self) -> float:
