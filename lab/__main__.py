@@ -249,13 +249,13 @@ def claims_(arguments) -> None:
         verdict = next(v for v in evidence.verdicts(source, evidence.reference()) if v.part.id == part.id)
         print(f"{part.title}\n{tables.said(verdict)}\n{verdict.sentence or verdict.note}")
         if arguments.trace:
-            print(
-                f"\nmargin {part.margin}, checks: {dict(verdict.checks)}\nledger entry {source.ledger.hash(part, p.name)}\n"
-            )
-            print(evidence.trace(source, part).to_markdown(index=False, tablefmt="simple"))
+            there = p.name in part.n or part.kind == "exact"
+            fixed = source.ledger.hash(part, p.name) if there else f"none at profile {p.name}"
+            print(f"\nmargin {verdict.part.margin}, checks: {dict(verdict.checks)}\nledger entry {fixed}\n")
+            print(evidence.trace(source, part).to_markdown(index=False, tablefmt="simple", disable_numparse=True))
         return
     every = evidence.verdicts(source, evidence.reference())
-    if arguments.margin:
+    if arguments.margin is not None:
         moved = judge.moved(every, (arguments.margin, *judge.MARGINS))
         return print(moved.to_markdown(index=False, tablefmt="simple", floatfmt=".2f"))
     if not arguments.committed:

@@ -1459,6 +1459,25 @@ def test_the_trace_shows_runs_that_were_made_under_another_entry(planted_study, 
     }
 
 
+def test_a_verdict_of_the_pilot_leads_to_the_pilots_runs(planted_study, capsys):
+    for id in ("P2-3", "P2-1"):  # not run again, and not run yet
+        assert main(["claims", id, "--trace", "--profile", "study"]) == 0
+        shown, arms = capsys.readouterr().out, Archive(PILOT).results(LEDGER.part(id).notebook)
+        for arm in LEDGER.part(id).at_profile("pilot").contrast:
+            assert all(run.hash in shown for run in arms[arm]), (id, arm)
+        assert "(pilot)" in shown and "True" not in shown.partition("ledger entry")[2]
+    assert main(["claims", "B1-Ti", "--trace", "--profile", "study"]) == 0  # measured elsewhere
+    assert "ledger entry none at profile study" in capsys.readouterr().out
+    assert main(["claims", "H1", "--trace", "--profile", "study"]) == 0 and "H1: fails" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("margin", ["0", "-1", "nan", "inf"])
+def test_a_margin_that_is_none_is_refused_in_one_sentence(planted_study, capsys, margin):
+    assert main(["claims", "--profile", "study", "--margin", margin]) == 2
+    said = capsys.readouterr().err
+    assert "a margin is " in said and "allowed are percentage points above 0" in said and said.count("\n") == 1
+
+
 def test_every_label_at_another_margin(planted_study, capsys):
     assert main(["claims", "--profile", "study", "--margin", "0.75"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -339,15 +339,23 @@ def reference() -> Archived | None:
 
 
 def trace(source: Stored | Archived, part: Part) -> pd.DataFrame:
-    """From a verdict to its runs: arm, seed by seed, with rates, run hash, commit, start, the ledger's hash and the data's."""
+    """From a verdict to its runs: arm, seed by seed, with rates, run hash, commit, start, the ledger's hash and the data's.
+
+    Where the pilot's estimate stands, the pilot's runs. "as now": made under the ledger's entry and recipe as they are.
+    """
+    if verdict(source, part).source == PILOT:
+        source = Archived(paths.REFERENCE / PILOT, PILOT, source.ledger)
     here, rows = part.at_profile(source.name), []
+    recipes = source.ledger.recipes.get(source.name, {}).get(part.notebook, {})
+    now = source.ledger.hash(part, source.name) if recipes and source.name in part.n else None
     for arm in here.arms if part.kind != "ratio" else ():  # of a ratio the benchmark's own records tell
-        rates = source.ledger.recipe(part, source.name, arm)["rates"]
+        recipe = recipes.get(arm, {"rates": {}, "record": None})
         for run in source.runs(part.notebook, arm)[0]:
             about, stored = run.result.about, run.result.ledger.get(part.id, "")
             rows.append({
-                "arm": arm, "top1": run.result.metrics["top1"], "rates": " ".join(f"{lr:g}" for lr in rates.values()),
+                "arm": arm, "top1": round(run.result.metrics["top1"], 4), "rates": " ".join(f"{lr:g}" for lr in recipe["rates"].values()),
                 "run": run.result.hash, "commit": about["commit"], "began": about.get("began", about["date"]),
-                "ledger": stored, "as now": stored == source.ledger.hash(part, source.name), "data": run.data,
+                "device": about["device"], "ledger": stored, "as now": stored == now and run.record == recipe["record"],
+                "data": run.data,
             })  # fmt: skip
     return pd.DataFrame(rows)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lab.claims import statistics
 from lab.claims.ledger import PILOT, Check, Part, ledger
+from vitlib.errors import UsageError
 from vitlib.stats import Estimate, difference, interval
 
 # The labels of a part; three kinds of them carry numbers.
@@ -247,7 +248,12 @@ def _two_sided(verdict: Verdict) -> float:
 
 
 def moved(verdicts: Sequence[Verdict], margins: Sequence[float] = MARGINS) -> pd.DataFrame:
-    """How labels move: each measured part at several margins, before Holm's correction; what was not judged stays so."""
+    """How labels move: each measured part at several margins, before Holm's correction; what was not judged stays so.
+
+    Raises UsageError for a margin that is no number above 0.
+    """
+    if wrong := [m for m in margins if not 0 < m < math.inf]:
+        raise UsageError(f"a margin is {wrong[0]}: allowed are percentage points above 0")
     margins = sorted({*margins})
     measured = [v for v in verdicts if v.estimate is not None and v.part.margin is not None]
     rows = [
