@@ -19,7 +19,7 @@ from vitlib.model import ViT, vit_config
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.weights import load, save
 from vitlib.tasks import runs
-from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, step_bytes, tested
+from vitlib.tasks.compare import Comparison, compare, more_seeds, not_worse, right_on_test, step_bytes
 from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
 from vitlib.tasks.export import export_model
 from vitlib.tasks.finetune import finetune
@@ -365,7 +365,7 @@ def test_a_seed_at_which_the_loss_is_not_finite_is_said(monkeypatch, tmp_path, t
     monkeypatch.setattr("vitlib.tasks.compare.execute", lambda run, job: runs.Outcome(-1.0, np.inf, 0, 0.0))
     job = runs.Job(read_task(class_folders(tmp_path / "pets"), VIEW), read_trunk(trunk_file), VIEW, tmp_path)
     with pytest.raises(UsageError, match=r"the loss of norm, rate 0.1, seed 3 is not finite.*: leave norm out"):
-        tested(runs.Run("norm", 0.1, 3), job)
+        right_on_test(runs.Run("norm", 0.1, 3), job)
 
 
 def test_images_that_are_too_many_for_memory_are_streamed(monkeypatch, pets, tmp_path, trunk_file):

@@ -158,7 +158,7 @@ def compare(
     for seed in range(seeds):
         for strategy, lr in rates.items():
             run = Run(strategy, lr, seed)
-            correct[strategy].append(tested(run, job))
+            correct[strategy].append(right_on_test(run, job))
             seconds[strategy].append(execute(run, job).seconds)
             say(f"  {run}: {100 * correct[strategy][-1].mean():.1f} % of the test images")
     mean_s = {strategy: float(np.mean(values)) for strategy, values in seconds.items()}
@@ -177,7 +177,7 @@ def forget(place: Path) -> None:
         kept.unlink()
 
 
-def tested(run: Run, job: Job) -> np.ndarray:
+def right_on_test(run: Run, job: Job) -> np.ndarray:
     """Which test images a run's best model classifies correctly, bool (N,)."""
     place = run.place(job) / "test.npy"
     if not place.is_file():
