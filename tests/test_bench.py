@@ -152,7 +152,7 @@ def test_the_steps_of_a_kind_of_run_train_what_the_run_trains():
     kinds = data.kinds(PROFILES["smoke"])
     assert {kind: (spec.protocol, spec.strategy) for kind, spec in kinds.items()} == {
         "supervised": ("supervised", "full"), "fine-tuning": ("finetune", "attn"),
-        "masked": ("masked", "full"), "few labels": ("supervised", "full"),
+        "masked": ("masked", "full"), "stem": ("supervised", "full"),
     }  # fmt: skip
     readings = data.measure({"spec": asdict(kinds["masked"])}, "cpu", torch.float32)
     assert readings["step"].macs > 0 and readings["batch"].macs == 0
