@@ -32,6 +32,27 @@ from vitlib.files import write_whole
 
 PAGE = paths.REFERENCE / "README.md"
 MARKS = ("<!-- claims: written by `python -m tools.reference` -->", "<!-- end of claims -->")
+ANSWERS = ("<!-- answers: written by `python -m tools.reference` -->", "<!-- end of answers -->")
+THINGS = (  # what the paper says, its primary parts, the notebooks
+    (
+        "parallel blocks",
+        "18 layers of 2 branches are as accurate as 36 layers, at the same cost",
+        ("A1",),
+        ("31", "61"),
+    ),
+    (
+        "attention-only tuning",
+        "attention alone adapts a ViT as well as all its weights, and cheaper",
+        ("F1", "F2-full"),
+        ("41", "42"),
+    ),
+    (
+        "hMLP stem",
+        "a stem that keeps patches apart helps masked pre-training",
+        ("H4-linear", "H8-retention"),
+        ("51", "52"),
+    ),
+)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -110,7 +131,8 @@ def about(results: list[Result]) -> str:
 def write_pages() -> list[Path]:
     """The page and README's table, from what is committed."""
     readme = paths.ROOT / "README.md"
-    texts = {PAGE: page(), readme: with_block(readme.read_text(encoding="utf-8"), readme_block())}
+    text = with_block(readme.read_text(encoding="utf-8"), readme_block())
+    texts = {PAGE: page(), readme: with_block(text, answers_block(), ANSWERS)}
     for path, text in texts.items():
         with write_whole(path) as draft:
             draft.write_text(text, encoding="utf-8")
@@ -119,12 +141,28 @@ def write_pages() -> list[Path]:
     return [*texts, picture]
 
 
-def with_block(text: str, block: str) -> str:
+def with_block(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
     """`text` with `block` between the two marks. Raises UsageError where they are not there."""
-    first, last = (text.find(mark) for mark in MARKS)
+    first, last = (text.find(mark) for mark in marks)
     if first < 0 or last < first:
-        raise UsageError(f"README.md lacks the marks {MARKS[0]} and {MARKS[1]}")
-    return f"{text[: first + len(MARKS[0])]}\n\n{block}\n{text[last:]}"
+        raise UsageError(f"README.md lacks the marks {marks[0]} and {marks[1]}")
+    return f"{text[: first + len(marks[0])]}\n\n{block}\n{text[last:]}"
+
+
+def answers_block() -> str:
+    """One row per thing: what the paper says, what its primary parts measured, whether it holds here."""
+    table, lines = answer.claims().set_index("part", drop=False), []
+    for thing, says, parts, notebooks in THINGS:
+        rows = [row for row in table.loc[[*parts]].itertuples()]
+        measured = [
+            f"{r.part}: {answer.measured(r).partition(';')[0] or 'not run'}{' (pilot)' * (r.source == PILOT)}"
+            for r in rows
+        ]
+        words = [f"{claim}: {word}" for claim, word in dict((r.claim, r.claim_verdict) for r in rows).items()]
+        links = [f"[{number}](notebooks/{notebook(number).file}.ipynb)" for number in notebooks]
+        lines.append({"thing": thing, "the paper says": says, "we measured": "<br>".join(measured),
+                      "holds here?": "<br>".join(words), "notebooks": " ".join(links)})  # fmt: skip
+    return rows_of(lines) + "\n"
 
 
 def rows_of(lines: list[dict[str, str]]) -> str:
