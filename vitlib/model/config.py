@@ -18,7 +18,7 @@ from vitlib.records import floats
 
 # name -> (width, heads). Paper: Table 1, columns "width" and "heads".
 WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
-_NAME = re.compile(r"(Ti|S|B|L|W(\d+)-)(\d+)(?:x(\d+))?(?:/(\d+))?")
+_NAME = re.compile(r"(Ti|S|B|L|W(\d{1,6})-)(\d{1,6})(?:x(\d{1,6}))?(?:/(\d{1,6}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
