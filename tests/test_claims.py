@@ -1674,6 +1674,14 @@ def test_the_best_is_one_of_the_rates_with_most_seeds_and_deficits_are_paired():
     )  # 2.0 is the best of those with four; 1.0 is not worse on their two
 
 
+def test_the_deficit_is_held_against_its_standard_error():
+    best = dict.fromkeys((1000, 1001, 1002, 1003), 80.0)
+    for mean, flat in ((0.45, (1.0, 2.0)), (0.55, (1.0,))):  # standard deviation 1, standard error 0.5
+        deficits = mean + spread(4, 1.0)
+        curve = {1.0: best, 2.0: dict(zip(best, 80.0 - deficits, strict=True))}
+        assert statistics.flat_part(curve) == flat
+
+
 def test_a_flat_part_has_to_end_on_both_sides():
     found = tuning.curve(1.0, False, flat_between(-2, 2))
     assert found.bracketed and found.flat[0] > min(found.top1) and found.flat[-1] < max(found.top1)
