@@ -156,7 +156,7 @@ def _context() -> multiprocessing.context.BaseContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lab.runs.execute"])
+    context.set_forkserver_preload(["lab.runs.forked", "lab.runs.execute"])
     added = {name: value for name, value in MEMORY.items() if name not in os.environ}
     os.environ |= added
     forkserver.ensure_running()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vitlib.files import alive, sweep
 
+PATIENCE = 6  # seconds that a command has to end what it started
 CGROUP = Path("/sys/fs/cgroup")
 QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of a container: cgroup v2, v1
 
@@ -40,6 +41,8 @@ def end_cleanly() -> None:
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        # and so does waiting, e.g. for a process that still imports
+        threading.Thread(target=lambda: (time.sleep(PATIENCE), os._exit(130)), daemon=True).start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
