@@ -214,8 +214,10 @@ def distributed(
     log.parent.mkdir(parents=True, exist_ok=True)
     with private_folder() as folder:
         order = write_order(spec, folder / "run.json", need_weights, every_s, stamps)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        code = _until_it_ends([*torchrun, "-m", "lab.runs.execute", str(order)], log, spec.threads)
+        forked = ["-m", "lab.runs.forked"]
+        torchrun = [*forked, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *torchrun, *forked, "lab.runs.execute", str(order)]
+        code = _until_it_ends(command, log, spec.threads)
         if (fault := order.with_suffix(".fault")).is_file():  # the one sentence that a process ended with
             usage, text = json.loads(fault.read_text(encoding="utf-8"))
             raise UsageError(text) if usage else RunsFailed(text)
