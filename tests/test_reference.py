@@ -1,4 +1,4 @@
-"""The committed reference: page and README's table say what claims.csv says, and claims.csv what runs.jsonl says."""
+"""The committed reference: page and README's tables say what claims.csv says, and claims.csv what the runs say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from lab import paths
-from lab.claims.ledger import ledger
+from lab.claims import evidence
+from lab.claims.ledger import PILOT, ledger
 from lab.experiments.catalogue import experiment, notebook
 from lab.experiments.profiles import profile as scale
-from lab.report import tables
+from lab.report import answer, tables
 from lab.runs import results, store
 from lab.runs.results import Archive, Result
 from tools import reference
@@ -21,13 +22,12 @@ from vitlib.errors import UsageError
 README = (paths.ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def committed(profile: str) -> pd.DataFrame:
-    return reference.table(profile).set_index("part")
-
-
-def test_the_readmes_claims_table_is_the_committed_one():
-    assert reference.studies()
-    assert reference.with_block(README, reference.readme_block()) == README, "python -m tools.reference"
+def test_the_readmes_tables_are_the_committed_ones():
+    text = reference.with_block(README, reference.readme_block())
+    assert reference.with_block(text, reference.answers_block(), reference.ANSWERS) == README, (
+        "python -m tools.reference"
+    )
+    assert max(map(len, reference.readme_block().splitlines())) <= 200
 
 
 def test_the_page_is_written_from_the_committed_tables():
@@ -35,115 +35,99 @@ def test_the_page_is_written_from_the_committed_tables():
 
 
 def test_every_part_of_the_ledger_has_one_place_on_the_page_and_its_own_words():
-    for profile in reference.studies():
-        rows = reference.table(profile)
-        assert set(rows["part"]) == {part.id for part in ledger().values() if part.belongs("study")}
+    page = reference.PAGE.read_text(encoding="utf-8")
+    for study in answer.studies():
+        rows = answer.claims(study)
+        assert set(rows["part"]) == set(ledger().parts)
         for row in rows.itertuples():
-            sections = [title for title, chosen, _ in reference.SECTIONS if chosen(row)]
-            assert len(sections) == 1, row.part
-            assert reference.PAGE.read_text(encoding="utf-8").count(f"- **{row.part}** ") == len(reference.studies())
+            assert sum(bool(chosen(row)) for chosen in reference.SECTIONS.values()) == 1, row.part
+            assert page.count(f"- **{row.part}** ") == len(answer.studies())
 
 
-def test_the_page_says_which_arms_were_best_at_an_end_of_the_rates_tried_and_which_parts_were_not_tuned():
-    kept = paths.REFERENCE / "pilot"
-    tried = pd.read_csv(kept / "tuning.csv").pivot_table(index="arm", columns="lr", values="top1_validation")
-    ffn = tried.loc["ffn"].dropna()
-    ends = reference._at_an_end("pilot")
-    assert ends["ffn"] == ("highest" if ffn.iloc[-1] == ffn.max() else "lowest") and "full" not in ends
-    assert len(ffn) == 3 and tried.loc["full"].dropna().argmax() == 1  # three rates, full's in the middle
-    text = reference.PAGE.read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines() if line.startswith("| F2-full "))
-    assert f"ffn ({ends['ffn']})" in row and "full (" not in row
-    # "attn" of Table 5 is not the "W64 digits 100 attn" of Table 6.
-    assert "| attn (" not in next(line for line in text.splitlines() if line.startswith("| F5-digits "))
-    named = text.partition("untuned: ")[2].partition(".\n")[0].split(", ")
-    shown, judged = set(pd.read_csv(kept / "best_rates.csv")["part"]), committed("pilot")
-    assert shown.isdisjoint(named)
-    assert shown | {*named} == {*judged.index[judged["ours"].notna() & (judged["test"] != "ratio")]}
+def test_the_pilot_stands_beside_the_second_study_part_by_part_with_the_reason():
+    pilot = pd.read_csv(paths.REFERENCE / PILOT / "claims.csv", index_col="part")
+    lines = [line.split(" | ") for line in reference.beside().splitlines()[2:]]
+    assert [line[0].removeprefix("| ") for line in lines] == list(pilot.index[pilot["ours"].notna()])
+    assert all(len(line) == 6 and line[3] and line[5].strip(" |") for line in lines)
+    assert next(line for line in lines if line[0] == "| P4")[1] == "equivalent within 1.5"
 
 
-def test_the_committed_verdicts_are_those_of_the_committed_runs(monkeypatch, tmp_path):
-    """The runs are read into an empty store, and every part that was judged on runs is judged again."""
+def test_the_committed_verdicts_are_those_of_the_committed_files(monkeypatch, tmp_path):
+    """Runs are read into an empty store, and every part is judged again."""
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    for profile in set(reference.studies()) & {"study"}:  # other profiles' data is not here
-        store.import_runs(paths.REFERENCE / profile / "runs.jsonl")
-        again = {v.part.id: v for v in tables.judged(scale(profile))}
-        for id, row in committed(profile).iterrows():
-            if ledger()[id].kind != "ratio":
-                assert again[id].text == row["verdict"], id
-            if isinstance(row["runs"], str) and row["runs"]:
-                assert " ".join(again[id].runs) == row["runs"]
-                assert again[id].ours == pytest.approx(tuple(row[["ours", "low", "high"]]), abs=1e-9)
+    if (paths.REFERENCE / "study" / "runs.jsonl").is_file():
+        store.import_runs(paths.REFERENCE / "study" / "runs.jsonl")
+    again = {v.part.id: v for v in evidence.verdicts(evidence.Stored(scale("study")))}
+    for row in answer.claims().itertuples():
+        if row.test != "ratio":
+            assert again[row.part].label == row.label, row.part
+        if not pd.isna(row.ours) and row.test != "ratio":
+            assert again[row.part].ours == pytest.approx((row.ours, row.low, row.high), abs=1e-9)
+            assert row.low < row.ours < row.high and row.seed_se**2 * row.n == pytest.approx(row.sd**2)
 
 
-def test_the_differences_of_the_claims_table_come_out_by_plain_arithmetic_on_the_runs():
-    """Not by the code that judges: the bits are unpacked here, and a superiority's mean is a mean of means."""
-    for profile in reference.studies():
-        lines = (paths.REFERENCE / profile / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-        results = {r["result"]["hash"]: Result.from_record(r["result"]) for r in map(json.loads, lines)}
-        for id, row in committed(profile).iterrows():
-            part = ledger()[id].at_profile(profile)
-            if not (isinstance(row["runs"], str) and row["runs"]) or part.sizes:
-                continue
-            assert set(row["runs"].split()) <= results.keys(), id
-            assert row["low"] < row["ours"] < row["high"]
-            assert row["seed_se"] ** 2 * row["n"] == pytest.approx(row["sd"] ** 2)
+ABOUT = dict.fromkeys(results.ABOUT, "x") | dict.fromkeys(("cpu_s", "wall_s", "mem_mb"), 3600.0)
 
 
-def made_up() -> pd.DataFrame:
-    from lab.claims.judge import judge, verdict_table
-
-    rng = np.random.default_rng(0)
-    part = ledger()["A1"]
-    arms = {arm: rng.random((5, 400)) < 0.8 for arm in part.contrast_at(12)}
-    from lab.claims.ledger import ledger_hashes
-
-    judged = judge(part, arms, "study", 12, 10, hashes=[ledger_hashes()])
-    return verdict_table([judged, judge(ledger()["P5"], {}, "study", 12, 10)])
+def finished(place, spec) -> None:
+    run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, ABOUT)
+    (place / "runs" / spec.hash).mkdir(parents=True)
+    for name, record in (("spec", spec.record()), ("result", run.record())):
+        (place / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def test_report_copies_what_was_rendered_and_refuses_where_nothing_was(monkeypatch, tmp_path):
+def test_what_is_finished_of_a_study_is_copied_and_arms_that_are_not_whole_have_no_accuracy(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("VITLIB_RUNS", str(tmp_path / "runs"))
-    study = scale("study")
-    with pytest.raises(UsageError, match="run `python -m lab reproduce --profile study` first"):
-        reference.copy(study)
-    made = tmp_path / "outputs" / "study"
-    (made / "tables").mkdir(parents=True)
-    (made / "figures").mkdir()
-    made_up().to_csv(made / "claims.csv", index=False)
-    (made / "tables" / "31_x.csv").write_text("a,b\n1.50,\n", encoding="utf-8")
-    (made / "tables" / "31_x.md").write_text("| a | b |\n|---|---|\n| 1.50 | – |\n", encoding="utf-8")
-    (made / "figures" / "31_x.png").write_bytes(b"png")
-    (made / "figures" / "31_x.svg").write_bytes(b"svg")
+    study, kept = scale("study"), tmp_path / "reference" / "study"
     monkeypatch.setattr(paths, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(reference, "PAGE", tmp_path / "reference" / "README.md")
+    monkeypatch.setattr(reference, "beside", lambda: "the pilot")
+    monkeypatch.setattr(evidence, "pilot", lambda part: evidence.Verdict(part.at_profile("study"), "study", "not run"))
     monkeypatch.setattr(paths, "ROOT", tmp_path)
+    marks = [*reference.ANSWERS, *reference.MARKS]
     (tmp_path / "README.md").write_text(
-        f"before\n{reference.MARKS[0]}\nold\n{reference.MARKS[1]}\nafter\n", encoding="utf-8"
+        "before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks), encoding="utf-8"
     )
-    monkeypatch.setattr(reference, "_about", lambda profile: "10 runs")
-    with pytest.raises(UsageError, match="no run of profile study is in"):
-        reference.copy(study)
-    assert not (tmp_path / "reference").exists()
-    trunks = experiment(notebook("41"), study).seeds_of("trunk")
-    for spec in trunks:
-        run = Result(spec.hash, {"top1": 50.0}, np.array([True, False]), {}, dict.fromkeys(results.ABOUT, "x"))
-        (tmp_path / "runs" / spec.hash).mkdir(parents=True)
-        for name, record in (("spec", spec.record()), ("result", run.record())):
-            (tmp_path / "runs" / spec.hash / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
     monkeypatch.setattr(reference, "NOTEBOOKS", [notebook(number) for number in ("31", "41")])
+    made = tmp_path / "outputs" / "study" / "tables"
+    made.mkdir(parents=True)
+    (made / "31_x.md").write_text("| a |\n", encoding="utf-8")
+    (made / "31_x.txt").write_text("not copied", encoding="utf-8")
+    setting = experiment(notebook("41"), study)
+    trunks = setting.seeds_of("trunk")
+    for spec in [*trunks, *setting.seeds_of("full")[:3]]:
+        finished(tmp_path, spec)
+    answer.claims.cache_clear()
     assert reference.main(["--profile", "study"]) == 0
-    kept = tmp_path / "reference" / "study"
+    answer.claims.cache_clear()
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [
-        "31_x.csv", "31_x.md", "31_x.png", "arms.csv", "claims.csv", "claims.toml", "runs.jsonl",
+        "31_x.md", "about.txt", "accuracies.csv", "arms.csv", "claims.csv", "claims.toml", "margins.csv", "recipes.toml", "runs.jsonl",
     ]  # fmt: skip
     archive = Archive(kept)  # pages can read it
-    assert archive.seeds == study.seeds
-    assert [result.hash for result in archive.results("41")["trunk"]] == [spec.hash for spec in trunks]
-    assert "|" in (kept / "tables" / "31_x.md").read_text() and "1.50" in (kept / "tables" / "31_x.md").read_text()
+    assert [r.hash for r in archive.results("41")["trunk"]] == [spec.hash for spec in trunks]
+    assert len(archive.results("41")["full"]) == 3 and archive.seeds == study.seeds
+    whole = pd.read_csv(kept / "accuracies.csv", dtype={"notebook": str})
+    assert whole[["notebook", "arm", "n"]].values.tolist() == [
+        ["31", "12x1+LS", 20],
+        ["41", "trunk", 20],
+    ]  # one run, two names
+    assert (kept / "about.txt").read_text().startswith("23 runs, 23.0 CPU hours")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "| A1 " in readme and "not run" in readme
+    assert "\nold\n" not in readme and "| A1 | Residual layers" in readme and "A1: not run" in readme
     page = reference.PAGE.read_text(encoding="utf-8")
-    assert "- **P5** " in page[page.index("### Not run") :] and "- **A1** " in page
+    assert "- **A1** " in page[page.index("### Not run") :]
+
+
+def test_a_readme_without_marks_and_an_unknown_profile_are_refused():
+    with pytest.raises(UsageError, match=r"README\.md lacks the marks"):
+        reference.with_block("text", "block")
+    with pytest.raises(SystemExit):
+        reference.main(["--profile", "studdy"])
+
+
+def test_a_table_of_ours_has_no_padding():
+    assert reference.rows_of([{"a": "x", "b": "long text"}, {"a": "y", "b": "z"}]).splitlines() == [
+        "| a | b |", "| --- | --- |", "| x | long text |", "| y | z |",
+    ]  # fmt: skip
+    assert tables.printed(pd.DataFrame(), {}).empty
