@@ -103,8 +103,12 @@ class Page:
             display(Markdown(f"*{caption}*"))
 
     def judged(self) -> list[Verdict]:
-        """The verdicts on all claims at this profile, from what is finished."""
-        return tables.judged(self.profile)
+        """The verdicts at this profile, from what is finished; at smoke, which judges nothing else, on what is counted."""
+        every = tables.judged(self.profile)
+        if self.profile.judged:
+            return every
+        display(Markdown("These runs only show that the code runs; the answer on top is the reference's. What is counted:"))
+        return [v for v in every if v.part.kind == "exact"]
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries, from this page's own runs."""
