@@ -51,7 +51,7 @@ def study(monkeypatch, tmp_path):
 def test_the_words_are_those_of_the_label_with_number_interval_n_and_the_paper(study):
     said = answer.text(answer.chosen("A1"))
     assert said.startswith("**A1: Residual layers can be processed side by side at no cost in accuracy: held here.**")
-    assert "Two branches are as accurate as one, to within half a point" in said and "*level within 0.5*" in said
+    assert "Two branches are as accurate as one, to within the margin" in said and "*level within 0.5*" in said
     assert re.search(r"\+0\.10 \[-0\.0\d, \+0\.2\d\] points, n = 20; the paper: -0\.10", said)
     assert "did not hold here" in answer.text(answer.chosen("F1")) and "worse 0." not in answer.text(
         answer.chosen("F1")

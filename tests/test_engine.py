@@ -578,7 +578,7 @@ def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(r
     said = str(error.value)
     assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
     assert workers() == [] and not store.find(spec)
-    assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"] == STAMPS
+    assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"].items() > STAMPS.items()
 
 
 def workers() -> list[int]:

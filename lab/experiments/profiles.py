@@ -105,7 +105,7 @@ PROFILES = {
     # The code runs: a few steps of every kind.
     "smoke": replace(
         _EMBEDDED, name="smoke", seeds=(1000,), width=32, images=500, finetune_images=500, **_PRIMARY, transfer_widths=(32,),
-        stems=Stems(32, 8, hidden=32, masked_epochs=1, supervised_epochs=1, finetune_epochs=1, few_labels=100, few_labels_epochs=8),
+        stems=Stems(32, 8, hidden=32, masked_epochs=1, supervised_epochs=1, finetune_epochs=1, few_labels=100, few_labels_epochs=8, pairs=2),
     ),
     # A1, F1 and F2 by the study's recipes; Thing 3 at a quarter of the length, shown and not judged.
     "cpu": replace(

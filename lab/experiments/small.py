@@ -117,7 +117,7 @@ def regrouping(p: Profile) -> list[Arm]:
     for scale in (LAYER_SCALE, None):
         trunk = _form(p, p.pairs, 1, scale)
         arms.append(Arm(_name(p.pairs, 1, scale), trunk, _name(p.pairs, 1, scale), "trained", REGROUPED_SEEDS))
-        for k in (2, 3, 4, 6, 12) if p.exploratory else () if p.judged else (2, 12):
+        for k in (2, 3, 4, 6, 12) if p.exploratory else () if p.judged else (2,):
             model = replace(trunk.model, depth=p.pairs // k, branches=k)
             for strategy in ("full", "attn"):
                 recipe = Recipe(epochs=1, batch_size=64, lr=p.rate(strategy))
@@ -258,8 +258,9 @@ def stems(p: Profile) -> list[Arm]:
     All stems of a seed predict the tokens of one discrete VAE. The control is the linear stem on few labels, pre-trained and
     from scratch. `BLANKED` takes the rates of the convolutional stem. `smoke` has one arm with those tokens.
     """
-    few, trunks = p.stems.few_labels, {name: _masked(p, name, p.targets) for name in PRIMARY_STEMS}
-    cells = [(name, "supervised", None) for name in PRIMARY_STEMS]
+    names = PRIMARY_STEMS if p.judged else ("linear", "hmlp")
+    few, trunks = p.stems.few_labels, {name: _masked(p, name, p.targets) for name in names}
+    cells = [(name, "supervised", None) for name in names]
     cells += [(name, "pretrained", trunk) for name, trunk in trunks.items()]
     if p.controls:
         cells += [("linear", f"scratch {few}", None), ("linear", f"pretrained {few}", trunks["linear"])]

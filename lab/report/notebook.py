@@ -107,7 +107,9 @@ class Page:
         every = tables.judged(self.profile)
         if self.profile.judged:
             return every
-        display(Markdown("These runs only show that the code runs; the answer on top is the reference's. What is counted:"))
+        display(
+            Markdown("These runs only show that the code runs; the answer on top is the reference's. What is counted:")
+        )
         return [v for v in every if v.part.kind == "exact"]
 
     def verdicts(self) -> None:
