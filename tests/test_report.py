@@ -10,6 +10,8 @@ import pytest
 
 from lab import paths
 from lab.claims import evidence
+from lab.claims.judge import Verdict
+from lab.claims.ledger import ledger
 from lab.data.cards import load_resized
 from lab.experiments import catalogue, profiles, small
 from lab.experiments.catalogue import NOTEBOOKS, Runs
@@ -19,6 +21,7 @@ from lab.runs import execute, results, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
+from vitlib.stats import Estimate
 from vitlib.train.dvae import DVAEConfig
 
 ABOUT = dict.fromkeys(results.ABOUT, "") | {"split": "test", "cpu_s": 1.0, "device": "made up"}
@@ -114,6 +117,17 @@ def test_the_table_of_transfer_averages_subsets_within_a_seed_and_says_what_is_m
 def test_nothing_trained_is_judged_at_smoke():
     for verdict in evidence.verdicts(evidence.Stored(profiles.profile("smoke"))):
         assert verdict.label == ("exact" if verdict.part.kind == "exact" else "not judged at smoke")
+
+
+def test_labels_at_several_margins_are_printed_under_their_margins():
+    part = ledger().part("A1").at_profile("study")
+    verdict = Verdict(part, "study", "level within 0.5", Estimate(0.1, (0.01 * 20 * 5000, 1.0, 1.0), 20, 5000))
+    row = tables.printed(tables.margins([verdict])).iloc[0].to_dict()
+    assert row == {
+        "part": "A1", "margin": "0.5", "tightest": "0.27", "at 0.3": "level within 0.3", "at 0.5": "level within 0.5",
+        "at 1": "level within 1", "at 1.5": "level within 1.5",
+    }  # fmt: skip
+    assert tables.printed(tables.margins([])).empty
 
 
 def test_gaps_are_two_branches_minus_one_by_size_without_layer_scale(monkeypatch):

@@ -289,7 +289,9 @@ def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
 def margins(chosen: Sequence[Verdict]) -> pd.DataFrame:
     """Each measured part at several margins, before Holm's correction."""
     table = judge.moved(chosen)
-    return framed(table, columns("part", margin="g", tightest=".2f") | {c: f"{{{c}}}" for c in table.columns[3:]})
+    at = {f"label {i}": header for i, header in enumerate(table.columns[3:])}  # a format's names have no dots
+    layout = columns("part", margin="g", tightest=".2f") | {header: f"{{{name}}}" for name, header in at.items()}
+    return framed(table.rename(columns={header: name for name, header in at.items()}), layout)
 
 
 def claims(chosen: Sequence[Verdict]) -> pd.DataFrame:
