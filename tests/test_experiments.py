@@ -463,7 +463,7 @@ def test_thing_3_has_algorithm_1_at_patch_8_and_16_tokens(name):
     p, arms = profile(name), specs_of("52", name)
     for label, spec in arms.items():
         m = spec.model
-        assert (m.image_size, m.patch_size, m.grid**2, m.pool, m.pairs) == (32, 8, 16, "mean", 6), label
+        assert (m.image_size, m.patch_size, m.grid**2, m.pool, m.pairs) == (32, 8, 16, "mean", p.stems.pairs), label
         assert m.stem == label.split()[0] and m.stem_width == (p.stems.hidden if m.stem == "hmlp" else None)
     assert p.stems.hidden == p.width  # 64 channels inside the stem, where width / 4 would be 16
     model = ViT(arms["hmlp supervised"].model)
