@@ -29,6 +29,7 @@ from lab.claims.evidence import Evidence
 from lab.claims.ledger import PROFILES
 from lab.experiments import profiles
 from lab.experiments.catalogue import experiment, notebook
+from lab.experiments.profiles import START
 from lab.runs import execute, results, store
 from lab.runs.results import Archive, Result
 from lab.runs.spec import RunSpec
@@ -492,7 +493,7 @@ def test_the_rate_of_what_an_arm_begins_with_must_be_bracketed_too():
 def test_every_arm_that_is_judged_at_the_study_has_rates_that_were_searched():
     for number, arms in LEDGER.recipes["study"].items():
         for label, recipe in arms.items():
-            wanted = {name.replace("few", "500") for name in tuning.START}
+            wanted = {name.replace("few", "500") for name in START}
             assert recipe["rates"] and set(recipe["rates"]) <= wanted, (number, label)
 
 

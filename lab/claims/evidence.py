@@ -91,11 +91,12 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
         if len(runs) < wanted:
             return replace(blank, note=absent or f"{len(runs)} of {wanted} seeds of {arm}")
         found[arm] = runs[:wanted]
+    entry = fixed.hash(part, name)
     for arm, runs in found.items():
         if [run.seed for run in runs] != [*PROFILES[name].seeds[: len(runs)]]:
             return replace(blank, note=f"the runs of {arm} are not of the seeds of profile {name}")
         record = fixed.recipe(part, name, arm)["record"]
-        if stale := _stale(part, arm, runs, fixed.hash(part, name), record, name in COMMITTED):
+        if stale := _stale(part, arm, runs, entry, record, name in COMMITTED):
             return replace(blank, note=stale)
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
     recipes = {arm: fixed.recipe(part, name, arm) for arm in here.contrast}
@@ -187,6 +188,7 @@ class Stored:
     profile: Profile
     ledger: Ledger = field(default_factory=ledger)
     _experiments: dict[str, Experiment] = field(default_factory=dict, repr=False)
+    _runs: dict[tuple[str, str], tuple[list[Evidence], str]] = field(default_factory=dict, repr=False)
     _files: dict[RunSpec, Mapping[str, str]] = field(default_factory=dict, repr=False)  # that runs on files have read
 
     @property
@@ -203,7 +205,12 @@ class Stored:
         return exact.holds(part)
 
     def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
-        """The finished runs of an arm up to the first seed that is missing, and why there can be none."""
+        """The finished runs of an arm up to the first seed that is missing, and why there can be none; read once."""
+        if (number, label) not in self._runs:
+            self._runs[number, label] = self._read(number, label)
+        return self._runs[number, label]
+
+    def _read(self, number: str, label: str) -> tuple[list[Evidence], str]:
         from lab.data.published import DataAbsent
         from lab.runs import store
 

@@ -8,6 +8,7 @@ machines that have nothing but torch, and verdicts are read on machines without 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -162,7 +163,12 @@ LEDGER, RECIPES = "claims.toml", "recipes.toml"
 def ledger(folder: Path | None = None) -> Ledger:
     """The ledger of a folder (None: `outputs/paper`), checked. Raises UsageError for the first entry that cannot be."""
     folder = folder or paths.PAPER
-    tables, recipes = (_read(folder / name) for name in (LEDGER, RECIPES))
+    return _parsed(folder, *(_read(folder / name) for name in (LEDGER, RECIPES)))
+
+
+@functools.lru_cache(maxsize=4)  # figures and pages ask for each row
+def _parsed(folder: Path, *texts: str) -> Ledger:
+    tables, recipes = (_tables(folder / name, text) for name, text in zip((LEDGER, RECIPES), texts, strict=True))
     claims, entries = tables.get("claim", {}), tables.get("part", {})
     if not (isinstance(entries, Mapping) and entries and isinstance(claims, Mapping)):
         raise UsageError(f"the ledger {folder / LEDGER} has no tables [claim] and [part.<id>]")
@@ -173,12 +179,19 @@ def ledger(folder: Path | None = None) -> Ledger:
     return Ledger(parts, claims, recipes)
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> str:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the ledger {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
+
+
+def _tables(path: Path, text: str) -> dict:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
 
 

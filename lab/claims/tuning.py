@@ -17,7 +17,7 @@ from lab.claims.statistics import flat_part, middle
 from lab.data.cards import source
 from lab.experiments import small
 from lab.experiments.catalogue import Arms
-from lab.experiments.profiles import Profile
+from lab.experiments.profiles import Profile, started
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
 from vitlib.errors import unknown
@@ -25,17 +25,6 @@ from vitlib.errors import unknown
 SEEDS = tuple(FIRST_TUNING_SEED + i for i in range(4))
 FIRST = 2  # seeds that every rate has
 MOST = 9  # rates of one search: then its best is at an end, and its parts fail the check "rate bracketed"
-# Where the searches begin, from the pilot; a search that comes after another has the other's chosen rate, and these otherwise.
-START = {
-    "12x1+LS": 3e-3, "6x2+LS": 3e-3, "36x1+LS": 3e-3, "18x2+LS": 3e-3,
-    "12x1": 1e-3, "6x2": 1e-3, "36x1": 5e-4, "18x2": 1e-3,
-    "full": 2e-3, "attn": 4e-3, "ffn": 8e-3, "head": 1.6e-2, "fc1": 8e-3, "norm": 1.6e-2, "bias": 1.6e-2,
-    "digits 100 full": 3e-3, "digits 100 attn": 6e-3, "digits 100 scratch": 3e-3,
-    "linear supervised": 2e-3, "hmlp supervised": 2e-3, "conv supervised": 1e-3,
-    "linear masked": 2e-3, "hmlp masked": 2e-3, "conv masked": 2e-3,
-    "linear pretrained": 1e-3, "hmlp pretrained": 1e-3, "conv pretrained": 1e-3,
-    "linear scratch few": 1e-3, "linear pretrained few": 1e-3,
-}  # fmt: skip
 TOP1 = dict[float, dict[int, float]]  # rate -> seed -> validation top-1
 
 
@@ -126,7 +115,7 @@ def _absent(top1: TOP1) -> tuple[tuple[float, int], ...]:
 def curves(p: Profile, wanted: Mapping[str, Search]) -> dict[str, tuple[Search, Profile, Curve]]:
     """Every search that can go on: those which it comes after are decided, and their rates are in its profile."""
     found: dict[str, tuple[Search, Profile, Curve]] = {}
-    p = replace(p, rates={name.replace("few", str(p.stems.few_labels)): lr for name, lr in START.items()})
+    p = replace(p, rates=started(p.stems.few_labels))
     for name, one in wanted.items():
         before = found.get(one.after)
         if one.after and (before is None or before[2].chosen is None):

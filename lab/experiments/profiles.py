@@ -80,9 +80,10 @@ class Profile:
         return self.rates[arm] if arm in self.rates else self.rates[default or arm]
 
 
-# The learning rate of every arm, as `python -m lab tune` chose it (outputs/reference/study/tuning.csv), and where its
-# search begins. "<stem> masked" is the rate of pre-training, "<stem> pretrained" that of the fine-tuning after it.
-RATES = {
+# Where the search for the learning rate of every arm begins, from the pilot; one that comes after another has the other's
+# chosen rate, and these otherwise. "<stem> masked" is the rate of pre-training, "<stem> pretrained" that of the fine-tuning
+# after it, "few" the profile's number of few labels.
+START = {
     "12x1+LS": 3e-3, "6x2+LS": 3e-3, "36x1+LS": 3e-3, "18x2+LS": 3e-3,
     "12x1": 1e-3, "6x2": 1e-3, "36x1": 5e-4, "18x2": 1e-3,
     "full": 2e-3, "attn": 4e-3, "ffn": 8e-3, "head": 1.6e-2, "fc1": 8e-3, "norm": 1.6e-2, "bias": 1.6e-2,
@@ -90,9 +91,19 @@ RATES = {
     "linear supervised": 2e-3, "hmlp supervised": 2e-3, "conv supervised": 1e-3,
     "linear masked": 2e-3, "hmlp masked": 2e-3, "conv masked": 2e-3,
     "linear pretrained": 1e-3, "hmlp pretrained": 1e-3, "conv pretrained": 1e-3,
-    "linear scratch 500": 1e-3, "linear pretrained 500": 1e-3,
+    "linear scratch few": 1e-3, "linear pretrained few": 1e-3,
 }  # fmt: skip
-PHOTOS_RATES = {arm.replace("500", "2000"): lr for arm, lr in RATES.items()}
+
+
+def started(few_labels: int) -> dict[str, float]:
+    """`START` under the names of the arms of a profile with so many few labels."""
+    return {arm.replace("few", str(few_labels)): lr for arm, lr in START.items()}
+
+
+# The learning rate of every arm: where the search began, and over it what `python -m lab tune` chose, once it is done
+# (outputs/reference/<profile>/tuning.csv).
+RATES = started(500) | {}
+PHOTOS_RATES = started(2000) | {}
 
 _EMBEDDED = Profile(
     name="study", data="fashion-mnist", seeds=tuple(range(40, 60)), width=64, pairs=12, image_size=16, finetune_size=20,

@@ -1,6 +1,6 @@
 """The answer that is committed: what a page shows first, and `python -m lab show`. Needs no torch: pandas, scipy, seaborn.
 
-Everything is read from outputs/reference/study: claims.csv (a row per part), accuracies.csv (a row per arm), claims.toml.
+Everything is read from outputs/reference/study: claims.csv (a row per part) and about.txt.
 """
 
 from __future__ import annotations
@@ -40,13 +40,6 @@ def claims(study: str = "study") -> pd.DataFrame:
 def studies() -> list[str]:
     """The profiles that have a committed table of verdicts."""
     return [name for name in ("study", "photos", "imagenet") if (paths.REFERENCE / name / "claims.csv").is_file()]
-
-
-def accuracies(number: str, study: str = "study") -> pd.DataFrame:
-    """The committed accuracy of each arm of a notebook: arm, n, mean, sd."""
-    path = paths.REFERENCE / study / "accuracies.csv"
-    table = pd.read_csv(path, dtype={"notebook": str}) if path.is_file() else pd.DataFrame(columns=["notebook", "arm"])
-    return table[table["notebook"] == number]
 
 
 def claim_verdicts(table: pd.DataFrame) -> pd.DataFrame:

@@ -102,32 +102,26 @@ class Page:
             self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
             display(Markdown(f"*{caption}*"))
 
-    def judged(self) -> list[Verdict]:
-        """The verdicts at this profile, from what is finished; at smoke, which judges nothing else, on what is counted."""
-        every = tables.judged(self.profile)
+    def judged(self, number: str = "") -> list[Verdict]:
+        """The verdicts at this profile, from what is finished; at smoke, which judges nothing else, on what is counted.
+
+        number: of a notebook, whose parts alone are wanted.
+        """
+        every = tables.judged(self.profile, number)  # all that Holm's correction is over
+        wanted = [v for v in every if number in ("", v.part.notebook)]
         if self.profile.judged:
-            return every
-        display(
-            Markdown("These runs only show that the code runs; the answer on top is the reference's. What is counted:")
-        )
-        return [v for v in every if v.part.kind == "exact"]
+            return wanted
+        said = "These runs only show that the code runs; the answer on top is the reference's. What is counted:"
+        display(Markdown(said))
+        return [v for v in wanted if v.part.kind == "exact"]
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries, from this page's own runs."""
         if self.changed:
-            display(
-                Markdown(f"**Not judged: changed** ({self.changed}). The ledger fixed other values before the runs.")
-            )
+            said = f"**Not judged: changed** ({self.changed}). The ledger fixed other values before the runs."
+            display(Markdown(said))
             return
-        every = tables.judged(self.profile, self.notebook.number)  # all that Holm's correction is over
-        mine = [v for v in every if v.part.notebook == self.notebook.number]
-        if not self.profile.judged:
-            display(
-                Markdown(
-                    "These runs only show that the code runs; the answer on top is the reference's. What is counted:"
-                )
-            )
-            mine = [v for v in mine if v.part.kind == "exact"]
+        mine = self.judged(self.notebook.number)
         display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine)))
         if mine:
             self.table(tables.verdicts(mine), "verdicts")

@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lab.experiments.catalogue import Runs
-from lab.report.tables import Layout, _spread_of, columns, framed, spread, summary
+from lab.report.tables import Layout, columns, framed, spread, spread_of, summary
 from lab.runs import store
 from lab.runs.execute import data_of
 from lab.runs.spec import RunSpec
@@ -44,7 +44,7 @@ def accuracies(runs: Runs) -> pd.DataFrame:
                 100 * float(supervised.evaluate(regroup(model_of(s), k), data_of(s, s.split))[1].mean()) for s in specs
             ]
             form = f"{specs[0].model.pairs // k}x{k}{label[label.find('+') :] if '+' in label else ''}"
-            row = {"form": form, "branches": k} | _spread_of(np.array(as_is), "as is ")
+            row = {"form": form, "branches": k} | spread_of(as_is, "as is ")
             for strategy in ("full", "attn"):
                 if results := runs.results.get(f"{form} {strategy}"):
                     row |= summary(results, prefix=f"{strategy} ")

@@ -94,12 +94,15 @@ def save(frame: pd.DataFrame, path: Path) -> None:
 
 
 def summary(results: Sequence[Result], metric: str = "top1", prefix: str = "") -> dict[str, float]:
-    """Mean and sample standard deviation over seeds; empty without results."""
+    """`spread_of` a metric over seeds; empty without results."""
     values = [r.metrics[metric] for r in results if metric in r.metrics]
-    if not values:
-        return {}
-    sd = np.std(values, ddof=1) if len(values) > 1 else np.nan
-    return {f"{prefix}mean": float(np.mean(values)), f"{prefix}sd": float(sd), f"{prefix}n": len(values)}
+    return spread_of(values, prefix) if values else {}
+
+
+def spread_of(values: Sequence[float] | np.ndarray, prefix: str = "") -> dict[str, float]:
+    """Mean, sample standard deviation (NaN of one value) and number, as the columns that `spread` prints."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
+    return {f"{prefix}mean": float(np.mean(values)), f"{prefix}sd": sd, f"{prefix}n": len(values)}
 
 
 def gap(runs: Runs, a: str, b: str, prefix: str = "") -> dict[str, float]:
@@ -202,7 +205,7 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
             row = {"measured": measured, "data": data, "images": images, "width": width}
             mean = {strategy: np.mean(subsets, axis=0) for strategy, subsets in by_strategy.items()}  # (seeds, images)
             for strategy, correct in mean.items():
-                row |= _spread_of(100 * correct.mean(axis=1), f"{strategy} ")
+                row |= spread_of(100 * correct.mean(axis=1), f"{strategy} ")
             if {"attn", "full"} <= mean.keys() and len(mean["attn"]) > 1:
                 estimate = interval(difference(mean, {"attn": 1.0, "full": -1.0}))
                 row |= {"points": estimate.mean, "low": estimate.low, "high": estimate.high}
@@ -213,11 +216,6 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
         "attn - full, points": bounds()
     }
     return framed(rows, layout, always=("measured",))
-
-
-def _spread_of(values: np.ndarray, prefix: str) -> dict[str, float]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
-    return {f"{prefix}mean": float(np.mean(values)), f"{prefix}sd": sd, f"{prefix}n": len(values)}
 
 
 TRAININGS = ("supervised", "pretrained")
