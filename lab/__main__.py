@@ -154,11 +154,10 @@ def check(_) -> None:
 def _specs(arguments) -> list:
     from lab.claims.evidence import part_specs, queue
     from lab.claims.ledger import ledger
-    from lab.experiments.catalogue import experiments
 
     if parts := [ledger().part(name) for name in getattr(arguments, "part", ())]:
         return part_specs(parts, arguments.profile)
-    return queue(experiments(arguments.profile, arguments.notebook))
+    return queue(arguments.profile, arguments.notebook)
 
 
 def plan_(arguments) -> None:

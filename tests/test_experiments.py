@@ -276,7 +276,7 @@ def test_photographs_have_the_arms_of_the_primary_parts_h9_and_their_controls(ph
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_profile_lists_its_runs_and_shares_trunks(name):
     p = profiles.profile(name)
-    queue = evidence.queue(catalogue.experiments(p, catalogue.NOTEBOOKS))
+    queue = evidence.queue(p, catalogue.NOTEBOOKS)
     seeds = [spec.seed for spec in queue]
     assert set(seeds) == set(p.seeds) and len(set(queue)) == len(queue) and set(queue) == set(all_specs(p))
     arms = {n: specs_of(n, name) for n in ("31", "41", "52")}
@@ -287,12 +287,11 @@ def test_every_profile_lists_its_runs_and_shares_trunks(name):
 
 
 def test_the_queue_makes_whole_verdicts_primary_ones_first_and_seeds_outermost():
-    setting, p = catalogue.experiments(profile("study"), catalogue.NOTEBOOKS), profile("study")
-    place = {spec: i for i, spec in enumerate(evidence.queue(setting))}
-    by_number = {one.notebook.number: one for one in setting}
+    p = profile("study")
+    place = {spec: i for i, spec in enumerate(evidence.queue(p, catalogue.NOTEBOOKS))}
 
     def last(part) -> int:
-        return max(place[spec] for spec in evidence.read_by(part, by_number[part.notebook]))
+        return max(place[spec] for spec in evidence.read_by(part, p))
 
     parts = [part for part in ledger().parts.values() if part.kind not in ("exact", "ratio") and "study" in part.n]
     primary = [part for part in parts if part.primary]
@@ -305,7 +304,7 @@ def test_the_queue_makes_whole_verdicts_primary_ones_first_and_seeds_outermost()
     assert [place[first.with_seed(seed)] for seed in p.seeds] == sorted(
         place[first.with_seed(seed)] for seed in p.seeds
     )
-    control = evidence.read_by(ledger().part("A1"), by_number["31"])
+    control = evidence.read_by(ledger().part("A1"), p)
     assert [spec.seed for spec in control if spec.model.pairs == 36] == list(range(40, 50))  # ten seeds of the control
     assert [spec.seed for spec in control if spec.model.branches == 2] == list(range(40, 60))
     with pytest.raises(UsageError, match="part P2-1 has no runs at profile cpu"):

@@ -1,6 +1,6 @@
-"""Write `outputs/paper/recipes.toml`: the full recipe of every arm that a part of the ledger reads, from the code.
+"""Check `outputs/paper/claims.toml`, and write `recipes.toml` beside it: the full recipe of every arm that a part reads.
 
-    python -m tools.ledger           write it, before the judged runs of a study
+    python -m tools.ledger           write it from the code, before the judged runs of a study
     python -m tools.ledger --check   exit code 1 where the code trains another recipe than the ledger has
 
 An entry says in a few words what is trained, and has the hash over the whole record, whatever the seed; `rates` are the
@@ -12,19 +12,21 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 from lab import paths
-from lab.claims.ledger import CHECKED, PROFILES, RECIPES, ledger, record_hash
+from lab.claims.ledger import CHECKED, LEDGER, PILOT, PROFILES, RECIPES, Part, ledger, record_hash, tables_of
 from lab.data.cards import card
 from lab.data.published import locate
 from lab.experiments.catalogue import experiment, notebook
 from lab.experiments.profiles import Arm, Profile, profile
 from lab.runs.spec import RunSpec
 from vitlib.data.augment import Augment
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, unknown
 from vitlib.files import write_whole
 from vitlib.model import ViTConfig
 from vitlib.train.recipe import Recipe
@@ -35,8 +37,12 @@ HEAD = "# Written by `python -m tools.ledger`: what is trained under the name of
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.ledger", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args(words).check
-    path, text = paths.PAPER / RECIPES, recipes()
+    check, path = parser.parse_args(words).check, paths.PAPER / RECIPES
+    try:
+        check_entries(paths.PAPER / LEDGER)
+        text = recipes()
+    except UsageError as fault:
+        parser.error(str(fault))
     if check:
         same = path.is_file() and path.read_text(encoding="utf-8") == text
         print(f"{path.name} is {'' if same else 'not '}what the code trains")
@@ -147,6 +153,98 @@ def toml(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+# ---------------------------------------------------------------------------------------------------- the entries
+
+
+def check_entries(path: Path) -> None:
+    """Raises UsageError for the first entry of a claims.toml that is not as the head of that file says."""
+    tables = tables_of(path, path.read_bytes() if path.is_file() else b"")
+    claims, entries = (tables.get(key, {}) for key in ("claim", "part"))
+    for name, table in entries.items() if isinstance(entries, Mapping) else ():
+        if not isinstance(table, Mapping):
+            raise UsageError(f"ledger entry {name!r} is not a table of keys")
+        at = {place: table[place] for place in PLACES if isinstance(table.get(place), Mapping)}
+        _check_values(name, {key: value for key, value in table.items() if key not in at}, KEYS)
+        for place, changed in at.items():
+            _check_values(f"{name}.{place}", changed, OVERRIDES)
+        if absent := [key for key in ("claim", "title", "notebook", "kind") if key not in table]:
+            raise UsageError(f"ledger entry {name} lacks the key {absent[0]!r}")
+        if table["claim"] not in claims:
+            raise unknown(f"claim of ledger entry {name}:", table["claim"], claims)
+    for part in ledger(path.parent).parts.values():
+        for there in (part, *map(part.at_profile, part.at)):
+            _check_whole(there)
+
+
+def _check_values(where: str, table: Mapping[str, object], allowed: Sequence[str]) -> None:
+    """Raises UsageError for another key, kind of thing, or name."""
+    for key, value in table.items():
+        if key not in allowed:
+            raise unknown(f"key in ledger entry {where}:", key, allowed)
+        wanted, holds = RULES.get(key, ("a text", _text))
+        if not holds(value):
+            raise UsageError(f"ledger entry {where} has {key} = {value!r}: allowed is {wanted}")
+        for word in (value if isinstance(value, list | Mapping) else [value]) if key in NAMES else ():
+            if word not in NAMES[key]:
+                raise unknown(f"{key} in ledger entry {where}:", word, NAMES[key])
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _text(x: object) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+def _table_of(holds: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda x: isinstance(x, Mapping) and all(map(holds, x.values()))
+
+
+def _checks(x: object) -> bool:
+    return isinstance(x, list) and all(
+        isinstance(c, Mapping) and {"name", "contrast"} <= {*c} <= {"name", "contrast", "above"}
+        and _table_of(_number)(c["contrast"]) and _number(c.get("above", 0)) for c in x
+    )  # fmt: skip
+
+
+KEYS = tuple(f.name for f in fields(Part) if f.name not in ("id", "at"))
+OVERRIDES = ("contrast", "margin", "checks", "paper", "paper_source", "paper_confidence", "subsets")
+# key -> what is allowed, and whether a value is that; every other key is a text
+RULES = {
+    "contrast": ("a table of arm = number", _table_of(_number)),
+    "checks": ("a list of { name, contrast, above }", _checks),
+    "n": ("a table of profile = whole number from 2", _table_of(lambda n: type(n) is int and n > 1)),
+    "says": ("a table of outcome = sentence", _table_of(_text)),
+    "primary": ("true or false", lambda x: isinstance(x, bool)),
+    "subsets": ("a whole number", lambda x: isinstance(x, int) and x >= 0),
+    "margin": ("a number above 0", lambda x: _number(x) and x > 0),
+    "paper": ("a number", _number),
+    "out_of_scope": ("a list of profiles", lambda x: isinstance(x, list)),
+}
+PLACES = (*PROFILES, PILOT)
+# key -> the names that it may hold
+NAMES = {
+    "kind": ("exact", "superiority", "equivalence", "non-inferiority", "ratio"), "contrary": ("both", "worse"),
+    "expected": ("printed digits", "0", "not 0", "more than 1", "less than 1"), "device": ("any", "cuda"),
+    "paper_confidence": ("read", "read-chart", "computed"), "says": ("predicted", "contrary", "level", "undecided"),
+    "n": PLACES, "out_of_scope": PLACES,
+}  # fmt: skip
+
+
+def _check_whole(part: Part) -> None:
+    """What the keys of an entry must be together."""
+    for contrast in (part.contrast, *(check.contrast for check in part.checks)):
+        if abs(sum(contrast.values())) > 1e-3:
+            raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
+    needed = {"exact": ["expected"], "ratio": ["contrast", "n"]}.get(part.kind, ["contrast", "margin", "n"])
+    for key in needed + (["paper_source", "paper_confidence"] if part.paper is not None else []):
+        if not getattr(part, key):
+            raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
+    if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
+        raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ An archive is read without torch, so that the verdicts of a study can be recompu
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from vitlib.errors import UsageError
 from vitlib.stats import Estimate, difference, over_seeds
 
 if TYPE_CHECKING:  # both need torch
-    from lab.experiments.catalogue import Experiment
+    from lab.experiments.catalogue import Notebook
     from lab.experiments.profiles import Profile
     from lab.runs.spec import RunSpec
 
@@ -40,6 +41,11 @@ class Evidence:
     record: str  # `ledger.record_hash` of its family
     family: Sequence[Result]
     data: str = ""  # checksum of its images
+
+
+def _evidence(family: Sequence[Result], records: Sequence[Mapping[str, object]]) -> Evidence:
+    """family, records: results of a run and of what it began with, and what was trained; its own last."""
+    return Evidence(family[-1], records[-1]["seed"], record_hash(records), family, records[-1]["data_checksum"])
 
 
 def verdicts(source: Stored | Archived, reference: Archived | None = None, number: str = "") -> list[Verdict]:
@@ -63,49 +69,57 @@ def verdict(source: Stored | Archived, part: Part) -> Verdict:
         return replace(blank, label=judge.EXACT if source.holds(part) else judge.FAILS)
     if name == "smoke":
         return replace(blank, label=judge.SMOKE)
-    if name not in part.n:
-        return pilot(part) if name == "study" and PILOT in part.n else replace(blank, note=_elsewhere(part))
-    found = _measured(source, part, here, blank)
-    if found.estimate is None and name == "study" and PILOT in part.n:
-        # Until the second study has runs of it, what the first one measured stands here, marked as its own. Runs that are too
-        # few, or were made under another ledger, are not replaced by it.
-        if not any(source.runs(part.notebook, arm)[0] for arm in here.arms):
-            return pilot(part)
-    return found
+    first = name == "study" and PILOT in part.n
+    if name in part.n:
+        found = _measured(source, part, here, blank)
+        # Until the second study has runs of it, what the first one measured stands here, marked as its own. Runs that are
+        # too few, or were made under another ledger, are not replaced by it.
+        if not first or found.estimate is not None or any(source.runs(part.notebook, arm)[0] for arm in here.arms):
+            return found
+    return pilot(part) if first else replace(blank, note=_elsewhere(part))
 
 
 def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict) -> Verdict:
     """The verdict on a part of this profile, or why there is none."""
-    name = source.name
+    name, fixed, found = source.name, source.ledger, {}
     if part.kind == "ratio":
         estimate, said = source.ratio(part)
-        return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said)
-    fixed, found = source.ledger, {}
-    for arm in here.arms:
-        wanted = min(part.n[name], fixed.recipe(part, name, arm)["n"])
-        if arm in here.contrast and wanted < part.n[name]:
-            raise UsageError(
-                f"the ledger fixes n = {part.n[name]} of part {part.id}, and {wanted} seeds of its arm {arm!r}"
-            )
+        needs = "needs a GPU" if part.device == "cuda" else ""
+        return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said or needs)
+    recipes = {arm: fixed.recipe(part, name, arm) for arm in here.arms}
+    for arm, recipe in recipes.items():
+        n = part.n[name] if arm in here.contrast else min(part.n[name], recipe["n"])
         runs, absent = source.runs(part.notebook, arm)
-        if len(runs) < wanted:
-            return replace(blank, note=absent or f"{len(runs)} of {wanted} seeds of {arm}")
-        found[arm] = runs[:wanted]
-    entry = fixed.hash(part, name)
-    for arm, runs in found.items():
-        if [run.seed for run in runs] != [*PROFILES[name].seeds[: len(runs)]]:
-            return replace(blank, note=f"the runs of {arm} are not of the seeds of profile {name}")
-        record = fixed.recipe(part, name, arm)["record"]
-        if stale := _stale(part, arm, runs, entry, record, name in COMMITTED):
-            return replace(blank, note=stale)
+        if said := absent or _fault(source, part, arm, runs[:n], n):
+            return replace(blank, note=said)
+        found[arm] = runs[:n]
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
-    recipes = {arm: fixed.recipe(part, name, arm) for arm in here.contrast}
-    tried = source.tried
-    judged = judge.judge(
-        here, name, correct, next(iter(recipes.values()))["classes"],
-        {arm: bracketed(recipe["rates"], tried) for arm, recipe in recipes.items()} if name in CHECKED else {},
-    )  # fmt: skip
+    rates = {arm: recipes[arm]["rates"] for arm in here.contrast if name in CHECKED}
+    inside = {arm: bracketed(of_arm, source.tried) for arm, of_arm in rates.items()}
+    judged = judge.judge(here, name, correct, recipes[next(iter(here.contrast))]["classes"], inside)
     return replace(judged, runs=tuple(sorted(run.result.hash for runs in found.values() for run in runs)))
+
+
+def _fault(source: Stored | Archived, part: Part, arm: str, runs: Sequence[Evidence], n: int) -> str:
+    """Why these are not the n runs of an arm that the ledger as it is now asks for, or ""."""
+    name = source.name
+    if len(runs) < n:
+        return f"{len(runs)} of {n} seeds of {arm}"
+    if [run.seed for run in runs] != [*PROFILES[name].seeds[:n]]:
+        return f"the runs of {arm} are not of the seeds of profile {name}"
+    if any(run.record != source.ledger.recipe(part, name, arm)["record"] for run in runs):
+        return f"{arm} was trained by another recipe than the ledger's"
+    members, entry = [member for run in runs for member in run.family], source.ledger.hash(part, name)
+    if any(member.ledger.get(part.id) != entry for member in members):
+        return f"the runs of {arm} were not made under this entry of the ledger"
+    if name in COMMITTED and any(str(member.about["commit"]).endswith("+") for member in members):
+        return f"runs of {arm} were made from a tree with uncommitted changes"
+    return ""
+
+
+def _elsewhere(part: Part) -> str:
+    places = " and ".join(name for name in part.n if name != PILOT)
+    return "needs a GPU" if part.device == "cuda" else f"measured at profile {places}"
 
 
 def pilot(part: Part) -> Verdict:
@@ -132,35 +146,12 @@ def first_study() -> Archive:
     return Archive(paths.REFERENCE / PILOT)
 
 
-def _stale(part: Part, arm: str, runs: Sequence[Evidence], fixed: str, record: str, committed: bool) -> str:
-    """Why these runs were not made under the ledger as it is now, or ""."""
-    if any(run.record != record for run in runs):
-        return f"{arm} was trained by another recipe than the ledger's"
-    members = [member for run in runs for member in run.family]
-    if any(member.ledger.get(part.id) != fixed for member in members):
-        return f"the runs of {arm} were not made under this entry of the ledger"
-    if committed and any(str(member.about["commit"]).endswith("+") for member in members):
-        return f"runs of {arm} were made from a tree with uncommitted changes"
-    return ""
-
-
-def _elsewhere(part: Part) -> str:
-    if not part.n:
-        return ""
-    return (
-        "needs a GPU"
-        if part.device == "cuda"
-        else f"measured at profile {' and '.join(n for n in part.n if n != PILOT)}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- tuning
 
 
 def tried(folder: Path) -> dict[str, dict[float, dict[int, float]]]:
     """The curves that learning rates were chosen from: name -> rate -> seed -> validation top-1, as a study committed them."""
-    path = folder / "tuning.csv"
-    found: dict[str, dict[float, dict[int, float]]] = {}
+    path, found = folder / "tuning.csv", {}
     for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
         seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
         found.setdefault(row["rate_of"], {})[row["lr"]] = {s: value for s, value in seeds.items() if not pd.isna(value)}
@@ -171,9 +162,10 @@ def bracketed(rates: Mapping[str, float], curves: Mapping[str, Mapping[float, Ma
     """Whether each rate is the middle of the flat part of its curve, and a rate was tried on each side of that."""
 
     def holds(name: str, lr: float) -> bool:
-        curve = curves.get(name)
-        flat = flat_part(curve) if curve else ()
-        return bool(curve) and math.isclose(middle(flat), lr) and min(curve) < flat[0] and flat[-1] < max(curve)
+        if not (curve := curves.get(name)):
+            return False
+        flat = flat_part(curve)
+        return math.isclose(middle(flat), lr) and min(curve) < flat[0] and flat[-1] < max(curve)
 
     return all(holds(name, lr) for name, lr in rates.items())
 
@@ -187,7 +179,6 @@ class Stored:
 
     profile: Profile
     ledger: Ledger = field(default_factory=ledger)
-    _experiments: dict[str, Experiment] = field(default_factory=dict, repr=False)
     _runs: dict[tuple[str, str], tuple[list[Evidence], str]] = field(default_factory=dict, repr=False)
     _files: dict[RunSpec, Mapping[str, str]] = field(default_factory=dict, repr=False)  # that runs on files have read
 
@@ -212,10 +203,11 @@ class Stored:
 
     def _read(self, number: str, label: str) -> tuple[list[Evidence], str]:
         from lab.data.published import DataAbsent
+        from lab.experiments.catalogue import experiment, notebook
         from lab.runs import store
 
         try:
-            setting = self._experiment(number)
+            setting = experiment(notebook(number), self.profile)
         except DataAbsent as fault:
             return [], str(fault)
         found = []
@@ -223,19 +215,11 @@ class Stored:
             family = {member: store.find(member) for member in spec.family()}
             if family[spec] is None:
                 break
-            record = record_hash([member.record() for member in family])
-            results = [result for result in family.values() if result is not None]
-            self._files.update({member: result.files for member, result in family.items() if result is not None})
-            found.append(Evidence(family[spec], spec.seed, record, results, spec.record()["data_checksum"]))
+            there = {member: result for member, result in family.items() if result is not None}
+            self._files.update({member: result.files for member, result in there.items()})
+            found.append(_evidence([*there.values()], [member.record() for member in family]))
         store.warn_of_other_files(self._files)
         return found, ""
-
-    def _experiment(self, number: str) -> Experiment:
-        from lab.experiments.catalogue import experiment, notebook
-
-        if number not in self._experiments:
-            self._experiments[number] = experiment(notebook(number), self.profile)
-        return self._experiments[number]
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
         """The estimate of the logarithm, and its device and case; or none, and why it cannot be measured."""
@@ -247,19 +231,21 @@ class Stored:
         except DataAbsent as fault:
             return None, str(fault)
         if not rows:
-            return None, "needs a GPU" if part.device == "cuda" else ""
+            return None, ""
         seconds = {arm: np.log([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
         return over_seeds(difference(seconds, part.contrast)), f"{rows[0]['device']}, {rows[0]['case']}"
 
 
-def read_by(part: Part, setting: Experiment) -> list[RunSpec]:
+def read_by(part: Part, p: Profile) -> list[RunSpec]:
     """The runs that the verdict on a part is read from, each arm with the seeds that it needs, seeds outermost."""
-    from lab.experiments.catalogue import in_order
+    from lab.experiments.catalogue import experiment, in_order, notebook
 
-    p, here = setting.profile, part.at_profile(setting.profile.name)
-    n = part.n.get(p.name, 0)
-    arms = [setting.arms[label] for label in here.arms if label in setting.arms]
-    return in_order([replace(arm, n=min(n, arm.n or n)) for arm in arms], p.seeds)
+    shown, n = notebook(part.notebook), part.n.get(p.name, 0)
+    if not (n and shown.arms_at(p)):
+        return []
+    arms = experiment(shown, p).arms
+    read = [arms[label] for label in part.at_profile(p.name).arms if label in arms]
+    return in_order([replace(arm, n=min(n, arm.n or n)) for arm in read], p.seeds)
 
 
 def part_specs(parts: Sequence[Part], p: Profile) -> list[RunSpec]:
@@ -267,29 +253,22 @@ def part_specs(parts: Sequence[Part], p: Profile) -> list[RunSpec]:
 
     Raises UsageError for a part that has no runs at this profile.
     """
-    from lab.experiments.catalogue import experiment, notebook
-
-    specs: dict[RunSpec, None] = {}
-    for part in parts:
-        shown = notebook(part.notebook)
-        read = read_by(part, experiment(shown, p)) if shown.arms_at(p) else []
-        if not read:
-            raise UsageError(f"part {part.id} has no runs at profile {p.name}")
-        specs |= dict.fromkeys(read)
-    return list(specs)
+    read = {part.id: read_by(part, p) for part in parts}
+    if lone := [name for name, specs in read.items() if not specs]:
+        raise UsageError(f"part {lone[0]} has no runs at profile {p.name}")
+    return list(dict.fromkeys(itertools.chain(*read.values())))
 
 
-def queue(settings: Sequence[Experiment]) -> list[RunSpec]:
-    """The runs of several experiments of one profile, each once: what the primary parts read, then what the others do, then
-    the rest; part by part, so that a stop leaves whole verdicts.
+def queue(p: Profile, notebooks: Sequence[Notebook]) -> list[RunSpec]:
+    """The runs of several notebooks, each once: what the primary parts read, then what the others do, then the rest; part by
+    part, so that a stop leaves whole verdicts. Raises UsageError as `catalogue.experiments`.
     """
-    from lab.experiments.catalogue import in_order
+    from lab.experiments.catalogue import all_specs
 
-    by_number = {setting.notebook.number: setting for setting in settings}
+    rest, numbers = all_specs(p, notebooks), {one.number for one in notebooks}
     parts = sorted(ledger().parts.values(), key=lambda part: not part.primary)
-    read = [spec for part in parts if part.notebook in by_number for spec in read_by(part, by_number[part.notebook])]
-    rest = [arm for setting in settings for arm in setting.arms.values()]
-    return list(dict.fromkeys([*read, *(in_order(rest, settings[0].profile.seeds) if settings else ())]))
+    read = [spec for part in parts if part.notebook in numbers for spec in read_by(part, p)]
+    return list(dict.fromkeys([*read, *rest]))
 
 
 # ---------------------------------------------------------------------------------------------------- an archive
@@ -314,27 +293,21 @@ class Archived:
     @functools.cached_property
     def claims(self) -> pd.DataFrame:
         """The claims table as it was committed, by part."""
-        return pd.read_csv(self.folder / "claims.csv", dtype={"notebook": str, "runs": str}, index_col="part")
+        return pd.read_csv(self.folder / "claims.csv", index_col="part")
 
     def holds(self, part: Part) -> bool:
         """As it was counted when the study was written."""
         return part.id in self.claims.index and self.claims.loc[part.id, "label"] == judge.EXACT
 
     def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
-        return [
-            Evidence(
-                result, own["seed"], record_hash([self.archive.record(member.hash) for member in family]), family,
-                own["data_checksum"],
-            )
-            for result in self.archive.results(number).get(label, ())
-            for own, family in [(self.archive.record(result.hash), self.archive.family(result.hash))]
-        ], ""  # fmt: skip
+        families = [self.archive.family(result.hash) for result in self.archive.results(number).get(label, ())]
+        return [_evidence(of, [self.archive.record(member.hash) for member in of]) for of in families], ""
 
     def ratio(self, part: Part) -> tuple[Estimate | None, str]:
         """Timings are not kept, only their mean, standard deviation and number in the claims table: t is over those."""
-        row = self.claims.loc[part.id] if part.id in self.claims.index else {"ours": math.nan}
-        if pd.isna(row["ours"]):
-            return None, "needs a GPU" if part.device == "cuda" else ""
+        if part.id not in self.claims.index or pd.isna(self.claims.loc[part.id, "ours"]):
+            return None, ""
+        row = self.claims.loc[part.id]
         estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
         return estimate, row["note"].removeprefix("on ")
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from lab.claims import statistics
 from lab.claims.ledger import PILOT, Check, Part, ledger
+from lab.claims.statistics import CHART_ERROR
 from vitlib.errors import UsageError
 from vitlib.stats import Estimate, difference, interval
 
@@ -95,15 +96,6 @@ class Verdict:
     source: str = ""  # "pilot" where the second study has no runs
 
     @property
-    def contrast(self) -> str:
-        """ "a - b", "a - b - c + d"."""
-        words = [
-            f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):.3g} '}{a}"
-            for a, c in self.part.contrast.items()
-        ]
-        return " ".join(words).removeprefix("+ ") if self.part.kind != "exact" else ""
-
-    @property
     def ours(self) -> tuple[float, float, float] | None:
         """Mean, low, high of the 95 % interval, in points or as a ratio."""
         if self.estimate is None:
@@ -114,15 +106,14 @@ class Verdict:
     @property
     def contains_paper(self) -> str:
         """Whether our interval contains the paper's value: yes, no, or too wide to say (it would contain a difference of 2 m)."""
-        if self.ours is None or self.part.paper is None:
+        part = self.part
+        if self.ours is None or part.paper is None:
             return ""
-        slack = (
-            statistics.CHART_ERROR if self.part.paper_confidence == "read-chart" and self.part.kind != "ratio" else 0.0
-        )
         _, low, high = self.ours
-        if not low - slack <= self.part.paper <= high + slack:
+        slack = CHART_ERROR if part.paper_confidence == "read-chart" and part.kind != "ratio" else 0.0
+        if not low - slack <= part.paper <= high + slack:
             return "no"
-        return "too wide to say" if self.part.margin and high - low > 2 * self.part.margin else "yes"
+        return "too wide to say" if part.margin and high - low > 2 * part.margin else "yes"
 
     @property
     def times_paper(self) -> float | None:
@@ -131,33 +122,13 @@ class Verdict:
         return self.estimate.mean / self.part.paper if found and self.part.paper else None
 
     @property
-    def smallest_visible(self) -> float | None:
-        """The smallest difference (or ratio) that these runs could have seen, with a power of 80 %."""
-        if self.estimate is None:
-            return None
-        seen = statistics.smallest_visible(self.estimate)
-        return math.exp(seen) if self.part.kind == "ratio" else seen
-
-    @property
-    def seeds_needed(self) -> int | str | None:
-        """The fewest seeds at which the paper's difference would be seen."""
-        if self.estimate is None or not self.part.paper or self.part.kind == "ratio":
-            return None
-        return statistics.seeds_needed(self.estimate, self.part.paper)
-
-    @property
     def sentence(self) -> str:
         """The ledger's sentence for this outcome; the pilot has none."""
         return "" if self.source == PILOT else self.part.says.get(outcome(self.part, self.label), "")
 
 
 def judge(
-    part: Part,
-    profile: str,
-    correct: Mapping[str, np.ndarray],
-    classes: int,
-    bracketed: Mapping[str, bool],
-    note: str = "",
+    part: Part, profile: str, correct: Mapping[str, np.ndarray], classes: int, bracketed: Mapping[str, bool]
 ) -> Verdict:
     """The verdict on a part that is measured in points, before Holm's correction.
 
@@ -176,7 +147,7 @@ def judge(
     elif failed:
         word = f"{CHECK_FAILED}: {', '.join(failed)}"
     p = statistics.p_value(part.kind, estimate, part.margin)
-    return Verdict(part, profile, word, estimate, p, None, checks, note)
+    return Verdict(part, profile, word, estimate, p, checks=checks)
 
 
 def ratio(part: Part, profile: str, estimate: Estimate, device: str) -> Verdict:
@@ -194,10 +165,10 @@ def replicated(verdict: Verdict, reference: Verdict | None) -> Verdict:
         return verdict
     if reference is None or reference.estimate is None or reference.source == PILOT:
         return replace(verdict, label=NO_REFERENCE)
-    low, high = statistics.prediction(reference.estimate, verdict.estimate.n)
-    inside = low <= verdict.estimate.mean <= high
-    note = f"the reference, {reference.estimate.mean:+.2f}, predicts {low:+.2f} to {high:+.2f} for {verdict.estimate.n} seeds"
-    return replace(verdict, label=AGREES if inside else OUTSIDE, note=note)
+    mean, n = verdict.estimate.mean, verdict.estimate.n
+    low, high = statistics.prediction(reference.estimate, n)
+    note = f"the reference, {reference.estimate.mean:+.2f}, predicts {low:+.2f} to {high:+.2f} for {n} seeds"
+    return replace(verdict, label=AGREES if low <= mean <= high else OUTSIDE, note=note)
 
 
 def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -210,7 +181,7 @@ def corrected(verdicts: Sequence[Verdict]) -> list[Verdict]:
     adjusted = {v.part.id: float(q) for v, q in zip(primary, statistics.holm(there), strict=True)}
     result = []
     for v in verdicts:
-        if v.part.id in adjusted and v.estimate is not None and v.source != PILOT:
+        if v.part.primary and v.estimate is not None and v.source != PILOT:
             v = replace(v, p_holm=adjusted[v.part.id])
             if is_predicted(v.part, v.label) and v.p_holm > 0.05:
                 v = replace(v, label=UNDECIDED, note=f"{v.label} without Holm's correction")
@@ -233,18 +204,16 @@ def claim_verdict(verdicts: Sequence[Verdict]) -> str:
         if any(v.label == word for v in trained):
             return word
     mine = [v for v in trained if v.source != PILOT and v.label != OUT_OF_SCOPE]
-    against = [_two_sided(v) if is_contrary(v.part, v.label) else 1.0 for v in mine]
-    if any(q <= 0.05 for q in statistics.holm(against)):
+    two_sided = [
+        statistics.p_value("superiority", v.estimate, None) if is_contrary(v.part, v.label) else 1.0 for v in mine
+    ]
+    if any(q <= 0.05 for q in statistics.holm(two_sided)):
         word = NOT_HELD
     elif mine and all(is_predicted(v.part, v.label) for v in mine):
         word = HELD
     else:
         word = OPEN
     return AT_IMAGENET[word] if mine and mine[0].profile == "imagenet" else word
-
-
-def _two_sided(verdict: Verdict) -> float:
-    return statistics.p_value("superiority", verdict.estimate, None)
 
 
 def moved(verdicts: Sequence[Verdict], margins: Sequence[float] = MARGINS) -> pd.DataFrame:
@@ -279,33 +248,33 @@ COLUMNS = dict.fromkeys(TEXTS, object) | {
 
 def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """One row per verdict, numbers not rounded, with what all parts of its claim say together."""
+    table = pd.DataFrame([_row(v) for v in verdicts], columns=list(COLUMNS)).astype(COLUMNS)
+    words = {claim: claim_verdict([v for v in verdicts if v.part.claim == claim]) for claim in {*table["claim"]}}
     titles = ledger().claims
-    words = {
-        claim: claim_verdict([v for v in verdicts if v.part.claim == claim])
-        for claim in {v.part.claim for v in verdicts}
-    }
-    rows = [
-        _row(v) | {"claim_title": titles.get(v.part.claim, ""), "claim_verdict": words[v.part.claim]} for v in verdicts
-    ]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    return table.assign(claim_title=table["claim"].map(titles), claim_verdict=table["claim"].map(words))
 
 
 def _row(v: Verdict) -> dict[str, object]:
     part, e = v.part, v.estimate
+    signs = {
+        arm: f"{'-' if c < 0 else '+'} {'' if abs(c) == 1 else f'{abs(c):.3g} '}" for arm, c in part.contrast.items()
+    }
     row = {
         "part": part.id, "claim": part.claim, "title": part.title, "notebook": part.notebook, "primary": part.primary,
-        "contrast": v.contrast, "test": part.kind, "paper": part.paper, "paper_source": part.paper_source,
-        "paper_confidence": part.paper_confidence, "contains_paper": v.contains_paper, "times_paper": v.times_paper,
-        "margin": part.margin, "p": v.p, "p_holm": v.p_holm,
+        "contrast": " ".join(sign + arm for arm, sign in signs.items()).removeprefix("+ "), "test": part.kind,
+        "paper": part.paper, "paper_source": part.paper_source, "paper_confidence": part.paper_confidence,
+        "contains_paper": v.contains_paper, "times_paper": v.times_paper, "margin": part.margin, "p": v.p, "p_holm": v.p_holm,
         "checks": "; ".join(f"{name}: {'passed' if passed else 'failed'}" for name, passed in v.checks.items()),
-        "label": v.label, "says": v.sentence, "smallest_visible": v.smallest_visible, "seeds_needed": v.seeds_needed,
-        "power": part.power, "note": v.note, "source": v.source, "runs": " ".join(v.runs),
+        "label": v.label, "says": v.sentence, "power": part.power, "note": v.note, "source": v.source,
+        "runs": " ".join(v.runs),
     }  # fmt: skip
     if e is None:
         return row
     mean, low, high = v.ours
+    seen, ratio = statistics.smallest_visible(e), part.kind == "ratio"
     return row | {
         "n": e.n, "test_images": e.images if e.images > 1 else None, "ours": mean, "sd": e.sd, "low": low, "high": high,
         "seed_se": math.sqrt(e.seed_term), "image_se": math.sqrt(e.image_term), "tightest": statistics.tightest(e),
-        "paired_low": e.paired[0], "paired_high": e.paired[1],
+        "paired_low": e.paired[0], "paired_high": e.paired[1], "smallest_visible": math.exp(seen) if ratio else seen,
+        "seeds_needed": None if ratio or not part.paper else statistics.seeds_needed(e, part.paper),
     }  # fmt: skip

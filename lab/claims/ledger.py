@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,15 +18,12 @@ from pathlib import Path
 
 from lab import paths
 from vitlib.errors import UsageError, unknown
+from vitlib.files import first_line
 
-KINDS = ("exact", "superiority", "equivalence", "non-inferiority", "ratio")
 PROFILES = ("cpu", "study", "photos", "imagenet")  # where trained parts are measured; exact ones are counted everywhere
 COMMITTED = ("study", "photos", "imagenet")  # whose judged runs come from a commit
 CHECKED = ("study", "photos")  # whose parts have checks, and arms whose rates were tuned
 PILOT = "pilot"  # the first study, whose estimates stand where the second has none
-CONFIDENCE = ("read", "read-chart", "computed")  # of paper-facts, section 0
-EXPECTED = ("printed digits", "0", "not 0", "more than 1", "less than 1")
-OUTCOMES = ("predicted", "contrary", "level", "undecided")
 # Fixed by the hash, which a change of them voids; the others are prose, with a hash of their own that voids nothing.
 VALUES = ("kind", "metric", "contrast", "margin", "primary", "contrary", "expected", "device", "out_of_scope")
 
@@ -78,9 +74,8 @@ class Part:
     def _by_subset(self, contrast: Mapping[str, float]) -> Mapping[str, float]:
         if not self.subsets:
             return contrast
-        return {
-            f"{arm}, subset {k}": c / self.subsets for arm, c in contrast.items() for k in range(1, self.subsets + 1)
-        }
+        numbers = range(1, self.subsets + 1)
+        return {f"{arm}, subset {k}": c / self.subsets for arm, c in contrast.items() for k in numbers}
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -112,8 +107,8 @@ class Ledger:
     def hash(self, part: Part, profile: str) -> str:
         """Of everything that decides a verdict at a profile: arms, recipes, contrast, test, margin, n, checks."""
         if profile not in part.n and part.kind != "exact":
-            where = " and ".join(part.n)
-            raise UsageError(f"part {part.id} is not measured at profile {profile}: the ledger has it at {where}")
+            where = f"the ledger has it at {' and '.join(part.n)}"
+            raise UsageError(f"part {part.id} is not measured at profile {profile}: {where}")
         here = part.at_profile(profile)
         values = {key: getattr(here, key) for key in VALUES} | {"n": here.n.get(profile)}
         values["checks"] = [[dict(check.contrast), check.above] for check in here.checks]
@@ -123,9 +118,8 @@ class Ledger:
 
     def prose(self, part: Part) -> str:
         """The second hash, over titles, sentences and the paper's values; a change voids nothing."""
-        return _digest(
-            {f.name: getattr(part, f.name) for f in fields(Part) if f.name not in (*VALUES, "checks", "n", "at")}
-        )
+        words = (f.name for f in fields(Part) if f.name not in (*VALUES, "checks", "n", "at"))
+        return _digest({name: getattr(part, name) for name in words})
 
     def stamps(self, profile: str) -> dict[str, str]:
         """Part -> hash, for every part that is measured at a profile: what each run stores when it starts."""
@@ -161,132 +155,47 @@ LEDGER, RECIPES = "claims.toml", "recipes.toml"
 
 
 def ledger(folder: Path | None = None) -> Ledger:
-    """The ledger of a folder (None: `outputs/paper`), checked. Raises UsageError for the first entry that cannot be."""
-    folder = folder or paths.PAPER
-    return _parsed(folder, *(_read(folder / name) for name in (LEDGER, RECIPES)))
+    """The ledger of a folder (None: `outputs/paper`). Raises UsageError where its files or an entry cannot be read.
+
+    What the keys of an entry may hold, and be together, `python -m tools.ledger` checks when it writes the recipes.
+    """
+    files = [(folder or paths.PAPER) / name for name in (LEDGER, RECIPES)]
+    try:
+        return _parsed(*((path, path.read_bytes()) for path in files))
+    except OSError as error:
+        raise UsageError(f"the ledger {error.filename} cannot be read: {error.strerror}") from error
 
 
 @functools.lru_cache(maxsize=4)  # figures and pages ask for each row
-def _parsed(folder: Path, *texts: str) -> Ledger:
-    tables, recipes = (_tables(folder / name, text) for name, text in zip((LEDGER, RECIPES), texts, strict=True))
+def _parsed(*files: tuple[Path, bytes]) -> Ledger:
+    tables, recipes = (tables_of(path, content) for path, content in files)
     claims, entries = tables.get("claim", {}), tables.get("part", {})
     if not (isinstance(entries, Mapping) and entries and isinstance(claims, Mapping)):
-        raise UsageError(f"the ledger {folder / LEDGER} has no tables [claim] and [part.<id>]")
-    parts = {name: _part(name, table) for name, table in entries.items()}
-    for part in parts.values():
-        if part.claim not in claims:
-            raise unknown(f"claim of ledger entry {part.id}:", part.claim, claims)
-    return Ledger(parts, claims, recipes)
+        raise UsageError(f"the ledger {files[0][0]} has no tables [claim] and [part.<id>]")
+    return Ledger({name: _part(name, table) for name, table in entries.items()}, claims, recipes)
 
 
-def _read(path: Path) -> str:
+def tables_of(path: Path, content: bytes) -> dict:
+    """Raises UsageError for what is not TOML."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the ledger {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+        return tomllib.loads(content.decode())
+    except ValueError as error:
         raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
 
 
-def _tables(path: Path, text: str) -> dict:
+def _part(name: str, table: Mapping[str, object]) -> Part:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
+        at = {key: _values(value) for key, value in table.items() if key in (*PROFILES, PILOT)}
+        return Part(id=name, at=at, **_values({key: value for key, value in table.items() if key not in at}))
+    except (TypeError, ValueError, AttributeError) as fault:
+        said = f"ledger entry {name} cannot be read ({first_line(fault)})"
+        raise UsageError(f"{said}: python -m tools.ledger --check says what is allowed") from fault
 
 
-def _part(name: str, table: object) -> Part:
-    if not isinstance(table, Mapping):
-        raise UsageError(f"ledger entry {name!r} is not a table of keys")
-    places = (*PROFILES, PILOT)
-    at = {profile: table[profile] for profile in places if isinstance(table.get(profile), Mapping)}
-    values = _values(name, {key: value for key, value in table.items() if key not in at}, KEYS)
-    at = {profile: _values(f"{name}.{profile}", changed, OVERRIDES) for profile, changed in at.items()}
-    if absent := [key for key in REQUIRED if key not in values]:
-        raise UsageError(f"ledger entry {name} lacks the key {absent[0]!r}")
-    part = Part(id=name, at=at, **values)
-    for there in (part, *map(part.at_profile, at)):
-        _check_whole(there)
-    return part
-
-
-def _values(where: str, table: Mapping[str, object], allowed: Sequence[str]) -> dict[str, object]:
-    """The values as a Part holds them. Raises UsageError for another key, kind of thing, or name."""
-    values = {}
-    for key, value in table.items():
-        if key not in allowed:
-            raise unknown(f"key in ledger entry {where}:", key, allowed)
-        wanted, holds, convert = RULES.get(key, TEXT)
-        if not holds(value):
-            raise UsageError(f"ledger entry {where} has {key} = {value!r}: allowed is {wanted}")
-        for word in (value if isinstance(value, list | Mapping) else [value]) if key in NAMES else ():
-            if word not in NAMES[key]:
-                raise unknown(f"{key} in ledger entry {where}:", word, NAMES[key])
-        values[key] = convert(value)
-    return values
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _text(x: object) -> bool:
-    return isinstance(x, str) and bool(x.strip())
-
-
-def _coefficients(x: object) -> bool:
-    return isinstance(x, Mapping) and bool(x) and all(map(_number, x.values()))
-
-
-def _counts(x: object) -> bool:
-    return isinstance(x, Mapping) and all(isinstance(n, int) and not isinstance(n, bool) and n > 1 for n in x.values())
-
-
-def _checks(x: object) -> bool:
-    return isinstance(x, list) and all(
-        isinstance(c, Mapping) and {"name", "contrast"} <= {*c} <= {"name", "contrast", "above"} and _text(c["name"])
-        and _coefficients(c["contrast"]) and _number(c.get("above", 0.0)) for c in x
-    )  # fmt: skip
-
-
-def _texts(x: object) -> bool:
-    return isinstance(x, Mapping) and all(map(_text, x.values()))
-
-
-KEYS = tuple(f.name for f in fields(Part) if f.name not in ("id", "at"))
-OVERRIDES = ("contrast", "margin", "checks", "paper", "paper_source", "paper_confidence", "subsets")
-REQUIRED = ("claim", "title", "notebook", "kind")
-# key -> what is allowed, whether a value is that, and how a Part holds it; every other key is a text
-TEXT = ("a text", _text, str)
-RULES = {
-    "contrast": ("a table of arm = number", _coefficients, lambda x: {arm: float(c) for arm, c in x.items()}),
-    "checks": ("a list of { name, contrast, above }", _checks, lambda x: tuple(Check(**check) for check in x)),
-    "n": ("a table of profile = whole number from 2", _counts, dict),
-    "says": ("a table of outcome = sentence", _texts, dict),
-    "primary": ("true or false", lambda x: isinstance(x, bool), bool),
-    "subsets": ("a whole number", lambda x: isinstance(x, int) and x >= 0, int),
-    "margin": ("a number above 0", lambda x: _number(x) and x > 0, float),
-    "paper": ("a number", _number, float),
-    "out_of_scope": ("a list of profiles", lambda x: isinstance(x, list), tuple),
-}
-# key -> the names that it may hold
-NAMES = {
-    "kind": KINDS, "expected": EXPECTED, "paper_confidence": CONFIDENCE, "contrary": ("both", "worse"),
-    "device": ("any", "cuda"), "n": (*PROFILES, PILOT), "says": OUTCOMES, "out_of_scope": (*PROFILES, PILOT),
-}  # fmt: skip
-# kind -> the keys that it needs; the others are measured in points
-NEEDED = {"exact": ("expected",), "ratio": ("contrast", "n")}
-OF_POINTS = ("contrast", "margin", "n")
-
-
-def _check_whole(part: Part) -> None:
-    """What the keys of an entry must be together."""
-    for contrast in (part.contrast, *(check.contrast for check in part.checks)):
-        if abs(sum(contrast.values())) > 1e-3:
-            raise UsageError(f"ledger entry {part.id} has a contrast whose coefficients do not add up to 0")
-    source = () if part.paper is None else ("paper_source", "paper_confidence")
-    for key in (*NEEDED.get(part.kind, OF_POINTS), *source):
-        if not getattr(part, key):
-            raise UsageError(f"ledger entry {part.id} of kind {part.kind!r} lacks the key {key!r}")
-    if part.kind == "ratio" and part.paper is not None and part.paper <= 0:
-        raise UsageError(f"ledger entry {part.id} has paper = {part.paper}: allowed is a ratio above 0")
+def _values(table: Mapping[str, object]) -> dict[str, object]:
+    """The values of an entry as a Part holds them."""
+    held = {
+        "contrast": lambda x: {arm: float(c) for arm, c in x.items()}, "margin": float, "paper": float,
+        "checks": lambda x: tuple(Check(**check) for check in x), "out_of_scope": tuple,
+    }  # fmt: skip
+    return {key: held.get(key, lambda x: x)(value) for key, value in table.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy import stats
@@ -84,16 +83,6 @@ def middle(flat: Sequence[float]) -> float:
     return flat[(len(flat) - 1) // 2]
 
 
-def power(paper: float, se: float, df: float, kind: str, m: float) -> float:
-    """The probability of the predicted label where the paper's own difference is true, at a standard error."""
-    if kind == "superiority":
-        return float(stats.nct.sf(stats.t.ppf(0.975, df), df, abs(paper) / se))
-    # the mean over the standard errors that would be estimated: se times a chi with df degrees of freedom, over its root
-    half = stats.t.ppf(0.95, df) * se * np.sqrt(stats.chi2.ppf((np.arange(1000) + 0.5) / 1000, df) / df)
-    high = math.inf if kind == "non-inferiority" else m - half
-    return float(np.maximum(stats.norm.cdf((high - paper) / se) - stats.norm.cdf((half - m - paper) / se), 0.0).mean())
-
-
 def smallest_visible(estimate: Estimate) -> float:
     """The smallest difference that this run could have seen: at 5 %, with a power of 80 %."""
     return float((stats.t.ppf(0.975, estimate.df) + stats.t.ppf(0.80, estimate.df)) * estimate.se)
@@ -101,16 +90,10 @@ def smallest_visible(estimate: Estimate) -> float:
 
 def seeds_needed(estimate: Estimate, paper: float) -> int | str:
     """The fewest seeds at which `paper` would be a visible difference on the same number of test images."""
-    ms_s, _, ms_r = estimate.mean_squares
-    N, image_term = estimate.images, estimate.image_term
 
     def visible(n: int) -> bool:
-        # The variance components stay, so of the mean squares only MS_I grows with n.
-        mean_squares = (ms_s, ms_r + n * N * image_term, ms_r)
-        return smallest_visible(replace(estimate, n=n, mean_squares=mean_squares)) <= abs(paper)
+        return smallest_visible(estimate.with_seeds(n)) <= abs(paper)
 
-    # With ever more seeds only the image term is left, at N - 1 degrees of freedom.
-    t = stats.t.ppf(0.975, N - 1) + stats.t.ppf(0.80, N - 1) if image_term else 0.0
-    if t * math.sqrt(image_term) >= abs(paper) or not visible(MOST_SEEDS):
+    if not visible(MOST_SEEDS):  # the image term is left
         return UNREACHABLE
     return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=visible)

@@ -192,7 +192,8 @@ def step_multiply_adds() -> pd.DataFrame:
     """10^9 multiply-adds of a training step of ViT-B by kind of layer, forward and backward, full and attention-only."""
     tables = []
     for size in (224, 384):
-        full, attn = (pd.DataFrame(exact.step_macs(s, size), index=count.Step._fields) / 1e9 for s in ("full", "attn"))
+        steps = (count.step_macs(vit_config("B12", image_size=size, layer_scale=1e-4), s) for s in ("full", "attn"))
+        full, attn = (pd.DataFrame(step, index=count.Step._fields) / 1e9 for step in steps)
         full["all"], attn["all"] = full.sum(axis=1), attn.sum(axis=1)
         before, after = full.sum(), attn.sum()
         tables.append(pd.DataFrame({
@@ -238,7 +239,8 @@ def form_memory() -> pd.DataFrame:
     for more, wide in exact.MORE_PAIRS.items():
         row = {"models": f"{more} / {wide}", "paper more": printed[more], "paper wide": printed[wide]}
         for batch, (name, model) in itertools.product((1, 32), (("more", more), ("wide", wide))):
-            row[f"{batch} {name}"] = exact.training_memory(model, batch).total / MB
+            step = count.memory(exact.table3_config(model), "full", batch=batch, skip_unread=False)
+            row[f"{batch} {name}"] = step.total / MB
         rows.append(row | {f"{at} ratio": row[f"{at} more"] / row[f"{at} wide"] for at in ("paper", 1, 32)})
     for batch in (1, 32):
         layout[f"training step, batch of {batch}, MB"] = f"{{{batch} more:,.0f}} / {{{batch} wide:,.0f}}"
