@@ -169,7 +169,10 @@ def test_table_9_and_the_data_cards_agree():
     assert set(paper_table("table6")["dataset"]) == set(table.index) - {"imagenet-1k"}
     for name, row in table.iterrows():
         path = paths.DATA_CARDS / f"{name}.md"
-        splits = {split["name"]: split["num_examples"] for split in read_card(path)["dataset_info"]["splits"]}
+        own, splits = read_card(path)["vitlib"], read_card(path)["dataset_info"]["splits"]
+        assert (own["sizes"]["train"][0], own["sizes"]["test"][0]) == (row["train_images"], row["test_images"])
+        assert own["num_classes"] == row["classes"]
+        splits = {split["name"]: split["num_examples"] for split in splits}
         test = splits.pop("test" if "test" in splits else "validation")
         assert (sum(splits.values()), test) == (row["train_images"], row["test_images"])
         assert f"\n{row['classes']:,.0f} classes.\n" in path.read_text(encoding="utf-8")

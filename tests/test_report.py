@@ -159,7 +159,7 @@ def test_a_verdict_over_runs_that_read_different_files_says_so(monkeypatch, recw
 
 
 def test_a_notebook_without_runs_at_a_profile_shows_the_committed_reference(monkeypatch):
-    none, unknown = experiment("33", "cpu").run(), nothing("33")
+    none, unknown = experiment("33", "cpu").finished(), nothing("33")
     gaps = tables.gaps(none, unknown, "pairs")
     assert none.results == {} and len(gaps) == 0
     assert figures.gap_figure(gaps, paper.gaps("figure3", "pairs"), "pairs").axes

@@ -6,7 +6,8 @@ A card (data_cards/<name>.md, Hugging Face dataset-card form) says under `vitlib
                        re-encoded without loss passes and one changed pixel does not
     view_of, classes   another card's images of these classes
     folders, hub       in a folder of $VITLIB_DATA, or on the Hub; held in memory, and measured once
-    streamed           the paper's data sets, as large as Table 9 says; opened image by image (`published.py`)
+    streamed, sizes    the paper's data sets, of these sizes; opened image by image (`published.py`)
+    splits             what a folder, or the Hub, calls the training images and those that are tested on
 
 Anything else is a folder of one's own, without an entry anywhere.
 """
@@ -51,6 +52,11 @@ class Facts:
     sizes: dict[str, int]  # split -> images
     sha256: dict[str, str] = field(default_factory=dict)  # split -> checksum of the decoded arrays, where they are held
 
+    @property
+    def checksum(self) -> str:
+        """Of all arrays."""
+        return _digest(self.sha256[split] for split in SPLITS)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -84,23 +90,22 @@ def source(name: str | Path, streamed: bool = False) -> Source:
     if streamed or card(name)["vitlib"].get("streamed"):
         return _published(name)
     known = facts(name)
-    identity = _digest(known.sha256[s] for s in SPLITS)
-    return Source(name, known, identity, lambda split, size, *_: load_resized(name, split, size))
+    return Source(name, known, known.checksum, lambda split, size, *_: load_resized(name, split, size))
 
 
 def _published(name: str) -> Source:
     """The paper's data sets have the sizes and the checksum of what was published, so that a run has one name on every
     machine, with the data or without it; its result says which files it read.
     """
-    card(name)
-    if name not in published.PUBLISHED:
-        raise unknown("data set of the paper", name, published.PUBLISHED)
-    counted = {split: counts for split in ("train", "test") if (counts := published.expected(name, split))}
-    sizes, classes = {split: max(counts) for split, (counts, _) in counted.items()}, counted["test"][1]
+    own = card(name)["vitlib"]
+    if "sizes" not in own:
+        of_paper = [path.stem for path in DATA_CARDS.glob("*.md") if "sizes" in read_card(path)["vitlib"]]
+        raise unknown("data set of the paper", name, sorted(of_paper))
+    sizes, classes = {split: max(counts) for split, counts in own["sizes"].items()}, own["num_classes"]
     return Source(
         name, Facts(3, classes, 0, *COLOURS, sizes), _digest([json.dumps([name, classes, sizes], sort_keys=True)]),
-        lambda split, size, *how: Streamed(name, split, published.read_published(name, split), size, *how),
-        published.PUBLISHED[name].second_test,
+        lambda split, size, *how: Streamed(name, split, published.read_published(name, own, split), size, *how),
+        own.get("second_test"),
     )  # fmt: skip
 
 
@@ -169,8 +174,8 @@ def load(name: str, split: str) -> InMemory:
         raise unknown("split", split, SPLITS)
     images, labels, classes = _arrays(name, split, _signature(name))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (known.mean, known.std))
-    identity = _digest(known.sha256[s] for s in SPLITS)
-    return InMemory(name, split, torch.from_numpy(images), torch.from_numpy(labels), classes, mean, std, identity)
+    tensors = torch.from_numpy(images), torch.from_numpy(labels)
+    return InMemory(name, split, *tensors, classes, mean, std, known.checksum)
 
 
 def load_resized(name: str, split: str, size: int) -> InMemory:
@@ -187,13 +192,10 @@ def _resized(name: str, split: str, size: int, signature: str) -> InMemory:
 def _signature(name: str) -> str:
     """What says, without decoding, that a data set is still the same: its card, and its files' names, sizes and times."""
     own = card(name)["vitlib"]
-    if "view_of" in own:
-        files, parent = [], _signature(own["view_of"])
-    else:
-        folder, parent = EMBEDDED if "files" in own else published.locate(name), ""
-        walk = os.walk(folder, followlinks=True) if folder and "files" not in own else ()
-        files = [os.path.join(base, file) for base, _, names in walk for file in names]
-        files += [str(folder / file) for file in own.get("files", {}).values()]
+    parent = _signature(own["view_of"]) if "view_of" in own else ""
+    files = [os.path.join(EMBEDDED, file) for file in own.get("files", {}).values()]
+    if "hub" in own and (folder := published.locate(name)):
+        files = [os.path.join(base, file) for base, _, names in os.walk(folder, followlinks=True) for file in names]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in sorted(files) if os.path.exists(path)]
     return _digest([json.dumps([name, parent, stats, own], sort_keys=True, default=str)])
 
@@ -208,7 +210,7 @@ def _arrays(name: str, split: str, signature: str) -> tuple[np.ndarray, np.ndarr
         kept = np.isin(parent.labels, own["classes"])
         images, labels = parent.images.numpy()[kept], np.searchsorted(own["classes"], parent.labels.numpy()[kept])
     else:
-        found = _embedded(own, split) if "files" in own else _copy(name, own, split)
+        found = _found(name, own, split)
         images, labels = _stack(found, name, own["channels"]), found.labels
     if "sha256" not in own:
         return images, labels, found.classes
@@ -228,15 +230,18 @@ def checksum(images: np.ndarray, labels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _embedded(own: dict, split: str) -> Found:
-    path = EMBEDDED / own["files"][split]
-    if not path.is_file():
-        raise UsageError(f"there is no file {path.name} in {path.parent}: take it from a fresh clone of the project")
-    return read_parquet([path])
+def _found(name: str, own: dict, split: str) -> Found:
+    """A split of the embedded files, of a folder in $VITLIB_DATA, or else of the Hub.
 
-
-def _copy(name: str, own: dict, split: str) -> Found:
-    """A split of a folder in $VITLIB_DATA, or else of the Hub; validation images are held out of the training images."""
+    Of the last two, validation images are held out of the training images.
+    """
+    if "files" in own:
+        path = EMBEDDED / own["files"][split]
+        if not path.is_file():
+            raise UsageError(
+                f"there is no file {path.name} in {path.parent}: take it from a fresh clone of the project"
+            )
+        return read_parquet([path])
     folder, words = published.locate(name), own["splits"]["test" if split == "test" else "train"]
     try:
         found = published.read_any(folder, words) if folder else published.read_hub(own["hub"], words)
@@ -255,7 +260,7 @@ def _stack(found: Found, name: str, channels: int) -> np.ndarray:
         some = ", ".join(f"{w}x{h}" for h, w in sorted(shapes)[:3])
         raise UsageError(f"the images of {name} have {len(shapes)} sizes ({some}, ...): allowed is one size throughout")
     images = np.stack(pixels)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if channels == 3 else images[:, None]
+    return np.ascontiguousarray(images.reshape(*images.shape[:3], channels).transpose(0, 3, 1, 2))
 
 
 @functools.lru_cache(maxsize=16)
@@ -267,10 +272,6 @@ def _measured(name: str, signature: str, outputs: str) -> Facts:
         return Facts(**known | {key: tuple(known[key]) for key in ("mean", "std")})
     parts = {split: _arrays(name, split, signature) for split in SPLITS}
     images, _, classes = parts["train"]
-    if classes != parts["test"][2]:
-        raise UsageError(
-            f"{name}: the training images have {len(classes)} classes and the test images {len(parts['test'][2])}, or others"
-        )
     counts, levels = np.bincount(images.ravel(), minlength=256), np.arange(256) / 255
     mean = float((counts * levels).sum() / counts.sum())
     std = float(np.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum()))

@@ -1,4 +1,4 @@
-"""The data sets of the paper and others that are not embedded: where they are, and the forms in which they are distributed.
+"""Data sets that are not embedded: where they are, as their cards say, and the forms in which they are distributed.
 
 general     class folders, parquet, WebDataset: read by `vitlib.data.read`
 Hub         a name on the Hugging Face Hub, through `datasets`
@@ -7,11 +7,10 @@ their own   iNaturalist's JSON, CIFAR's pickles, Stanford Cars' devkit, Flowers-
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow as pa
 import yaml
 from torchvision import datasets
 
-from lab.paths import DATA_CARDS, PAPER, place
+from lab.paths import DATA_CARDS, place
 from vitlib.data import read
 from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
@@ -28,29 +27,6 @@ from vitlib.files import first_line
 
 class DataAbsent(UsageError):
     """A data set that is nowhere to be found: where it was looked for, and how to get it."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """A data set of the paper: what its folder calls the images that the paper tests on."""
-
-    test: tuple[str, ...] = ("test",)
-    also: tuple[str, ...] = ()  # what else the paper trains on
-    numbered: bool = False  # a class folder's name is its label
-    second_test: str | None = None  # a data set of other test images of the same classes
-
-
-V2_FOLDER = "imagenetv2-matched-frequency-format-val"  # what its archive unpacks to
-PUBLISHED = {
-    "imagenet-1k": Published(test=("val", "validation"), second_test="imagenet-v2"),
-    "imagenet-v2": Published(test=("test", "val", V2_FOLDER, "."), numbered=True),
-    "inaturalist-2018": Published(test=("val", "validation")),
-    "inaturalist-2019": Published(test=("val", "validation")),
-    "cifar-10": Published(),
-    "cifar-100": Published(),
-    "stanford-cars": Published(),
-    "flowers-102": Published(also=read.SPLITS["validation"]),
-}
 
 
 def places(name: str) -> list[Path]:
@@ -87,29 +63,28 @@ def _parsed(path: Path, modified: int) -> dict:
         raise UsageError(f"{path} is no data card ({first_line(fault)}): CONTRIBUTING.md says what one has") from fault
 
 
-def read_published(name: str, split: str, check: bool = True) -> Found:
-    """train or test of a data set of the paper, in whatever form its folder has; `check` compares its size with Table 9.
+def read_published(name: str, about: dict, split: str) -> Found:
+    """train or test of a data set of the paper, whose card says `about` it, in whatever form its folder has.
 
     Raises DataAbsent where it is not here, and UsageError for a split that is missing, damaged or of another size.
     """
-    if split not in ("train", "test"):
+    if split not in about["splits"]:
+        allowed = " and ".join(about["splits"])
         raise UsageError(
-            f"{name} has no split {split!r} here: allowed are train and test, as in Table 9; tune on images held out of train"
+            f"{name} has no split {split!r} here: allowed are {allowed}, as in Table 9; tune on images held out of train"
         )
-    known, folder = PUBLISHED[name], locate(name)
+    names, folder = about["splits"][split], locate(name)
     if folder is None:
         raise absent(name)
-    names = known.test if split == "test" else ("train",)
-    if known.numbered and (place := find_split(folder, names)) is not None and isinstance(place, Path):
+    if about.get("numbered") and isinstance(place := find_split(folder, names), Path):
         found = read_class_folders(place, numbered=True)
     else:
-        found = read_any(folder, names, also=known.also if split == "train" else ())
-    if check:
-        check_counts(name, split, found)
+        found = read_any(folder, names, also=about.get("also", ()) if split == "train" else ())
+    check_counts(name, about, split, found)
     return found
 
 
-def read_any(folder: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -> Found:
+def read_any(folder: Path, names: Sequence[str], also: Sequence[str] = ()) -> Found:
     """A split, under the first of its names that is there, and the files of `also`, a second split that belongs to it."""
     for reader in (read_torchvision, read_inaturalist):
         if (found := reader(folder, names)) is not None:
@@ -118,34 +93,20 @@ def read_any(folder: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -
     return read_place([*shards, *more]) if isinstance(shards, list) and more else read_folder(folder, names)
 
 
-def expected(name: str, split: str) -> tuple[set[int], int] | None:
-    """How many images a published split has (any of the set) and how many classes; None for other data. Table 9."""
-    if name == "imagenet-v2":  # not in the table; its authors' number
-        return ({10_000}, 1000) if split == "test" else None
-    with (PAPER / "table9.csv").open(encoding="utf-8") as file:
-        rows = {row["dataset"]: row for row in csv.DictReader(file)}
-    if name not in rows or split not in ("train", "test"):
-        return None
-    counts = {int(rows[name][f"{split}_images"])}
-    if name == "inaturalist-2019":  # another listing of the same 268,243 images: see its card
-        counts.add({"train": 265_213, "test": 3_030}[split])
-    return counts, int(rows[name]["classes"])
-
-
-def check_counts(name: str, split: str, found: Found) -> None:
+def check_counts(name: str, about: dict, split: str, found: Found) -> None:
     """Raises UsageError where a published data set does not have its published size."""
-    counts, classes = expected(name, split) or ({len(found.labels)}, len(found.classes))
-    if len(found.labels) not in counts or len(found.classes) != classes:
+    images, classes = len(found.labels), len(found.classes)
+    if images not in about["sizes"][split] or classes != about["num_classes"]:
+        published = " or ".join(f"{n:,}" for n in sorted(about["sizes"][split]))
         raise UsageError(
-            f"{name} {split} has {len(found.labels):,} images of {len(found.classes):,} classes, published are "
-            f"{' or '.join(f'{n:,}' for n in sorted(counts))} of {classes:,}"
+            f"{name} {split} has {images:,} images of {classes:,} classes, published are {published} of {about['num_classes']:,}"
         )
 
 
 # ------------------------------------------------------------------------------------------------- forms
 
 
-def read_inaturalist(folder: Path, names: tuple[str, ...]) -> Found | None:
+def read_inaturalist(folder: Path, names: Sequence[str]) -> Found | None:
     """`train2018.json`, `val2018.json`, and the images that they name under the folder."""
     lists = [file for name in names for file in sorted(folder.glob(f"{name}20[0-9][0-9].json"))]
     if not lists:
@@ -162,7 +123,7 @@ def read_inaturalist(folder: Path, names: tuple[str, ...]) -> Found | None:
     return read.files(folder, [p for p, _ in pairs], [k for _, k in pairs], names)
 
 
-def read_torchvision(folder: Path, names: tuple[str, ...]) -> Found | None:
+def read_torchvision(folder: Path, names: Sequence[str]) -> Found | None:
     """What torchvision reads, in the folders that it unpacks: `cifar-10-batches-py`, `cifar-100-python`, `stanford_cars`,
     `flowers-102`. It unpickles CIFAR's files, and reads those of Flowers, only if they have the published MD5 sums.
     """
@@ -219,7 +180,7 @@ def _hub_column(name: str, split: str, column: str) -> pa.ChunkedArray:
     return _hub(name)[split].data.column(column)
 
 
-def read_hub(name: str, names: tuple[str, ...]) -> Found:
+def read_hub(name: str, names: Sequence[str]) -> Found:
     """A split of a data set by its name on the Hugging Face Hub, or in the cache of `datasets`."""
     split = next((split for split in names if split in _hub(name)), None)
     if split is None:

@@ -1,19 +1,18 @@
 """Which experiment each notebook shows, and its runs at each profile.
 
-An experiment is a table of arms, each a run without its seed; `specs()` lists all its runs with the seeds outermost, so that a
-stop leaves complete pairs. A new notebook is one more record in `NOTEBOOKS`.
+An experiment is a table of arms, each a run without its seed; runs are listed with the seeds outermost, so that a stop leaves
+complete pairs. A new notebook is one more record in `NOTEBOOKS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lab.data.published import DataAbsent
 from lab.experiments import imagenet, small
 from lab.experiments.profiles import Arm, Profile
 from lab.runs import store
-from lab.runs.launch import launch
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
@@ -77,19 +76,11 @@ class Experiment:
 
     def specs(self) -> list[RunSpec]:
         """Every run, seeds outermost."""
-        return in_order(self.arms.values(), self.profile.seeds)
+        return in_order([*self.arms.values()], self.profile.seeds)
 
-    def run(
-        self, jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Mapping[str, str] | None = None
-    ) -> Runs:
-        """Train what is missing, as `launch` does, and read all results."""
-        results = launch(self.specs(), jobs, seconds, stamps)
-        return Runs(self, {arm: [results[s] for s in self.seeds_of(arm)] for arm in self.arms})
-
-    def finished(self, labels: Collection[str] | None = None) -> Runs:
-        """What is finished of all arms or of these; an arm with a seed missing is left out."""
-        asked = self.arms if labels is None else [label for label in self.arms if label in labels]
-        results = {label: [store.find(spec) for spec in self.seeds_of(label)] for label in asked}
+    def finished(self) -> Runs:
+        """What is finished; an arm with a seed missing is left out."""
+        results = {label: [store.find(spec) for spec in self.seeds_of(label)] for label in self.arms}
         return Runs(self, {label: of_arm for label, of_arm in results.items() if all(of_arm)})
 
     def seeds_of(self, label: str) -> list[RunSpec]:
@@ -104,9 +95,8 @@ class Runs:
 
     experiment: Experiment
     results: dict[str, list[Result]]
-    records: Mapping[str, dict] = field(
-        default_factory=dict
-    )  # of an archive: arm -> what was trained, as `RunSpec.record`
+    # Of an archive: arm -> what was trained, as `RunSpec.record`.
+    records: Mapping[str, dict] = field(default_factory=dict)
 
     def record(self, label: str) -> dict:
         """What was trained under a label."""
@@ -117,20 +107,13 @@ def experiment(notebook: Notebook, profile: Profile) -> Experiment:
     """The experiment of a notebook. Raises UsageError where the notebook has no runs at this profile."""
     arms = notebook.arms_at(profile)
     if arms is None:
-        raise UsageError(_without(notebook, profile))
+        where = f"its record in lab/experiments/catalogue.py names no function of {'imagenet' if profile.paper else 'small'}.py"
+        raise UsageError(f"notebook {notebook.file} has no runs at profile {profile.name}: {where}")
     made = arms(profile)
     by_label = {arm.label: arm for arm in made}
     if len(by_label) < len(made):
         raise UsageError(f"notebook {notebook.file} has two arms of one label at profile {profile.name}")
     return Experiment(notebook, profile, by_label)
-
-
-def _without(notebook: Notebook, profile: Profile) -> str:
-    if not notebook.has_runs:
-        return f"notebook {notebook.file} has no runs of its own"
-    where = f"lab/experiments/{'imagenet' if profile.paper else 'small'}.py"
-    record = "its record in lab/experiments/catalogue.py"
-    return f"notebook {notebook.file} has no runs at profile {profile.name}: {record} names no function of {where}"
 
 
 def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Notebook], list[UsageError]]:
@@ -151,13 +134,11 @@ def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Not
 def experiments(profile: Profile, notebooks: Iterable[Notebook]) -> list[Experiment]:
     """The experiments of those notebooks that have runs.
 
-    Raises UsageError where one was asked for that has runs at other profiles only, and no other.
+    Raises UsageError where none has at this profile, and one has at others.
     """
-    notebooks = list(notebooks)
-    made = [experiment(one, profile) for one in notebooks if one.arms_at(profile)]
-    if not made and (elsewhere := [one for one in notebooks if one.has_runs]):
-        raise UsageError(_without(elsewhere[0], profile))
-    return made
+    having = [one for one in notebooks if one.has_runs]
+    here = [one for one in having if one.arms_at(profile)]
+    return [experiment(one, profile) for one in here or having]
 
 
 def all_specs(profile: Profile, notebooks: Iterable[Notebook]) -> list[RunSpec]:
@@ -166,16 +147,14 @@ def all_specs(profile: Profile, notebooks: Iterable[Notebook]) -> list[RunSpec]:
     return in_order(arms, profile.seeds)
 
 
-def in_order(arms: Iterable[Arm], seeds: Sequence[int]) -> list[RunSpec]:
+def in_order(arms: Sequence[Arm], seeds: Sequence[int]) -> list[RunSpec]:
     """Each run once, seeds outermost; an arm has so many of the seeds as it says."""
-    arms = list(arms)
-    return list(dict.fromkeys(
-        arm.spec.with_seed(seed) for i, seed in enumerate(seeds) for arm in arms if arm.n is None or i < arm.n
-    ))  # fmt: skip
+    runs = (arm.spec.with_seed(seed) for i, seed in enumerate(seeds) for arm in arms if arm.n is None or i < arm.n)
+    return list(dict.fromkeys(runs))
 
 
-def arms_of(table: Callable[[Profile], list[Arm]], profile: Profile) -> dict[str, Arm]:
-    """The arms of an experiment by label, e.g. `arms_of(small.resolution, profile)`, at the paper's scale where the profile has it."""
+def arms_of(table: Arms, profile: Profile) -> dict[str, Arm]:
+    """The arms of an experiment by label, e.g. `arms_of(small.resolution, profile)`, at the paper's scale where that is it."""
     make = getattr(imagenet, table.__name__) if profile.paper else table
     return {arm.label: arm for arm in make(profile)}
 

@@ -9,14 +9,15 @@ this was run: `python -m lab plan --profile imagenet --device h100` says the hou
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lab.data.cards import source
 from lab.experiments.profiles import LAYER_SCALE, Arm, Profile
-from lab.experiments.small import STEM_ARMS, stem_pairs, transfer_settings
+from lab.experiments.small import STEM_ARMS, stem_pairs
 from lab.runs.spec import RunSpec
 from vitlib.data.augment import Augment
-from vitlib.errors import unknown
 from vitlib.model import ViTConfig, vit_config
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.finetune import PAPER_STRATEGIES, at_image_size
@@ -37,19 +38,13 @@ RAND_AUGMENT_7 = Augment(  # E: 2 operations, magnitude 7, standard deviation 0.
     policy="rand-m7-mstd0.5-inc1", crop_scale=(0.08, 1.0), color_jitter=0.0, erasing=0.0,
     test_crop=0.95, interpolation="bicubic",  # resize to 236, crop 224
 )  # fmt: skip
-# An option: DeiT III's 3-Augment (grey, solarised or blurred, one of three), `replace(recipe, augment=THREE_AUGMENT)`.
-# B: augment.py; jitter 0.3 from the README's commands; test crop 1.0.
-THREE_AUGMENT = Augment(policy="3-augment", color_jitter=0.3, test_crop=1.0)
 
 
 def supervised_recipe(width: str, epochs: int = SHORT) -> Recipe:
     """Tables 1 to 3 and 7 (left), Figures 1 to 3: procedure A2 with the paper's changes, by width.
 
     A: 300 epochs without LayerScale, 400 with. Stochastic depth is the model's: `DROP_PATH`.
-    Raises UsageError for a width that the paper does not have.
     """
-    if width not in PEAK_LR:
-        raise unknown("width", width, PEAK_LR)
     return Recipe(
         epochs=epochs, lr=PEAK_LR[width],  # A
         loss="bce",  # A: targets above 0 count as 1, engine.py of B
@@ -75,9 +70,7 @@ def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Reci
 def _supervised(
     p: Profile, letter: str, depth: int, branches: int = 1, scale: float | None = None, epochs: int = SHORT
 ) -> RunSpec:
-    """Tables 1 to 3, Figures 1 to 3: procedure A2 with the paper's changes."""
-    drop_path = DROP_PATH[letter]  # Paper: by width; it states none for deeper models
-    model = vit_config(f"{letter}{depth}x{branches}", layer_scale=scale, drop_path=drop_path)
+    model = vit_config(f"{letter}{depth}x{branches}", layer_scale=scale, drop_path=DROP_PATH[letter])
     return _spec(p, "supervised", model, supervised_recipe(letter, epochs))
 
 
@@ -114,10 +107,8 @@ def baselines(p: Profile) -> list[Arm]:
     return [Arm(label, spec, rows[label], label.removeprefix(rows[label]).strip()) for label, spec in specs.items()]
 
 
-def branches(p: Profile) -> list[Arm]:
-    """Figure 1: ViT-B36, and S36 and S60, labelled so. Paper (chart): 82.9, 83.4, 82.6, 82.4."""
-    forms = [("B", 36, k, None) for k in (1, 2, 3, 4)] + [("B", 36, k, LAYER_SCALE) for k in (1, 2)]
-    forms += [("S", n, k, None) for n in (36, 60) for k in (1, 2, 3, 4)]
+def _forms(p: Profile, forms: Iterable[tuple[str, int, int, float | None]]) -> list[Arm]:
+    """(letter, pairs, branches, LayerScale) of each arm; the labels of ViT-B have no letter."""
     return [
         Arm(
             f"{'' if w == 'B' else w}{n // k}x{k}{'+LS' if scale else ''}", _supervised(p, w, n // k, k, scale),
@@ -125,6 +116,12 @@ def branches(p: Profile) -> list[Arm]:
         )
         for w, n, k, scale in forms
     ]  # fmt: skip
+
+
+def branches(p: Profile) -> list[Arm]:
+    """Figure 1: ViT-B36, and S36 and S60. Paper (chart): 82.9, 83.4, 82.6, 82.4."""
+    forms = [("B", 36, k, None) for k in (1, 2, 3, 4)] + [("B", 36, k, LAYER_SCALE) for k in (1, 2)]
+    return _forms(p, forms + [("S", n, k, None) for n in (36, 60) for k in (1, 2, 3, 4)])
 
 
 def widths(p: Profile) -> list[Arm]:
@@ -137,11 +134,9 @@ def widths(p: Profile) -> list[Arm]:
 
 
 def pairs(p: Profile) -> list[Arm]:
-    """Figure 3: ViT-B, and S24 and S48, labelled so. Paper, ViT-B: -1.2, -0.2, +0.5 at 12, 24, 36 pairs."""
-    return [
-        Arm(f"{'' if w == 'B' else w}{n // k}x{k}", _supervised(p, w, n // k, k), f"{w}{n}", str(k))
-        for w, n in (("B", 12), ("B", 24), ("B", 36), ("S", 24), ("S", 48)) for k in (1, 2)
-    ]  # fmt: skip
+    """Figure 3: ViT-B, and S24 and S48. Paper, ViT-B: -1.2, -0.2, +0.5 at 12, 24, 36 pairs."""
+    sizes = (("B", 12), ("B", 24), ("B", 36), ("S", 24), ("S", 48))
+    return _forms(p, [(w, n, k, None) for w, n in sizes for k in (1, 2)])
 
 
 def layer_scale(p: Profile) -> list[Arm]:
@@ -183,7 +178,6 @@ RESOLUTION_DROP_PATH = {"S": 0.0, "B": 0.15, "L": 0.4}  # proxy: the same comman
 # classes would make every gradient, and so SGD's rate, a thousand times smaller, which LAMB and AdamW do not feel:
 # cross entropy.
 RESOLUTION_SGD = replace(RESOLUTION_ADAMW, lr=1e-2, optimizer="sgd", weight_decay=1e-4)
-RESOLUTION_SGD_RATES = (3e-3, 1e-2, 3e-2)  # to tune on validation images
 
 
 def resolution(p: Profile) -> list[Arm]:
@@ -222,22 +216,15 @@ TRANSFER = {
 }  # fmt: skip
 
 
-def transfer_recipe(data: str) -> tuple[Recipe, float]:
-    """Recipe and stochastic-depth rate for a data set of Table 6; all of it proxy. Raises UsageError for another one."""
-    if data not in TRANSFER:
-        raise unknown("data set of Table 6", data, TRANSFER)
-    return TRANSFER[data]
-
-
 def transfer(p: Profile) -> list[Arm]:
     """Table 6: six data sets, three widths, all labels. Paper, ViT-S on Cars: full 89.7, attn 89.8."""
     arms = []
-    for width, data, images, strategy in transfer_settings(p):
-        trunk, (recipe, drop_path) = _trunk(p, LETTERS[width]), transfer_recipe(data)
+    for width, (data, (images,)) in itertools.product(p.transfer_widths, p.transfer_images.items()):
+        trunk, (recipe, drop_path), row = _trunk(p, LETTERS[width]), TRANSFER[data], f"W{width} {data} {images}"
         model = replace(trunk.model, num_classes=source(data, streamed=True).facts.num_classes, drop_path=drop_path)
-        row = f"W{width} {data} {images}"
-        spec = _spec(p, "finetune", model, recipe, data, parent=trunk, strategy=strategy)
-        arms.append(Arm(f"{row} {strategy}", spec, row, strategy))
+        for strategy in PAPER_STRATEGIES:
+            spec = _spec(p, "finetune", model, recipe, data, parent=trunk, strategy=strategy)
+            arms.append(Arm(f"{row} {strategy}", spec, row, strategy))
     return arms
 
 
@@ -274,12 +261,6 @@ BEIT_MODEL: dict[str, object] = {
     "head_scale": 0.001,  # Released code: --init_scale of fine-tuning
     "key_bias": False,  # Released code: q_bias and v_bias alone
 }
-# Not followed. Weight decay: D spares biases, vectors, cls_token and pos_embed, so that the mask token and the tables of
-# relative positions decay; here neither does. The last norm: D puts a fresh one after the mean when it fine-tunes and
-# drops the pre-trained one; here that one stays, before the mean. Initial values: D truncates at one standard deviation,
-# and has convolutions like linear layers.
-# The option: learned absolute positions, D's --abs_pos_emb, which have one for the class token too.
-BEIT_MODEL_ABSOLUTE: dict[str, object] = BEIT_MODEL | {"pos": "all"}
 
 # The tokenizer. A: a discrete VAE trained on ImageNet-1k; its training is El-Nouby et al. (2021)'s and not stated.
 # Proxy: DALL-E's (Ramesh et al. 2021, appendix A.2), from which BEiT has its own: AdamW, batch 512, decay 1e-4, rate
@@ -309,9 +290,8 @@ def stems(p: Profile) -> list[Arm]:
     arms = []
     for name, stem in STEM_ARMS.items():
         model = vit_config(f"B{stem_pairs(name, p.stems.pairs)}", **BEIT_MODEL, **stem)
-        trunk = _spec(
-            p, "masked", model, BEIT_PRETRAINING, targets="dvae", tokenizer=tokenizer, masked=BEIT_MASKED
-        )  # fmt: skip
+        how = {"targets": "dvae", "tokenizer": tokenizer, "masked": BEIT_MASKED}
+        trunk = _spec(p, "masked", model, BEIT_PRETRAINING, **how)
         specs = {
             "supervised": _spec(p, "supervised", stem_model(p, name), supervised_recipe("B")),
             # Without layer decay, which would leave random layers nearly as they are.

@@ -158,18 +158,8 @@ def transfer(p: Profile) -> list[Arm]:
     """Table 6: other data than the trunk's, by width and number of labelled images, three subsets of them each."""
     return [
         Arm(f"{data} {images} {strategy}, subset {k}", _transferred(p, width, data, images, strategy, k), f"W{width} {data} {images}", strategy)
-        for width, data, images, strategy in transfer_settings(p)
-        for k in range(1, (SUBSETS if p.judged else 1) + 1)
-    ]  # fmt: skip
-
-
-def transfer_settings(p: Profile) -> list[tuple[int, str, int, str]]:
-    """(width, data set, labelled images, what is trained) of each arm of Table 6."""
-    strategies = PAPER_STRATEGIES if p.paper else ("full", "attn", "scratch")
-    return [
-        (width, data, images, strategy)
         for width in p.transfer_widths for data, counts in p.transfer_images.items() for images in counts
-        for strategy in strategies
+        for strategy in ("full", "attn", "scratch") for k in range(1, (SUBSETS if p.judged else 1) + 1)
     ]  # fmt: skip
 
 

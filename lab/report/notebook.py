@@ -32,6 +32,7 @@ from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, no
 from lab.experiments.profiles import Profile, changed, profile
 from lab.report import figures, tables
 from lab.runs import store
+from lab.runs.launch import launch
 from lab.runs.results import Archive
 from vitlib.errors import unknown
 from vitlib.files import write_whole
@@ -53,10 +54,9 @@ class Page:
 
     def run(self, jobs: int = 0) -> Runs:
         """Train what is missing, read all results, and say where they come from. VITLIB_TRAIN=0: read what is finished."""
-        train = os.environ.get("VITLIB_TRAIN") != "0"
-        runs = (
-            self.experiment.run(jobs, cpu_seconds, stamps(self.profile.name)) if train else self.experiment.finished()
-        )
+        if os.environ.get("VITLIB_TRAIN") != "0":
+            launch(self.experiment.specs(), jobs, cpu_seconds, stamps(self.profile.name))
+        runs = self.experiment.finished()
         display(Markdown(tables.provenance(runs)))
         return runs
 

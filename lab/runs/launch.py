@@ -83,7 +83,7 @@ def launch(
 def check(spec: RunSpec) -> None:
     """Raises UsageError where this machine has no device for a run, or not its data."""
     resolve(spec.device)
-    if spec.data in published.PUBLISHED and published.locate(spec.data) is None:
+    if spec.facts.image_size == 0 and os.sep not in spec.data and published.locate(spec.data) is None:
         raise published.absent(spec.data)
 
 
