@@ -43,7 +43,7 @@ class Search:
         return [arms[arm].with_seed(seed) for arm in self.arms]
 
 
-def _searches() -> Iterator[Search]:
+def _searches(few: int) -> Iterator[Search]:
     for form in ("12x1+LS", "6x2+LS"):
         yield Search(form, small.branches, (form,), primary=True)
     for stem in small.PRIMARY_STEMS:
@@ -58,18 +58,14 @@ def _searches() -> Iterator[Search]:
         arms = tuple(f"digits 100 {strategy}, subset {k}" for k in range(1, small.SUBSETS + 1))
         yield Search(f"digits 100 {strategy}", small.transfer, arms, after="12x1+LS")
     for training in ("scratch", "pretrained"):
-        arm = f"linear {training} {{few}}"
+        arm = f"linear {training} {few}"
         yield Search(arm, small.stems, (arm,), after="linear masked")
 
 
 def searches(p: Profile, names: Sequence[str] = ()) -> dict[str, Search]:
     """The searches whose arms a profile has, or those of these names and the ones they come after."""
-    found = {}
-    for one in _searches():
-        few = {"few": p.stems.few_labels}
-        one = replace(one, rate=one.rate.format(**few), arms=tuple(arm.format(**few) for arm in one.arms))
-        if {*one.arms} <= {arm.label for arm in one.table(p)}:
-            found[one.rate] = one
+    every = _searches(p.stems.few_labels)
+    found = {one.rate: one for one in every if {*one.arms} <= {arm.label for arm in one.table(p)}}
     for name in names:
         if name not in found:
             raise unknown(f"rate of profile {p.name}", name, found)

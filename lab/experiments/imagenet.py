@@ -62,7 +62,7 @@ def supervised_recipe(width: str, epochs: int = SHORT) -> Recipe:
 def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
     classifier = protocol != "tokenizer"  # whose loss calls parts of the model, which are not what is compiled
     return RunSpec(
-        protocol, model, data or p.data, recipe, execution=p.execution if classifier else "seq", device=p.device,
+        protocol, model, data or p.data, recipe, execution="seq", device=p.device,
         precision="bf16", streamed=True, compile=classifier, accumulate=recipe.batch_size // AT_ONCE[model.image_size], **more,
     )  # fmt: skip
 

@@ -58,14 +58,10 @@ class Profile:
     stems: Stems
     controls: bool = False  # the positive controls, without which no equivalence is judged
     exploratory: bool = False  # the arms of parts that are not primary
-    # The same on every machine. float32: bfloat16 is 1.4 to 1.7 times as fast where the processor multiplies it and ten
-    # times as slow where it does not. par: 4 branches train 1.2 times as fast as one after the other, 2 no slower.
-    execution: str = "par"
     targets: str = "tokens"  # of masked pre-training: "dvae" as in the paper, "tokens" (k-means) where it must be quick
     # Of Table 6: data set -> its numbers of labelled images, class-balanced
     transfer_widths: tuple[int, ...] = ()
     transfer_images: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    trunk_data: str = "fashion-mnist-6"  # of Table 6: classes that no target has
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)  # arm -> learning rate: see RATES
     device: str = "cpu"
     paper: bool = False  # the paper's own protocols: `imagenet.py`
@@ -135,8 +131,7 @@ PROFILES = {
         name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
         finetune_size=384, patch_size=16, images=None, finetune_images=None, control_images=640_000, epochs=300,
         stems=Stems(224, 16, hidden=192, masked_epochs=300, supervised_epochs=300, finetune_epochs=100, few_labels=0, pairs=12),
-        controls=True, exploratory=True, execution="seq", targets="dvae", trunk_data="imagenet-1k",
-        transfer_widths=(384, 768, 1024),
+        controls=True, exploratory=True, targets="dvae", transfer_widths=(384, 768, 1024),
         transfer_images={  # Table 9: every label of each
             "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,),
             "cifar-100": (50_000,), "stanford-cars": (8144,), "flowers-102": (2040,),
