@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lab.__main__ import whole
 from lab.bench import runner
 from lab.experiments.profiles import profile
 from vitlib.errors import UsageError
@@ -18,7 +19,9 @@ def main(bench: runner.Bench, text: str) -> None:
     command = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=text)
     command.add_argument("--profile", default="cpu", help="smoke, cpu, study, gpu or imagenet (default: %(default)s)")
     command.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
-    command.add_argument("--restarts", type=int, default=0, help="fresh processes per case (0: each case's own number)")
+    command.add_argument(
+        "--restarts", type=whole(0), default=0, help="fresh processes per case (0: each case's own number)"
+    )
     command.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     arguments = command.parse_args()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +28,7 @@ def cases(profile: Profile, device: str) -> list[Case]:
         return []
     return [
         Case(f"{kind}, {spec.model.name} at {spec.model.image_size} px, batch {spec.recipe.batch_size}",
-             "benchmarks.data:measure", {"spec": asdict(spec)}, "batch", 3, threads=spec.threads)
+             "benchmarks.data:measure", {"spec": spec}, "batch", 3, threads=spec.threads)
         for kind, spec in kinds(profile).items()
     ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def kinds(profile: Profile) -> dict[str, RunSpec]:
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """`batch`: order, flip, normalisation, masks and targets. `step`: the model, its gradients, the optimizer."""
-    spec = RunSpec.from_fields(task["spec"])
+    spec = task["spec"]
     data = load_resized(spec.data, "train", spec.model.image_size)
     batches = _endless(spec, data)
     if spec.protocol == "masked":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -55,13 +55,13 @@ def cases(profile: Profile, device: str) -> list[Case]:
 
 
 def _case(config: ViTConfig, batch: int, masked: int, vocabulary: int, threads: int) -> Case:
-    task = {"model": asdict(config), "batch": batch, "masked": masked, "vocabulary": vocabulary}
+    task = {"model": config, "batch": batch, "masked": masked, "vocabulary": vocabulary}
     name = f"{config.name} at {config.image_size} px, pos {config.pos}, {masked} of {config.grid**2} patches, batch {batch}"
     return Case(name, "benchmarks.masked:measure", task, "BEiT-style", 5, threads=threads)
 
 
 def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
-    config = ViTConfig(**task["model"])
+    config = task["model"]
     arms = _arms(config)
     seconds = take_turns(
         {name: _step(task, config, optimizations, device, dtype) for name, optimizations in arms.items()}, device

@@ -9,13 +9,13 @@ growth      twice the images, twice and four times the epochs: time should doubl
 from __future__ import annotations
 
 import functools
-import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ from lab.data.cards import load_resized
 from lab.experiments import small
 from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import Profile
-from lab.runs.execute import cores
 from lab.runs.launch import MEMORY
+from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
 from vitlib.model import ViT, set_execution
 from vitlib.model.weights import to_timm
@@ -49,7 +49,7 @@ def cases(profile: Profile, device: str) -> list[Case]:
     size = f"{spec.model.image_size} px, width {spec.model.width}, {spec.model.pairs} pairs, batch {spec.recipe.batch_size}"
 
     def case(what: str, name: str, spec: RunSpec, reference: str, threads: int) -> Case:
-        return Case(f"{name}, {size}", f"benchmarks.train:{what}", asdict(spec), reference, 3, threads=threads)
+        return Case(f"{name}, {size}", f"benchmarks.train:{what}", {"spec": spec}, reference, 3, threads=threads)
 
     return [
         case("branches", "branches", spec, "12x1 seq", 1),
@@ -69,7 +69,7 @@ def regrouped(spec: RunSpec, name: str) -> RunSpec:
 
 def branches(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """A training step of each grouping, in every way that trains it."""
-    spec = RunSpec.from_fields(task)
+    spec = task["spec"]
     c, batch = spec.model, spec.recipe.batch_size
     models: dict[str, nn.Module] = {}
     for name in ("12x1", "6x2", "4x3", "3x4"):
@@ -103,13 +103,13 @@ def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
 
 def throughput(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """Seconds for WINDOW steps together, whoever does them."""
-    spec, workers = RunSpec.from_fields(task), cores()
+    spec, workers = task["spec"], cores()
     mine = WINDOW // workers
     plain = {name: value for name, value in os.environ.items() if name not in MEMORY}
     with ExitStack() as stack:
 
         def start(count: int, environment: dict[str, str], loop: str, steps: int, loaders: int = 0) -> list[Worker]:
-            work = {"spec": task, "loop": loop, "steps": steps, "loaders": loaders}
+            work = {"spec": spec, "loop": loop, "steps": steps, "loaders": loaders}
             return [stack.enter_context(Worker(work, environment)) for _ in range(count)]
 
         arms = {"ours": _window(start(workers, plain | MEMORY, "ours", mine))}
@@ -137,9 +137,9 @@ class Worker:
     """A training process that does one window of steps at each `go`, and sleeps between."""
 
     def __init__(self, work: dict, environment: dict[str, str]):
-        code = "import json, sys; from benchmarks.train import work; work(json.loads(sys.argv[1]))"
+        code = "import pickle, sys; from benchmarks.train import work; work(pickle.loads(bytes.fromhex(sys.argv[1])))"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(work)], env=environment, text=True,
+            [sys.executable, "-c", code, pickle.dumps(work).hex()], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
@@ -168,7 +168,7 @@ def _wait_for_go() -> None:
 
 def work(order: dict) -> None:
     """In a worker: train for ever, a window at a time."""
-    spec = RunSpec.from_fields(order["spec"])
+    spec = order["spec"]
     data = load_resized(spec.data, "train", spec.model.image_size)
     if order["loop"] == "plain":
         _plain_loop(spec, data, order)
@@ -231,7 +231,7 @@ def _plain_loop(spec: RunSpec, data, order: dict) -> None:
 
 def growth(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """Whole trainings of a few steps; memory is what the process holds right after each."""
-    spec = RunSpec.from_fields(task)
+    spec = task["spec"]
     data = load_resized(spec.data, "train", spec.model.image_size)
     sizes = {"1 epoch": (1, 1), "twice the images": (2, 1), "2 epochs": (1, 2), "4 epochs": (1, 4)}
     held: dict[str, list[float]] = {name: [] for name in sizes}

@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--cpus", type=whole(1), help="CPU cores of each process of a SLURM job (default: 16)")
     run.add_argument("--memory-gb", type=whole(1), help="of each machine of a SLURM job (default: 60)")
     run.add_argument("--hours", type=float, help="time limit of a SLURM job (default: 24)")
-    devices = "v100, a100, h100, h200, l40s, rtx4090"
+    devices = "a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100"
     plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
     plan.add_argument("--gpus", type=whole(1), help="GPUs that share each run (default: 1)")
     plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
@@ -167,7 +167,7 @@ def plan_(arguments) -> None:
     specs, a = _specs(arguments), arguments
     if not a.device:
         return print(plan.cpu_text(specs, a.jobs))
-    print(plan.gpu_text(plan.gpu_plan(store.missing(specs), a.device, a.rate, 1 if a.gpus is None else a.gpus)))
+    print(plan.gpu_text(store.missing(specs), a.device, a.rate, a.gpus or 1))
 
 
 def run_(arguments) -> None:
@@ -182,9 +182,9 @@ def run_(arguments) -> None:
         jobs = submit(specs, arguments.slurm, **sizes, stamps=stamps)
         print(f"{len(jobs)} jobs submitted; each goes on from its run's last checkpoint if it is stopped")
     elif arguments.processes > 1:
-        for spec, need_weights in store.missing(specs).items():
+        for spec in store.missing(specs):
             print(spec.describe(), flush=True)
-            distributed(spec, arguments.processes, need_weights, stamps=stamps)
+            distributed(spec, arguments.processes, stamps=stamps)
     else:
         launch(specs, arguments.jobs, cpu_seconds, stamps)
 

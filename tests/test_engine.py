@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ from timm.utils import ModelEmaV3
 from lab.data.cards import load_resized
 from lab.runs import execute, launch, store
 from lab.runs.spec import RunSpec
-from vitlib.data import Batch, InMemory, Shard, subset
-from vitlib.data.augment import Augment
+from vitlib.data import Augment, Batch, InMemory, Shard, subset
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import engine as engines
@@ -229,7 +229,7 @@ def test_the_average_follows_the_weights_and_is_evaluated_beside_them(images, ru
 def test_the_average_of_the_weights_is_kept_beside_them(run_store):
     spec = replace(TINY, recipe=replace(RECIPE, ema=0.8))
     metrics = execute.execute(spec).metrics
-    last, averaged = store.weights(spec), store.weights(spec, ema=True)
+    last, averaged = store.weights(spec), average_of(spec)
     assert last.keys() == averaged.keys() and not torch.equal(last["head.weight"], averaged["head.weight"])
     vit = ViT(spec.model)
     vit.load_state_dict(averaged)
@@ -237,12 +237,11 @@ def test_the_average_of_the_weights_is_kept_beside_them(run_store):
     assert (100 * correct.mean(), loss) == pytest.approx((metrics["top1_ema"], metrics["loss_ema"]))
     trunk = replace(MASKED, recipe=replace(MASKED.recipe, ema=0.8))
     execute.execute(trunk)
-    assert store.weights(trunk, ema=True).keys() == store.weights(trunk).keys()
-    with pytest.raises(UsageError, match="keeps no moving average: its recipe's ema is None"):
-        store.weights(TOKENIZER, ema=True)
-    (run_store / spec.hash / "ema.safetensors").unlink()
-    with pytest.raises(UsageError, match="has no moving average in"):
-        store.weights(spec, ema=True)
+    assert average_of(trunk).keys() == store.weights(trunk).keys()
+
+
+def average_of(spec: RunSpec) -> dict[str, torch.Tensor]:
+    return load_file(store.weights_path(spec).with_name("ema.safetensors"))
 
 
 def test_a_run_whose_average_cannot_be_written_is_not_kept(run_store, monkeypatch):
@@ -548,17 +547,6 @@ def test_what_several_processes_cannot_do_is_refused_before_training():
     for vit in (frozen, torch.nn.SyncBatchNorm.convert_sync_batchnorm(frozen)):
         loop.set_train_mode(vit)
         assert not any(m.training for m in vit.stem if isinstance(m, engines.BatchNorm)) and vit.training
-    with pytest.raises(UsageError, match="processes is 0"):
-        launch.distributed(TINY, 0)
-
-
-def test_a_run_whose_trunk_is_not_trained_is_refused_in_one_sentence_before_a_process_starts(run_store, monkeypatch):
-    monkeypatch.setattr(launch, "_until_it_ends", lambda *_: pytest.fail("processes were started"))
-    with pytest.raises(UsageError) as error:
-        launch.distributed(TUNED, 2)
-    said = str(error.value)
-    assert f"the supervised run {TINY.hash}" in said and said.endswith(f"not in {run_store}: train that one first")
-    assert "\n" not in said and not run_store.exists()
 
 
 @pytest.mark.slow
@@ -596,10 +584,10 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypa
     """Without starting them: torchrun's place is taken by a process that is one of them."""
     monkeypatch.setattr(execute, "joined", lambda device: nullcontext(Shard()))
 
-    def one(command, log, threads):
+    def one(words, log, threads):
         log.touch()
         with pytest.raises(SystemExit):
-            execute.main(Path(command[-1]))
+            execute.main(Path(words[-1]))
         return 1
 
     monkeypatch.setattr(launch, "_until_it_ends", one)
@@ -608,7 +596,7 @@ def test_what_the_processes_refuse_reaches_the_one_who_asked(run_store, monkeypa
     with pytest.raises(UsageError, match="'cuda' needs a GPU"):
         launch.distributed(replace(TINY, device="cuda"), 2)
     bad = replace(TINY, recipe=replace(RECIPE, lr=1e38, clip=None, warmup=0.0))
-    with pytest.raises(launch.RunsFailed, match=r"the loss is .* no checkpoint is kept"):
+    with pytest.raises(loop.NonFiniteLoss, match=r"the loss is .* no checkpoint is kept"):
         launch.distributed(bad, 2)
 
 
@@ -647,18 +635,20 @@ def test_a_cluster_that_is_not_there_is_said_in_one_sentence(monkeypatch, tmp_pa
     with pytest.raises(UsageError, match="there is no command sbatch") as error:
         launch.submit([TINY], tmp_path)
     assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match=r"unknown cluster 'slrum'.*did you mean 'slurm'"):
-        launch.submit([TINY], tmp_path, cluster="slrum")
     with pytest.raises(UsageError, match="hours above 0"):
         launch.submit([TINY], tmp_path, hours=0)
 
 
 @pytest.mark.slow
-def test_a_job_trains_its_run_and_gives_its_metrics(run_store, tmp_path):
-    pytest.importorskip("submitit")
-    jobs = launch.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local", hours=0.1)
+def test_a_job_trains_its_run_and_gives_its_metrics(run_store, monkeypatch, tmp_path):
+    """On this machine instead of a cluster."""
+    submitit = pytest.importorskip("submitit")
+    here = partial(submitit.AutoExecutor, cluster="local")
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda folder, **_: here(folder))
+    monkeypatch.setattr(launch.shutil, "which", lambda _: "sbatch")
+    jobs = launch.submit([TINY], tmp_path / "jobs", gpus=0, hours=0.1)
     assert {spec: job.results() for spec, job in jobs.items()} == {TINY: [store.find(TINY).metrics]}
-    assert launch.submit([TINY], tmp_path / "jobs", gpus=0, cluster="local") == {}
+    assert launch.submit([TINY], tmp_path / "jobs", gpus=0) == {}
 
 
 def test_slurm_gets_what_was_asked_for_and_a_job_waits_for_the_runs_that_it_needs(run_store, monkeypatch, tmp_path):
@@ -698,15 +688,3 @@ number=$(($(ls {folder}/job-* 2>/dev/null | wc -l) + 1))
 cp "$1" {folder}/job-$number
 echo "Submitted batch job $number"
 """
-
-
-# ---- specs on their way to other processes
-
-
-def test_a_spec_goes_through_json_whole():
-    recipe = replace(AVERAGED.recipe, augment=Augment(view_size=112), betas=(0.9, 0.98))
-    cropped = replace(AVERAGED, data="cifar-100", recipe=recipe, streamed=True)
-    chain = replace(TUNED, parent=replace(MASKED, targets="dvae", tokenizer=TOKENIZER))
-    for spec in (TINY, TUNED, TOKENIZER, MASKED, cropped, chain):
-        again = RunSpec.from_fields(json.loads(json.dumps(asdict(spec))))
-        assert again == spec and again.hash == spec.hash

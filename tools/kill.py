@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -27,7 +28,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +37,11 @@ SECONDS = 10  # after which nobody may be left
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WHOM = ("the command", "one that it started", "all")
 WORK = """
-import json, sys
+import pickle, sys
 from lab.runs.execute import execute
 from lab.runs.launch import distributed
-from lab.runs.spec import RunSpec
 if __name__ == "__main__":
-    spec = RunSpec.from_fields(json.loads(sys.argv[1]))
+    spec = pickle.loads(bytes.fromhex(sys.argv[1]))
     execute(spec, every_s=0.1) if sys.argv[2] == "1" else distributed(spec, 2, every_s=0.1)
 """
 
@@ -67,7 +66,7 @@ def command(what: str, notebook: str = "31", epochs: int = 4) -> list[str]:
 
     model = vit_config("W32-2x2/4", image_size=16, in_chans=1, num_classes=10)
     spec = RunSpec("supervised", model, "digits", Recipe(epochs, batch_size=20, lr=1e-3), seed=1000, images=500)
-    return [sys.executable, "-c", WORK, json.dumps(asdict(spec)), "2" if what == "torchrun" else "1"]
+    return [sys.executable, "-c", WORK, pickle.dumps(spec).hex(), "2" if what == "torchrun" else "1"]
 
 
 class Place:

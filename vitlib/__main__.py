@@ -71,7 +71,7 @@ COMMANDS = {
     ]),
     "plan": ("memory and minutes per strategy, before anything is trained", [
         *TASK[:-1],
-        option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, rtx3090, rtx4090, t4", default="auto"),
+        option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100", default="auto"),
         option("--strategies", "%(default)s and the like", type=words, default="full,attn,head"),
     ]),
     "pretrain": ("masked pre-training on unlabelled images, for finetune --from", [

@@ -15,7 +15,6 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from vitlib.train.loop import set_train_mode
 
 RESTARTS = 5  # of what a claim is judged on
 EXECUTIONS = ("seq", "par", "fused", "timm")
-MODES = ("eager", "graph", "compiled")  # of inference; "training" is the other
+BACKENDS = {"graph": "cudagraphs", "compiled": "inductor"}  # torch.compile's; others are "eager" and "training"
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 F3 = "F3-time"
 CPU_BATCH = 2  # images of the paper's own size, whose step takes seconds on a CPU; a case's name says its batch
@@ -48,7 +47,7 @@ CPU_BATCH = 2  # images of the paper's own size, whose step takes seconds on a C
 def branches(profile: Profile, device: str) -> list[Case]:
     """Table 4's models, at sizes by device, the same at every profile. P7 looks at inference, eager, of up to 4 images."""
     if device == "cuda":
-        sizes = [*itertools.product(GPU_BATCHES, MODES), (8, "training"), (64, "training")]
+        sizes = [*itertools.product(GPU_BATCHES, ("eager", *BACKENDS)), (8, "training"), (64, "training")]
         return [_branches(name, *size, 3) for name in ("S18x2/16", "B18x2/16") for size in sizes]
     sizes = [*((batch, "eager") for batch in (1, 2, 4, 32)), (1, "training"), (32, "training")]
     if any(map(shutil.which, ("c++", "g++", "clang++"))):  # torch.compile's
@@ -59,15 +58,14 @@ def branches(profile: Profile, device: str) -> list[Case]:
 
 def _branches(name: str, batch: int, mode: str, restarts: int) -> Case:
     part = f"P7-{name[0]}{batch}" if mode == "eager" and batch <= 4 else ""
-    restarts = RESTARTS if part else restarts
     # `fuse` is for inference only
     arms = {execution: (execution, "") for execution in EXECUTIONS if mode != "training" or execution != "fused"}
     config = vit_config(name, layer_scale=1e-4)
-    return _case(config, batch, mode, arms, "seq", restarts, part=part)
+    return _case(config, batch, mode, arms, "seq", RESTARTS if part else restarts, part=part)
 
 
 def finetune(profile: Profile, device: str) -> list[Case]:
-    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution; on a GPU its peak memory too.
+    """The profile's own step, which F3 is judged on, and ViT-B at the paper's resolution.
 
     A step is of as many images as the profile's runs put through the model at once.
     """
@@ -78,16 +76,10 @@ def finetune(profile: Profile, device: str) -> list[Case]:
         return _case(config, batch, "training", arms, "full", RESTARTS, **more)
 
     at_once = CPU_BATCH if on_cpu else spec.recipe.batch_size // spec.accumulate
-    every = [case(spec.model, at_once, spec.execution, threads=spec.threads, part=F3, run=spec.hash)]
-    if not on_cpu:  # else the profile's own step is this one
-        large = vit_config("B12", image_size=384, layer_scale=1e-4)
-        every.append(case(large, 64 if device == "cuda" else CPU_BATCH, "seq"))
-    if device == "cuda":  # a process for each, so that no other strategy's tensors count
-        both = every[-1]
-        for s in PAPER_STRATEGIES:
-            task = both.task | {"arms": {s: both.task["arms"][s]}}
-            every.append(replace(both, name=f"{both.name}, {s} alone", task=task, reference=s, restarts=1))
-    return every
+    own = case(spec.model, at_once, spec.execution, threads=spec.threads, part=F3, run=spec.hash)
+    large = vit_config("B12", image_size=384, layer_scale=1e-4)
+    # at the paper's scale without a GPU, the profile's own step is the other one
+    return [own] if on_cpu else [own, case(large, 64 if device == "cuda" else CPU_BATCH, "seq")]
 
 
 def _full(profile: Profile) -> RunSpec:
@@ -96,7 +88,7 @@ def _full(profile: Profile) -> RunSpec:
 
 def _case(config: ViTConfig, batch: int, mode: str, arms: dict, reference: str, restarts: int, **more: object) -> Case:
     """`arms`: name -> (execution, strategy)."""
-    task = {"model": asdict(config), "batch": batch, "mode": mode, "arms": arms}
+    task = {"model": config, "batch": batch, "mode": mode, "arms": arms}
     title = f"{config.name} at {config.image_size} px, batch {batch}" + (f", {mode}" if reference == "seq" else "")
     return Case(title, "lab.bench.cases:time_arms", task, reference, restarts, **more)
 
@@ -106,24 +98,22 @@ def _case(config: ViTConfig, batch: int, mode: str, arms: dict, reference: str, 
 
 def time_arms(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     """Every arm, counted before it is timed; with a strategy the memory of its step too, in MB."""
-    config, batch, macs, arms = ViTConfig(**task["model"]), task["batch"], count_arms(task), {}
+    config, batch, mode, macs, arms = task["model"], task["batch"], task["mode"], count_arms(task), {}
     model, fresh = ViT(config).eval().to(device), functools.partial(torch.randn, _shape(task), device=device)
+    half = functools.partial(fresh, dtype=dtype)
     for name, kind in task["arms"].items():
-        if task["mode"] == "training":
-            arms[name] = Arm(fresh, _training(arm_of(model, *kind), batch, device, dtype))
+        arm = arm_of(model, *kind)
+        if mode == "training":
+            arms[name] = Arm(fresh, _training(arm, batch, device, dtype))
         else:
-            half = functools.partial(fresh, dtype=dtype)
-            arms[name] = Arm(half, _inference(arm_of(model, *kind).to(dtype), task["mode"], half))
+            forward = arm.to(dtype).forward if mode == "eager" else torch.compile(arm.to(dtype), backend=BACKENDS[mode])
+            arms[name] = Arm(half, torch.no_grad()(forward))
     seconds = take_turns(arms, device, 2.0 if "full" in arms else runner.SECONDS_PER_ARM)
-    more = {
-        name: _megabytes(config, strategy, batch) if strategy else {} for name, (_, strategy) in task["arms"].items()
+    strategies = {name: strategy for name, (_, strategy) in task["arms"].items()}
+    return {
+        name: Reading(seconds[name], macs[name], _megabytes(config, strategy, batch) if strategy else {})
+        for name, strategy in strategies.items()
     }
-    if device == "cuda" and len(arms) == 1:
-        ((name, arm),) = arms.items()
-        torch.cuda.reset_peak_memory_stats()
-        arm.step(arm.fresh())
-        more[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return {name: Reading(seconds[name], macs[name], more[name]) for name in arms}
 
 
 def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
@@ -150,14 +140,13 @@ def count_arms(task: dict) -> dict[str, int]:
 
     for name, kind in task["arms"].items():
         with torch.device("meta"):
-            model, images = arm_of(ViT(ViTConfig(**task["model"])), *kind), torch.empty(_shape(task))
+            model, images = arm_of(ViT(task["model"]), *kind), torch.empty(_shape(task))
         macs[name] = count.counted(functools.partial(step, model.train(training), images))
     return macs
 
 
 def _shape(task: dict) -> tuple[int, int, int, int]:
-    size = task["model"]["image_size"]
-    return task["batch"], task["model"]["in_chans"], size, size
+    return task["batch"], task["model"].in_chans, task["model"].image_size, task["model"].image_size
 
 
 def _megabytes(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
@@ -181,28 +170,6 @@ def _training(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> 
     return step
 
 
-@torch.no_grad()
-def _inference(model: nn.Module, mode: str, fresh: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The forward pass, as it is, compiled, or as one CUDA graph, into whose input new images are copied."""
-    if mode != "graph":
-        return torch.no_grad()(torch.compile(model) if mode == "compiled" else model.forward)
-    given, graph, side = fresh(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warm-up off the main stream, as PyTorch asks
-        for _ in range(3):
-            model(given)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        logits = model(given)
-
-    def replay(images: Tensor) -> Tensor:
-        given.copy_(images)
-        graph.replay()
-        return logits
-
-    return replay
-
-
 # ---------------------------------------------------------------------------------------------------- evidence
 
 BENCHES = {bench.name: bench for bench in (Bench("branches", branches), Bench("finetune", finetune))}
@@ -217,7 +184,7 @@ def evidence(profile: Profile, part, stamp: str) -> list[dict]:
     bench, case = _case_of(profile, part.id, "cuda")
     rows = [row for row in runner.read(runner.path_of(bench.name, profile))
             if (row.get("part"), row.get("ledger"), row.get("run", "")) == (part.id, stamp, case.run)
-            and (part.device != "cuda" or row["kind"] == "cuda")]  # fmt: skip
+            and part.device in ("any", row["kind"])]  # fmt: skip
     whole = all(sum(row["arm"] == arm for row in rows) == part.n[profile.name] for arm in part.contrast)
     return rows if whole else []
 

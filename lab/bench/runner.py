@@ -12,14 +12,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import pkgutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,10 +27,12 @@ import torch
 
 from lab import paths
 from lab.experiments.profiles import Profile
-from lab.runs.execute import cores, device_name
+from lab.runs.execute import device_name, now
 from lab.runs.launch import MEMORY
+from lab.runs.processes import cores
 from vitlib.errors import UsageError, unknown
 from vitlib.files import write_whole
+from vitlib.train.engine import resolve
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +43,7 @@ REPEATS = (3, 30)  # at least, at most
 WARM_UP = 2
 # columns that are texts, also where one looks like a number (a hash such as 5e12...)
 TEXTS = ("case", "arm", "precision", "kind", "device", "torch", "date", "run", "part", "ledger")
-MORE = ("saved_mb", "state_mb", "mem_mb", "peak_mb", "images_per_s")  # columns that only some benchmarks have
+MORE = ("saved_mb", "state_mb", "mem_mb", "images_per_s")  # columns that only some benchmarks have
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Case:
 
     name: str
     measure: str  # "module:function", called in a fresh process with (task, device, dtype): {arm: Reading}
-    task: dict  # what `measure` needs, as JSON
+    task: dict  # what `measure` needs
     reference: str  # ratios are this arm's time over each other arm's
     restarts: int
     threads: int = 0  # 0: all cores
@@ -87,15 +89,11 @@ def run(
 
     `restarts` replaces each case's number; `only` picks the cases whose name contains it; `stamps` are the hashes of the
     ledger's entries by part, written beside the times that a part is judged on. Rows of other cases in an existing file
-    stay. Raises UsageError for fewer than 0 restarts, a device that is not there, and a text that no case contains.
+    stay. Raises UsageError for a device that is not there and a text that no case contains.
     """
-    if restarts < 0:
-        raise UsageError(f"restarts is {restarts}: allowed are 0 (each case's own number) and up")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in DEVICES:
+    if device not in ("", *DEVICES):
         raise unknown("device", device, DEVICES)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but PyTorch finds no GPU here: allowed is cpu")
+    device = resolve(device or "auto")
     every, path = bench.cases(profile, device), path_of(bench.name, profile)
     chosen = [case for case in every if only in case.name]
     if not chosen:
@@ -104,39 +102,37 @@ def run(
         rows, count = [], restarts or case.restarts
         for restart in range(count):
             print(f"{bench.name}: {case.name}, restart {restart + 1} of {count}", file=sys.stderr, flush=True)
-            rows += [row | {"restart": restart} for row in restarted(case, device, stamps)]
+            rows += [row | {"restart": restart} for row in restarted(case, device, stamps.get(case.part, ""))]
         known = {c.name for c in every} - {case.name}  # rows of cases that exist no more go
         write(path, [row for row in read(path) if row["case"] in known] + rows)
     return read(path)
 
 
-def restarted(case: Case, device: str, stamps: Mapping[str, str] = {}) -> list[dict]:
-    """The rows of one fresh process, one per arm."""
-    order = asdict(case) | {"device": device, "ledger": stamps.get(case.part, "")}
-    command = [sys.executable, "-m", "lab.bench.runner"]
-    done = subprocess.run(command, input=json.dumps(order), capture_output=True, text=True, env=MEMORY | os.environ)
+def restarted(case: Case, device: str, stamp: str = "") -> list[dict]:
+    """The rows of one fresh process, one per arm. Raises UsageError where it fails."""
+    command, order = [sys.executable, "-m", "lab.bench.runner"], pickle.dumps((case, device, stamp))
+    done = subprocess.run(command, input=order, capture_output=True, env=MEMORY | os.environ)
     if done.returncode:
-        raise UsageError(f"the process for {case.name} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UsageError(f"the process for {case.name} failed: {done.stderr.decode().strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_here(order: dict) -> list[dict]:
+def measure_here(case: Case, device: str, stamp: str) -> list[dict]:
     """In the process of a restart: its rows."""
-    device = order["device"]
-    torch.set_num_threads(order["threads"] or cores())
+    torch.set_num_threads(case.threads or cores())
     torch.set_flush_denormal(True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    readings = pkgutil.resolve_name(order["measure"])(order["task"], device, dtype)
+    readings = pkgutil.resolve_name(case.measure)(case.task, device, dtype)
     about = {
         "precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "kind": device,
-        "device": device_name(device), "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        **{name: order[name] for name in ("run", "part", "ledger") if order[name]},
+        "device": device_name(device), "torch": torch.__version__, "date": now()[:10],
+        "run": case.run, "part": case.part, "ledger": stamp,
     }  # fmt: skip
-    rows, peers = [], {"ratio": order["reference"], "over_timm": "timm"}
+    rows, peers = [], {"ratio": case.reference, "over_timm": "timm"}
     for arm, reading in readings.items():
         ratios = {column: ratio(readings[peer], reading) for column, peer in peers.items() if peer in readings}
         time_s = statistics.median(reading.seconds)
-        row = {"case": order["name"], "arm": arm, "time_s": time_s, **ratios, "repetitions": len(reading.seconds)}
+        row = {"case": case.name, "arm": arm, "time_s": time_s, **ratios, "repetitions": len(reading.seconds)}
         rows.append(row | {"gmacs": reading.macs / 1e9, **about, **reading.more})
     return rows
 
@@ -221,4 +217,4 @@ def report(bench: Bench, profile: Profile, rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_here(json.load(sys.stdin))))
+    print(json.dumps(measure_here(*pickle.load(sys.stdin.buffer))))

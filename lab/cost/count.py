@@ -39,10 +39,9 @@ from vitlib.train.finetune import freeze
 from vitlib.train.tokenizers import VOCABULARY
 
 FLOAT32 = 4  # bytes
-ATTENTION, PRECISIONS, OPTIMIZERS = ("fused", "explicit"), ("float32", "amp"), ("adamw", "sgd")
+ATTENTION, PRECISIONS = ("fused", "explicit"), ("float32", "amp")
 # Layers by role; the first that holds a parameter counts: the stem's own norms are stem, the others `norm`.
 LAYERS = {"mhsa": MHSA, "ffn": FFN, "stem": Stem, "pos_embed": RelativeBias, "norm": nn.LayerNorm}
-ROLES = (*LAYERS, "layer_scale", "cls_token", "head", "other")
 
 
 def params(model: nn.Module) -> int:
@@ -50,16 +49,15 @@ def params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def params_by_role(model: ViT) -> dict[str, int]:
+def params_by_role(model: ViT) -> Counter[str]:
     """Parameters of each role; together they are `params(model)`. `mhsa` and `ffn` are what fine-tuning selects."""
     within: dict[nn.Parameter, str] = {}
     for role, kind in LAYERS.items():
         for layer in (module for module in model.modules() if isinstance(module, kind)):
             within = dict.fromkeys(layer.parameters(), role) | within
-    sizes = dict.fromkeys(ROLES, 0)
+    sizes = Counter()
     for name, p in model.named_parameters():
-        part = "layer_scale" if name.endswith(".gamma") else name.partition(".")[0]
-        sizes[within.get(p, part if part in ROLES else "other")] += p.numel()
+        sizes[within.get(p, "layer_scale" if name.endswith(".gamma") else name.partition(".")[0])] += p.numel()
     return sizes
 
 
@@ -75,10 +73,17 @@ def _images(config: ViTConfig | DVAEConfig, batch: int = 1) -> Tensor:
     return torch.empty(batch, config.in_chans, config.image_size, config.image_size, device="meta")
 
 
-def _by_depth(count: Callable[[ViTConfig], int | np.ndarray], config: ViTConfig) -> int | np.ndarray:
-    """`count(config)`: layers between the first and the last count the same, so two layers, and what a third adds."""
-    two, three = (count(replace(config, depth=depth)) for depth in (2, 3))
-    return two + (config.depth - 2) * (three - two)
+def by_depth(count: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """`count(config, ...)`: layers between the first and the last count the same, so two layers, and what a third adds."""
+
+    @functools.cache
+    def counted(config: ViTConfig | DVAEConfig, *settings: object) -> np.ndarray:
+        if getattr(config, "depth", 0) <= 3:
+            return np.array(count(config, *settings))
+        two, three = (counted(replace(config, depth=depth), *settings) for depth in (2, 3))
+        return two + (config.depth - 2) * (three - two)
+
+    return counted
 
 
 # ---------------------------------------------------------------------------------------------------- multiply-adds
@@ -97,7 +102,7 @@ def macs(model: ViTConfig | DVAEConfig | nn.Module, shape: tuple[int, int, int] 
     A model is counted as it is, fused or frozen, and stays so; one without a `config` needs the `shape` (C, H, W) of an image.
     """
     if isinstance(model, ViTConfig | DVAEConfig):
-        return _macs_of(model)
+        return Macs(*_macs_of(model).tolist())
     images = _images(model.config) if shape is None else torch.empty(1, *shape, device="meta")
     model = copy.deepcopy(model).to("meta").eval()
     model.skip_unread = False  # Paper: counted with every token in every layer
@@ -107,10 +112,8 @@ def macs(model: ViTConfig | DVAEConfig | nn.Module, shape: tuple[int, int, int] 
     return Macs(products.total, products.total + products.norms)
 
 
-@functools.cache
+@by_depth
 def _macs_of(config: ViTConfig | DVAEConfig) -> Macs:
-    if getattr(config, "depth", 0) > 3:
-        return Macs(*_by_depth(lambda c: np.array(_macs_of(c)), config).tolist())
     return macs(_on_meta(config))
 
 
@@ -137,11 +140,9 @@ def step_macs(config: ViTConfig, strategy: str) -> dict[str, Step]:
     return {kind: Step(*counts) for kind, counts in zip(KINDS, _step_macs(config, strategy).tolist(), strict=True)}
 
 
-@functools.cache
-def _step_macs(config: ViTConfig, strategy: str) -> np.ndarray:
+@by_depth
+def _step_macs(config: ViTConfig, strategy: str) -> list[list[int]]:
     """(kinds, 2), forward and backward."""
-    if config.depth > 3:
-        return _by_depth(lambda c: _step_macs(c, strategy), config)
     model, products = _on_meta(config, strategy), Products()
     model.skip_unread = False
     for module in model.modules():
@@ -151,7 +152,7 @@ def _step_macs(config: ViTConfig, strategy: str) -> np.ndarray:
             module.register_forward_hook(lambda *_: setattr(products, "kind", "other"))
     with products:
         model(_images(config)).sum().backward()
-    return np.array([[products.macs[kind, way] for way in Step._fields] for kind in KINDS])
+    return [[products.macs[kind, way] for way in Step._fields] for kind in KINDS]
 
 
 def counted(step: Callable[[], object]) -> int:
@@ -231,8 +232,6 @@ def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Te
     `attention`: "fused" (PyTorch's kernels) keeps q, k, v and a number per query, "explicit" (the released code's lines)
     the (B, H, N, N) maps too. A bias on the attention logits that trains makes it explicit always.
     """
-    if attention not in ATTENTION:
-        raise unknown("attention", attention, ATTENTION)
     known = _storages((*model.parameters(), *model.buffers())).keys()
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages, so that no address is used twice
 
@@ -241,7 +240,7 @@ def saved_bytes(model: nn.Module, images: Tensor, loss_fn: Callable[[Tensor], Te
         return tensor
 
     with ExitStack() as stack:
-        if attention == "explicit" or images.is_meta:
+        if attention != "fused" or images.is_meta:
             stack.enter_context(AttentionAs(attention))
         stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
         loss = loss_fn(model(images))  # named, because with the loss goes the graph
@@ -260,6 +259,8 @@ class AttentionAs(TorchFunctionMode):
     """Attention in the released code's lines, or by a fused kernel's meta form: without values no kernel is chosen."""
 
     def __init__(self, attention: str):
+        if attention not in ATTENTION:
+            raise unknown("attention", attention, ATTENTION)
         super().__init__()
         self.attention = attention
 
@@ -290,11 +291,9 @@ class Memory(NamedTuple):
 
 
 def training_state(model: nn.Module, optimizer: str = "adamw") -> Memory:
-    """All weights, and for the trainable ones their gradients and the optimizer's state, float32: AdamW's two moments and
-    one step count per tensor, or one momentum of SGD.
+    """All weights, and for the trainable ones their gradients and the optimizer's state, float32: the two moments and one
+    step count per tensor of "adamw", or the one momentum of "sgd".
     """
-    if optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", optimizer, OPTIMIZERS)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     state = 2 * sum(trainable) + len(trainable) if optimizer == "adamw" else sum(trainable)
     return Memory(FLOAT32 * params(model), FLOAT32 * sum(trainable), FLOAT32 * state)
@@ -317,15 +316,13 @@ def memory(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     activations = _activations(config, strategy, attention, batch, precision, skip_unread)
-    return training_state(_on_meta(config, strategy))._replace(activations=activations)
+    return training_state(_on_meta(config, strategy))._replace(activations=int(activations))
 
 
-@functools.cache
+@by_depth
 def _activations(
     config: ViTConfig, strategy: str, attention: str, batch: int, precision: str, skip_unread: bool
 ) -> int:
-    if config.depth > 3:
-        return _by_depth(lambda c: _activations(c, strategy, attention, batch, precision, skip_unread), config)
     model = _on_meta(config, strategy)
     model.skip_unread = skip_unread
     labels = torch.empty(batch, dtype=torch.long, device="meta")
@@ -370,8 +367,6 @@ def inference_memory(config: ViTConfig, batch: int = 1, attention: str = "explic
     until nothing refers to it any more; a layer's input lives until the layer is done. `attention` as in `saved_bytes`.
     Not counted: an operation's own work space, allocator, libraries. Raises UsageError for an unknown attention.
     """
-    if attention not in ATTENTION:
-        raise unknown("attention", attention, ATTENTION)
     model, images = _on_meta(config).eval(), _images(config, batch)
     model.skip_unread = False
     with torch.no_grad(), _Live(model) as live, AttentionAs(attention):
@@ -465,7 +460,7 @@ def run_memory(spec: RunSpec, batch: int) -> Memory:
     else:
         config = replace(config, num_classes=1 if per_patch else config.num_classes, drop_path=0.0)
         precision = "amp" if spec.precision == "bf16" else "float32"
-        activations = _activations(config, spec.strategy, "fused", batch, precision, True)
+        activations = int(_activations(config, spec.strategy, "fused", batch, precision, True))
         activations += batch * spec.masked * (FLOAT32 * per_patch + 2 * config.width)
     return held._replace(weights=held.weights * (1 if spec.recipe.ema is None else 2), activations=activations)
 

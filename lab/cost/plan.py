@@ -16,17 +16,22 @@ import functools
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from lab import paths
 from lab.cost import count
 from lab.runs import store
-from lab.runs.execute import cores
-from lab.runs.results import FAULTS
+from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
+from vitlib.tasks.plan import DEVICES
 from vitlib.train.engine import own_parts
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SECONDS_PER_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the batch
 SECONDS_PER_GMAC = 0.062  # B
@@ -72,14 +77,11 @@ def formula_seconds(spec: RunSpec) -> float:
 @functools.cache
 def _measured(folder: str) -> dict[str, float]:
     """Mean CPU seconds of the finished runs in the store, by what they have in common except the seed."""
-    seconds: dict[str, list[float]] = {}
-    for path in paths.runs().glob("[0-9a-f]*/result.json"):
-        try:
-            spec = json.loads((path.parent / "spec.json").read_text(encoding="utf-8"))
-            taken = float(json.loads(path.read_text(encoding="utf-8"))["cpu_s"])
-            seconds.setdefault(_kind(spec), []).append(taken)
-        except (OSError, *FAULTS):  # not this version's, or damaged: `store.find` says so where it is wanted
-            continue
+    seconds = defaultdict(list)
+    for run in store.folders():
+        with suppress(UsageError):  # not this version's, or damaged: `store.find` says so where it is wanted
+            record, result = store.read(run)
+            seconds[_kind(record)].append(result.about["cpu_s"])
     return {kind: statistics.mean(values) for kind, values in seconds.items()}
 
 
@@ -91,8 +93,7 @@ def _kind(record: dict) -> str:
 
 def cpu_seconds(spec: RunSpec) -> float:
     """What this run will take on one core."""
-    measured = _measured(str(paths.runs())).get(_kind(spec.record()))
-    return measured if measured is not None else formula_seconds(spec)
+    return _measured(str(paths.runs())).get(_kind(spec.record())) or formula_seconds(spec)
 
 
 def cost(specs: Iterable[RunSpec], jobs: int) -> Cost:
@@ -122,27 +123,9 @@ HEADROOM = 0.9  # of a GPU's memory: the rest is for what is not counted (an ope
 FORMULA = f"""\
 GPU-hours = 2 x (images seen x step + images evaluated x forward) / rate / 3600, in multiply-adds per image; a step is 3 x
   forward, exactly what is left where parts are frozen, and the tokenizer's forward in masked pre-training. Reading images
-  is not in it: the GPU is taken never to wait for them.
+  is not in it: the GPU is taken never to wait for them. The rate is that of half precision: runs in float32 take longer.
 memory = weights + gradients + optimizer + EMA (float32) + activations of the images at once (counted; temporary tensors
   are not); it fits within {HEADROOM:.0%} of a GPU. A GB is 2^30 bytes."""
-
-
-class Device(NamedTuple):
-    """What its maker says of a GPU."""
-
-    tflops: float  # the peak of dense matrix products in half precision, 1e12 FLOP per second; sparsity does not count
-    memory_gb: int
-    half: str = "bf16"
-
-
-DEVICES = {
-    "v100": Device(125, 32, "fp16"),
-    "a100": Device(312, 80),
-    "h100": Device(989, 80),  # SXM
-    "h200": Device(989, 141),
-    "l40s": Device(362, 48),
-    "rtx4090": Device(165, 24),  # with sums in float32
-}
 
 
 class Rate(NamedTuple):
@@ -153,48 +136,23 @@ class Rate(NamedTuple):
     source: str
 
 
-class Row(NamedTuple):
-    """Runs of one kind: the GPU-hours of all of them, the memory of the largest on each GPU."""
+def measured_rate(device: str) -> Rate | None:
+    """That of the largest full training step which `bench finetune` timed on such a device, reading images apart.
 
-    kind: str
-    runs: int
-    hours: float
-    memory_gb: float
-    fits: bool
-
-
-class GPUPlan(NamedTuple):
-    """What a set of runs needs on `gpus` GPUs of one kind that share each run's batch."""
-
-    device: str
-    rate: Rate
-    gpus: int
-    hours: float
-    rows: list[Row]
-    disk_gb: float  # the weights of all runs
-    notes: list[str]
-
-
-def measured_rates(device: str) -> list[Rate]:
-    """What `bench finetune` measured on such a device, the largest step first; this checkout's before the reference's.
-
-    Full training steps in half precision count, forward, backward and optimizer, without reading images; of several
-    process restarts the median.
+    The median over process restarts; of equal steps this checkout's before the reference's.
     """
-    steps: dict[tuple, list[dict]] = {}
-    for folder in (paths.outputs(), paths.REFERENCE):
-        for path in folder.glob("*/bench/finetune.csv"):
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    full = row["arm"] == "full" and row["precision"] != "float32" and row.get("kind") == "cuda"
-                    if full and device in row["device"].lower().replace(" ", ""):
-                        steps.setdefault((path, row["case"]), []).append(row)
-    largest_first = sorted(steps.values(), key=lambda rows: -float(rows[0]["gmacs"]))
-    return [
-        Rate(statistics.median(2e-3 * float(row["gmacs"]) / float(row["time_s"]) for row in rows), "measured",
-             "bench finetune, {case}, {device}, {date}".format_map(rows[0]))
-        for rows in largest_first
-    ]  # fmt: skip
+    steps = defaultdict(list)
+    for path in [path for at in (paths.outputs(), paths.REFERENCE) for path in at.glob("*/bench/finetune.csv")]:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                named = device in row["device"].lower().replace(" ", "")
+                if named and (row["arm"], row.get("kind")) == ("full", "cuda"):
+                    steps[path, row["case"]].append(row)
+    if not steps:
+        return None
+    rows = max(steps.values(), key=lambda rows: float(rows[0]["gmacs"]))
+    rate = statistics.median(2e-3 * float(row["gmacs"]) / float(row["time_s"]) for row in rows)
+    return Rate(rate, "measured", "bench finetune, {case}, {device}, {date}".format_map(rows[0]))
 
 
 def rate_of(device: str, rate: float | None = None) -> Rate:
@@ -204,15 +162,13 @@ def rate_of(device: str, rate: float | None = None) -> Rate:
     """
     if device not in DEVICES:
         raise unknown("device", device, DEVICES)
-    if rate is not None and not 0 < rate < math.inf:
-        raise UsageError(f"rate is {rate!r}: allowed is a positive number of TFLOP/s that training reaches")
     if rate is not None:
+        if not 0 < rate < math.inf:
+            raise UsageError(f"rate is {rate!r}: allowed is a positive number of TFLOP/s that training reaches")
         return Rate(rate, "given", "by the caller")
-    if measured := measured_rates(device):
-        return measured[0]
-    peak, _, half = DEVICES[device]
-    source = f"{100 * UTILISATION:g} % of {peak:g} TFLOP/s, the maker's peak (dense, {half})"
-    return Rate(UTILISATION * peak, "assumed", source)
+    peak = DEVICES[device].tflops
+    source = f"{100 * UTILISATION:g} % of {peak:g} TFLOP/s, the maker's peak (dense, half precision)"
+    return measured_rate(device) or Rate(UTILISATION * peak, "assumed", source)
 
 
 def gpu_hours(spec: RunSpec, rate: Rate) -> float:
@@ -232,45 +188,38 @@ def images_at_once(spec: RunSpec, gpus: int = 1) -> int:
     return math.ceil(share / own_parts(spec.accumulate, gpus, batch_norm))
 
 
-def gpu_plan(specs: Iterable[RunSpec], device: str, rate: float | None = None, gpus: int = 1) -> GPUPlan:
-    """What exactly these runs need; a spec given twice is one run. `rate` (TFLOP/s) and errors as in `rate_of`."""
-    if gpus < 1:
-        raise UsageError(f"gpus is {gpus!r}: allowed is a whole number from 1")
-    speed, runs = rate_of(device, rate), list(dict.fromkeys(specs))
-    _, memory_gb, half = DEVICES[device]
-    memory = {spec: count.run_memory(spec, images_at_once(spec, gpus)).total / GB for spec in runs}
-    kinds: dict[str, list[RunSpec]] = {}
-    for spec in runs:
-        kinds.setdefault(f"{spec.protocol} {spec.strategy}" if spec.parent else spec.protocol, []).append(spec)
-    rows = []
-    for kind, alike in kinds.items():
-        largest = max(memory[spec] for spec in alike)
-        hours = sum(gpu_hours(spec, speed) for spec in alike)
-        rows.append(Row(kind, len(alike), hours, largest, largest <= HEADROOM * memory_gb))
-    precisions = {spec.precision for spec in runs}
-    notes = []
-    if "float32" in precisions:
-        notes.append(f"some runs are in float32, and the rate is that of {half}: they take longer")
-    if "bf16" in precisions and half != "bf16":
-        notes.append(f"some runs are in bf16, which a {device} does not multiply at this rate")
-    if too_large := [spec for spec in runs if memory[spec] > HEADROOM * memory_gb]:
-        notes.append(f"{len(too_large)} of the runs do not fit {HEADROOM:.0%} of a {device}'s {memory_gb} GB: the largest is "
-                     f"{max(too_large, key=memory.get).describe()}; take a larger GPU, or more that share each run")  # fmt: skip
-    disk = sum(count.run_state(spec).weights for spec in runs) / GB
-    return GPUPlan(device, speed, gpus, sum(row.hours for row in rows), rows, disk, notes)
+def gpu_plan(specs: Iterable[RunSpec], rate: Rate, gpus: int = 1) -> pd.DataFrame:
+    """What exactly these runs need on GPUs of which `gpus` share each run's batch, a row for each kind of run.
 
-
-def gpu_text(plan: GPUPlan) -> str:
-    """The plan for the terminal: the sum, a row per kind of run, the rate and where it is from, the formula."""
+    Columns: kind, runs, hours (GPU-hours of all of them), memory_gb (of the largest, on each GPU), disk_gb (of the weights
+    of all of them). A spec given twice is one run.
+    """
     import pandas as pd
 
-    rate, runs, wall = plan.rate, sum(row.runs for row in plan.rows), span(3600 * plan.hours / plan.gpus)
-    columns = ["kind of run", "runs", f"GPU-hours ({rate.how})", "memory on a GPU, GB", "fits"]
-    table = pd.DataFrame(plan.rows, columns=columns).replace({"fits": {True: "yes", False: "no"}})
+    rows = [
+        (f"{spec.protocol} {spec.strategy}" if spec.parent else spec.protocol, gpu_hours(spec, rate),
+         count.run_memory(spec, images_at_once(spec, gpus)).total / GB, count.run_state(spec).weights / GB)
+        for spec in dict.fromkeys(specs)
+    ]  # fmt: skip
+    kinds = pd.DataFrame(rows, columns=["kind", "hours", "memory_gb", "disk_gb"]).groupby("kind", sort=False)
+    sums = {name: (name, "sum") for name in ("hours", "disk_gb")}
+    return kinds.agg(runs=("hours", "size"), memory_gb=("memory_gb", "max"), **sums).reset_index()
+
+
+def gpu_text(specs: Iterable[RunSpec], device: str, rate: float | None = None, gpus: int = 1) -> str:
+    """The plan for the terminal: the sum, a row per kind of run, the rate and where it is from, the formula.
+
+    `rate` (TFLOP/s) and errors as in `rate_of`.
+    """
+    speed = rate_of(device, rate)
+    plan = gpu_plan(specs, speed, gpus)
+    hours, fits = plan["hours"].sum(), plan["memory_gb"] <= HEADROOM * DEVICES[device].memory_gb
+    table = plan[["kind", "runs", "hours", "memory_gb"]].assign(fits=fits.map({True: "yes", False: "no"}))
+    headers = ["kind of run", "runs", f"GPU-hours ({speed.how})", "memory on a GPU, GB", "fits"]
     return "\n\n".join([
-        f"{runs} runs: {plan.hours:,.0f} GPU-hours, {wall} on {plan.gpus} {plan.device} ({rate.how}), "
-        f"{plan.disk_gb:,.1f} GB for their weights",
-        table.to_markdown(index=False, tablefmt="simple", floatfmt=("", "", ",.2f", ".1f", "")),
-        f"rate of a {plan.device}: {rate.tflops:.4g} TFLOP/s, {rate.how}: {rate.source}",
-        "\n".join([FORMULA, *(f"note: {note}" for note in plan.notes)]),
+        f"{plan['runs'].sum()} runs: {hours:,.0f} GPU-hours, {span(3600 * hours / gpus)} on {gpus} {device} ({speed.how}), "
+        f"{plan['disk_gb'].sum():,.1f} GB for their weights",
+        table.to_markdown(index=False, headers=headers, tablefmt="simple", floatfmt=("", "", ",.2f", ".1f", "")),
+        f"rate of a {device}: {speed.tflops:.4g} TFLOP/s, {speed.how}: {speed.source}",
+        FORMULA,
     ])  # fmt: skip

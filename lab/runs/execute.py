@@ -1,16 +1,11 @@
-"""Train one run: from its spec to its result.
-
-One run on the GPUs of several machines, whose store is a folder that all of them see (a file from `launch.write_order`):
-
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m lab.runs.execute run.json
-"""
+"""Train one run: from its spec to its result."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
+import pickle
 import platform
 import sys
 import time
@@ -30,7 +25,7 @@ from lab.data.published import locate
 from lab.runs.processes import cores, end_with
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from lab.runs.store import checkpoint_path, find, finished, held, keep, warn_of_other_files, weights
+from lab.runs.store import checkpoint_path, find, held, keep, warn_of_other_files, weights, weights_path
 from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
 from vitlib.model.regroup import regrouped
@@ -49,48 +44,48 @@ LOADERS = 8  # at most so many processes read and decode images which are not in
 
 
 def execute(
-    spec: RunSpec, need_weights: bool = False, on_step: Callable[[int, int], None] = lambda step, steps: None,
-    every_s: float = 300.0, stamps: Mapping[str, str] | None = None,
+    spec: RunSpec, on_step: Callable[[int, int], None] = lambda step, steps: None, every_s: float = 300.0,
+    stamps: Mapping[str, str] = {},
 ) -> Result:  # fmt: skip
-    """Train a run, or read it where it is finished. What it needs must be finished, with weights.
+    """Train a run, or read it where it is finished, with its weights. What it needs must be finished.
 
-    `need_weights` trains a run again of which only the metrics were imported. A checkpoint is written every `every_s`
-    seconds; a run that was killed goes on from it. `stamps` are kept with the result as they were at the run's first start
-    (the hashes of the ledger's entries). Raises NonFiniteLoss with the run's name; the run is not kept then, the last good
-    checkpoint is. All processes of a distributed run call this; the first one writes.
+    A checkpoint is written every `every_s` seconds; a run that was killed goes on from it. `stamps` (the hashes of the
+    ledger's entries) are kept with the result as they were at the run's first start. Raises NonFiniteLoss with the run's
+    name; the run is not kept then, the last good checkpoint is. All processes of a distributed run call this; the first
+    one writes.
     """
     switches = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
-    engine = Engine(resolve(spec.device), **switches, shard=this_shard())
+    engine, protocol = Engine(resolve(spec.device), **switches, shard=this_shard()), PROTOCOLS[spec.protocol]
     first = engine.shard.rank == 0
     with held(spec.hash, wait=engine.shard.world == 1) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
-        if finished(spec, need_weights):
-            return find(spec)
+        if weights_path(spec).is_file() and (result := find(spec)):
+            return result
         torch.set_num_threads(spec.threads)
         torch.set_flush_denormal(True)  # small LayerScale values make denormal gradients, which are slow on CPU
-        notes = dict(stamps or {}) | {"began": now(), "commit": paths.commit()}
+        notes = dict(stamps) | {"began": now(), "commit": paths.commit()}
         checkpoints = Checkpoints(checkpoint_path(spec), every_s, notes, first, spec.hash)
-        data = data_of(spec, "train")
-        tested = data_of(spec, spec.split)  # read now, so that a fault costs no time
-        other = second_test(spec)
+        # all data, now, so that a fault costs no time
+        data, tested, other = data_of(spec, "train"), data_of(spec, spec.split), second_test(spec)
         read = {"train": data, spec.split: tested, "v2": other} if first and spec.streamed else {}
-        files = {split: images.checksum for split, images in read.items() if images is not None}
-        if files:
+        if files := {split: images.checksum for split, images in read.items() if images is not None}:
             warn_of_other_files({m: r.files for m in spec.needs if (r := find(m))} | {spec: files})
         rows = subset(data, spec.images, spec.seed, spec.subset)
         if few := [f"one {what}" for what, n in (("image", len(rows)), ("class", len(data.classes))) if n == 1]:
             warnings.warn(f"the {spec} trains on {' of '.join(few)}", stacklevel=2)
+        # train
         model, loss_function = prepare(spec, data, rows)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        inputs = (model, spec.recipe, data, rows, spec.seed, loss_function)
         try:
+            inputs = (model, spec.recipe, data, rows, spec.seed, loss_function)
             history = loop.train(*inputs, on_step, engine, ema, checkpoints)
         except loop.NonFiniteLoss as fault:
             raise loop.NonFiniteLoss(f"{spec}: {fault}") from None
+        # evaluate
         metrics = {"first_loss": history[0].loss, "train_loss": float(np.mean([s.loss for s in history[-20:]]))}
-        protocol, correct_v2 = PROTOCOLS[spec.protocol], None
+        correct_v2 = None
         reached, correct = protocol.evaluate(model, tested, engine)
         metrics |= reached
         if other is not None:
@@ -102,6 +97,7 @@ def execute(
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise loop.NonFiniteLoss(f"{spec}: the last step left weights that are not finite; {checkpoints}")
         metrics["trained_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # keep
         about = {"split": spec.split, "wall_s": checkpoints.wall_s, "cpu_s": checkpoints.cpu_s}
         about |= surroundings(engine.device) | {"world": engine.shard.world} | ({"files": files} if files else {})
         fixed = dict(checkpoints.notes)  # as it was at the run's first start
@@ -194,24 +190,6 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-# ---------------------------------------------------------------------------------------------------- under torchrun
-
-
-def main(order: Path) -> None:
-    """One of the processes that torchrun started: train the run of `order` together with the others."""
-    end_with(os.getppid(), int(os.environ.get("VITLIB_PARENT", "0")))
-    wanted = json.loads(order.read_text(encoding="utf-8"))
-    tell = now_and_then(lambda step, steps: print(f"step {step} of {steps}", flush=True), every_s=10)
-    try:
-        spec = RunSpec.from_fields(wanted.pop("spec"))
-        with joined(resolve(spec.device)) as shard:
-            execute(spec, on_step=(lambda *_: None) if shard.rank else tell, **wanted)
-    except (UsageError, loop.NonFiniteLoss) as fault:
-        usage = isinstance(fault, UsageError)
-        order.with_suffix(".fault").write_text(json.dumps([usage, str(fault)]), encoding="utf-8")
-        sys.exit(str(fault))
-
-
 def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[int, int], None]:
     """For `on_step`: `act(step, steps)` at most once in `every_s` seconds, at the first step too."""
     last = -math.inf
@@ -223,6 +201,19 @@ def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[i
             act(step, steps)
 
     return on_step
+
+
+def main(order: Path) -> None:
+    """One of the processes that `launch.distributed` started through torchrun: train the run with the others."""
+    end_with(os.getppid(), int(os.environ.get("VITLIB_PARENT", 0)))
+    spec, options = pickle.loads(order.read_bytes())
+    tell = now_and_then(lambda step, steps: print(f"step {step} of {steps}", flush=True), every_s=10)
+    try:
+        with joined(resolve(spec.device)) as shard:
+            execute(spec, on_step=(lambda *_: None) if shard.rank else tell, **options)
+    except (UsageError, loop.NonFiniteLoss) as fault:
+        order.with_suffix(".fault").write_bytes(pickle.dumps(fault))
+        sys.exit(str(fault))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ and far steadier. Where there are GPUs, the processes take turns in getting one.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from lab.data import published
 from lab.runs import execute, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
-from vitlib.errors import UsageError, unknown
+from vitlib.errors import UsageError
 from vitlib.files import private_folder
 from vitlib.train.engine import joined, resolve
 
@@ -50,20 +49,20 @@ MEMORY = {
 }
 
 
-Stamps = Mapping[str, str]  # hashes of the ledger's entries, as `execute` keeps them
-
-
 class RunsFailed(RuntimeError):
     """Some runs could not be trained; the message names them. Finished runs are kept."""
 
 
 def launch(
-    specs: Iterable[RunSpec], jobs: int = 0, seconds: Callable[[RunSpec], float] | None = None, stamps: Stamps | None = None
-) -> dict[RunSpec, Result]:  # fmt: skip
+    specs: Iterable[RunSpec],
+    jobs: int = 0,
+    seconds: Callable[[RunSpec], float] = lambda spec: 1.0,
+    stamps: Mapping[str, str] = {},
+) -> dict[RunSpec, Result]:
     """The results of all specs, in their order; missing runs are trained first, `jobs` at a time.
 
     jobs: 0 = one per core, or per GPU where a run may use one; with more, several share a GPU. seconds: expected time of a
-    run, for the progress bar; None counts runs. stamps: as in `execute`. Runs start in the order of `specs`, so seeds
+    run, for the progress bar. stamps: as in `execute`. Runs start in the order of `specs`, so seeds
     belong outermost. A run that fails does not stop the others; then RunsFailed names it.
     """
     specs = list(specs)
@@ -75,8 +74,8 @@ def launch(
         store.sweep_store()
         paths.runs().mkdir(parents=True, exist_ok=True)
         devices = gpus() if any(spec.device != "cpu" for spec in todo) else []
-        cost = {spec.hash: seconds(spec) if seconds else 1.0 for spec in todo}
-        _train(todo, min(jobs or len(devices) or execute.cores(), len(todo)), devices, cost, dict(stamps or {}))
+        jobs = min(jobs or len(devices) or execute.cores(), len(todo))
+        _train(todo, jobs, devices, {spec.hash: seconds(spec) for spec in todo}, stamps)
     return {spec: store.find(spec) for spec in specs}
 
 
@@ -94,7 +93,7 @@ def gpus() -> list[str]:
 
 
 def _train(
-    todo: dict[RunSpec, bool], jobs: int, gpus: Sequence[str], cost: Mapping[str, float], stamps: Stamps
+    todo: list[RunSpec], jobs: int, gpus: list[str], cost: Mapping[str, float], stamps: Mapping[str, str]
 ) -> None:
     """A queue over a pool of processes; a run starts when its parent and its tokenizer are done."""
     context = _context()
@@ -116,7 +115,7 @@ def _train(
                     failed[spec] = f"{spec.describe()}: its {lost[0].protocol} run failed"
                     waiting.remove(spec)
                 elif len(going) < jobs and not {*spec.needs} & {*waiting, *going.values()}:
-                    going[pool.submit(_work, spec, todo[spec], stamps)] = spec
+                    going[pool.submit(_work, spec, stamps)] = spec
                     waiting.remove(spec)
             finished = len(todo) - len(waiting) - len(going)
             bar.set_description_str(f"{finished} of {len(todo)} runs, {len(going)} going", refresh=False)
@@ -181,11 +180,11 @@ def _begin(steps: SimpleQueue, devices: SimpleQueue, environment: dict[str, str]
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
 
 
-def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
+def _work(spec: RunSpec, stamps: Mapping[str, str]) -> None:
     def report(step: int, steps: int) -> None:
         _steps.put((spec.hash, step / steps))
 
-    execute.execute(spec, need_weights, execute.now_and_then(report, every_s=0.5), stamps=stamps)
+    execute.execute(spec, execute.now_and_then(report, every_s=0.5), stamps=stamps)
 
 
 # ---------------------------------------------------------------------------------------------------- one run, shared
@@ -193,69 +192,48 @@ def _work(spec: RunSpec, need_weights: bool, stamps: dict[str, str]) -> None:
 LAST_LINES = 80  # of the log, in the message of a run that failed: a traceback and torchrun's summary
 
 
-def distributed(
-    spec: RunSpec, processes: int, need_weights: bool = False, every_s: float = 300.0, stamps: Stamps | None = None
-) -> Result:
+def distributed(spec: RunSpec, processes: int, every_s: float = 300.0, stamps: Mapping[str, str] = {}) -> Result:
     """The result of one run that `processes` processes of this machine train together, started by torchrun.
 
-    What it needs must be finished, with weights (the command line trains it first). What the processes print goes to
-    <store>/.logs/<hash>.log. Raises UsageError for what they refuse, and RunsFailed, with the log's last lines, when one of
-    them fails or is killed; the others are ended then, and the same call goes on from the last checkpoint.
+    What it needs must be finished, with weights. What the processes print goes to <store>/.logs/<hash>.log. Raises what they
+    refuse, and RunsFailed, with the log's last lines, when one of them fails or is killed; the others are ended then, and
+    the same call goes on from the last checkpoint.
     """
-    if processes < 1:
-        raise UsageError(f"processes is {processes}: allowed are 1 and up")
-    if store.finished(spec, need_weights):
-        return store.find(spec)
-    if absent := [f"the {need.protocol} {need}" for need in spec.needs if not store.weights_path(need).is_file()]:
-        what = f"{absent[0]}, whose weights are not in {paths.runs()}"
-        raise UsageError(f"the {spec} starts from {what}: train that one first")
     check(spec)
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with private_folder() as folder:
-        order = write_order(spec, folder / "run.json", need_weights, every_s, stamps)
+        order = folder / "run.order"
+        order.write_bytes(pickle.dumps((spec, {"every_s": every_s, "stamps": stamps})))
         forked = ["-m", "lab.runs.forked"]
         torchrun = [*forked, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *torchrun, *forked, "lab.runs.execute", str(order)]
-        code = _until_it_ends(command, log, spec.threads)
+        code = _until_it_ends([*torchrun, *forked, "lab.runs.execute", str(order)], log, spec.threads)
         if (fault := order.with_suffix(".fault")).is_file():  # the one sentence that a process ended with
-            usage, text = json.loads(fault.read_text(encoding="utf-8"))
-            raise UsageError(text) if usage else RunsFailed(text)
+            raise pickle.loads(fault.read_bytes())
     if code:
-        what = f"the {processes} processes that train the {spec} ended with code {code}"
+        what = f"the {processes} processes that train the {spec} ended with code {code}; the last lines of {log}:"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        reached = [line for line in lines[:-LAST_LINES] if line.startswith("step ")][-1:]  # before a long traceback
-        raise RunsFailed("\n".join([f"{what}; the last lines of {log}:", *reached, *lines[-LAST_LINES:]]))
+        raise RunsFailed("\n".join([what, *lines[-LAST_LINES:]]))
     return store.find(spec)
 
 
-def write_order(
-    spec: RunSpec, path: Path, need_weights: bool = False, every_s: float = 300.0, stamps: Stamps | None = None
-) -> Path:
-    """The file that tells the processes of a distributed run what to train."""
-    order = {"spec": asdict(spec), "need_weights": need_weights, "every_s": every_s, "stamps": dict(stamps or {})}
-    path.write_text(json.dumps(order), encoding="utf-8")
-    return path
-
-
-def _until_it_ends(command: list[str], log: Path, threads: int) -> int:
-    """The exit code of a command whose lines go to `log`. If this call is ended, what was started ends itself."""
+def _until_it_ends(words: list[str], log: Path, threads: int) -> int:
+    """The exit code of a Python whose lines go to `log`. If this call is ended, what was started ends itself."""
     path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     named = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "VITLIB_PARENT": str(os.getpid())}
     with log.open("wb") as file:
-        streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        return subprocess.run(command, env=MEMORY | os.environ | named, start_new_session=True, **streams).returncode
+        streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        return subprocess.run([sys.executable, *words], env=MEMORY | os.environ | named, **streams).returncode
 
 
 # ---------------------------------------------------------------------------------------------------- a job per run
-
 
 TIME_LIMITS = 1000  # how often a job is put back into the queue: until it is done
 
 
 def submit(
     specs: Iterable[RunSpec], folder: str | Path, *, partition: str | None = None, gpus: int = 1, nodes: int = 1,
-    hours: float = 24.0, cpus: int = 16, memory_gb: int = 60, cluster: str = "slurm", stamps: Stamps | None = None,
+    hours: float = 24.0, cpus: int = 16, memory_gb: int = 60, stamps: Mapping[str, str] = {},
 ) -> dict[RunSpec, Job]:  # fmt: skip
     """SLURM jobs, through submitit, for all missing runs: one per run, which waits for the jobs of the runs that it needs.
 
@@ -263,39 +241,35 @@ def submit(
     machines, one process each; 0 = one process on CPU. hours, cpus and memory_gb: of a job, of a process (which reads images
     with `execute.LOADERS` more), of a machine. The run store (`VITLIB_RUNS`) must be a folder that all machines see. A job
     that is stopped by its time limit or preempted is put back into the queue and goes on from the run's last checkpoint.
-    cluster="local" runs the jobs on this machine. Raises UsageError where SLURM's command or submitit is not there.
+    Raises UsageError where SLURM's command or submitit is not there.
     """
-    if cluster not in ("slurm", "local"):
-        raise unknown("cluster", cluster, ("slurm", "local"))
-    if min(gpus, nodes - 1, cpus - 1, memory_gb - 1) < 0 or not 0 < hours < math.inf:
-        raise UsageError("a job needs nodes, cpus and memory_gb from 1, gpus from 0 and hours above 0")
-    if cluster == "slurm" and shutil.which("sbatch") is None:
+    if not 0 < hours < math.inf:
+        raise UsageError(f"hours is {hours}: a job needs hours above 0")
+    if shutil.which("sbatch") is None:
         raise UsageError("there is no command sbatch: submit on a machine of a SLURM cluster; elsewhere use launch")
     if importlib.util.find_spec("submitit") is None:
         raise UsageError("submitit is not installed: jobs are submitted through it (pip install submitit)")
     from submitit import AutoExecutor
 
     # submitit would give a job up after three time limits
-    executor = AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=TIME_LIMITS)
+    executor = AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=TIME_LIMITS)
     executor.update_parameters(
         name="vitlib", timeout_min=max(1, round(60 * hours)), nodes=nodes, tasks_per_node=max(gpus, 1), gpus_per_node=gpus,
         cpus_per_task=cpus, mem_gb=memory_gb, slurm_partition=partition,
     )  # fmt: skip
     jobs: dict[RunSpec, Job] = {}
-    for spec, need_weights in store.missing(specs).items():
-        before = [jobs[need] for need in spec.needs if need in jobs]
-        waits = {"dependency": "afterok:" + ":".join(job.job_id for job in before)} if before else {}
+    for spec in store.missing(specs):
+        before = [jobs[need].job_id for need in spec.needs if need in jobs]
+        waits = {"dependency": f"afterok:{':'.join(before)}"} if before else {}
         executor.update_parameters(slurm_additional_parameters=waits)
-        for job in before if cluster == "local" else []:
-            job.wait()  # a machine without a queue
-        jobs[spec] = executor.submit(Work(), spec, need_weights, str(paths.runs()), dict(stamps or {}))
+        jobs[spec] = executor.submit(Work(), spec, str(paths.runs()), stamps)
     return jobs
 
 
 class Work:
     """What one process of a job does. The same call goes on where an earlier one was stopped."""
 
-    def __call__(self, spec: RunSpec, need_weights: bool, store: str, stamps: Stamps) -> dict[str, float]:
+    def __call__(self, spec: RunSpec, store: str, stamps: Mapping[str, str]) -> dict[str, float]:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -304,7 +278,7 @@ class Work:
         if several:  # all GPUs of the machine stay visible; each process takes its own by its local rank
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         with joined(resolve(spec.device)) if several else nullcontext():
-            return execute.execute(spec, need_weights, stamps=stamps).metrics
+            return execute.execute(spec, stamps=stamps).metrics
 
     def checkpoint(self, *arguments) -> DelayedSubmission:
         """submitit asks for this when the job's time is over."""

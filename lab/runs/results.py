@@ -83,11 +83,16 @@ def _unpacked(packed: dict | None, metrics: dict[str, float], name: str) -> np.n
     return correct
 
 
-def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
-    """What was trained (the record of a spec) and the result, for each run of a `runs.jsonl`.
+def parsed(run: dict) -> tuple[dict, Result]:
+    """What was trained (the record of a spec) and the result. Raises one of FAULTS, also where they are of two runs."""
+    record, result = dict(run["spec"]), Result.from_record(run["result"])
+    if (name := hash_of(record)) != result.hash:
+        raise ValueError(f"it says {result.hash!r}, but its spec is {name}")
+    return record, result
 
-    Raises UsageError for a line that is not a run or whose hash is not that of its spec.
-    """
+
+def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
+    """Each run of a `runs.jsonl`, as `parsed`. Raises UsageError for a line that is not a run."""
     path, written = Path(path), "a runs.jsonl is what `export` writes"
     if not path.is_file():
         raise UsageError(f"there is no file {path} to read: {written}")
@@ -97,16 +102,9 @@ def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
         raise UsageError(f"{path.name} is no text file: {written}") from fault
     for number, line in enumerate(lines, start=1):
         try:
-            run = json.loads(line)
-            spec, result = run["spec"], Result.from_record(run["result"])
-            if type(spec) is not dict:
-                raise TypeError("a spec is an object")
-            name = hash_of(spec)
+            yield parsed(json.loads(line))
         except FAULTS as fault:
-            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__})") from fault
-        if name != result.hash:
-            raise UsageError(f"line {number} of {path.name} says {result.hash}, but its spec is {name}")
-        yield spec, result
+            raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__}: {fault})") from fault
 
 
 def hash_of(record: dict) -> str:

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from lab.data.cards import Facts, source
 from lab.runs.results import hash_of
-from vitlib.data.augment import Augment
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViTConfig
+from vitlib.records import check_types
 from vitlib.train import PROTOCOLS, finetune, loop, tokenizers
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
@@ -28,8 +28,7 @@ ALLOWED = {
     "execution": ("seq", "par"),
     "device": ("cpu", "cuda", "auto"),  # auto: a GPU where there is one; the result says what it was
 }
-COUNTS = {"seed": 0, "subset": 0, "masked": 0, "threads": 1}  # whole numbers from
-SWITCHES = ("streamed", "blank", "compile", "checkpointing")
+LEAST = {"seed": 0, "images": 1, "subset": 0, "masked": 0, "threads": 1, "accumulate": 1}
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,16 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be, and for a run that would train nothing."""
+        check_types(self)
         for field, allowed in ALLOWED.items():
             if getattr(self, field) not in allowed:
                 raise unknown(field, getattr(self, field), allowed)
+        for field, least in LEAST.items():
+            if (value := getattr(self, field)) is not None and value < least:
+                raise UsageError(f"{field} is {value}: allowed are whole numbers from {least}")
         protocol, batch = PROTOCOLS[self.protocol], self.recipe.batch_size
-        if self.images is not None and (type(self.images) is not int or self.images < 1):
-            raise UsageError(f"images is {self.images!r}: allowed are None (all) and whole numbers from 1")
-        for field, least in COUNTS.items():
-            if type(value := getattr(self, field)) is not int or value < least:
-                raise UsageError(f"{field} is {value!r}: allowed are whole numbers from {least}")
-        for field in SWITCHES:
-            if type(value := getattr(self, field)) is not bool:
-                raise UsageError(f"{field} is {value!r}: allowed are True and False")
+        if self.accumulate > batch:
+            raise UsageError(f"accumulate is {self.accumulate}: allowed are 1 to {batch} parts of a batch of {batch}")
         if protocol.needs_parent != (self.parent is not None):
             raise UsageError(f"a {self.protocol} run {'needs a' if protocol.needs_parent else 'has no'} parent")
         if not isinstance(self.model, protocol.config):
@@ -81,8 +78,6 @@ class RunSpec:
             raise UsageError(f"targets {self.targets!r} {'need a' if self.targets == 'dvae' else 'have no'} tokenizer")
         if self.tokenizer and not self._tokenizer_fits():
             raise UsageError(f"{self.tokenizer.model.name} gives no token to each patch of {self.model.name}")
-        if type(self.accumulate) is not int or not 1 <= self.accumulate <= batch:
-            raise UsageError(f"accumulate is {self.accumulate!r}: allowed are 1 to {batch} parts of a batch of {batch}")
 
     def _tokenizer_fits(self) -> bool:
         """A tokenizer of as many patches and channels, trained at the image size that it sees here."""
@@ -103,20 +98,6 @@ class RunSpec:
         return {f.name: getattr(self, f.name) for f in fields(self)} | needs | data | {
             "model": asdict(self.model), "recipe": asdict(self.recipe),
         }  # fmt: skip
-
-    @classmethod
-    def from_fields(cls, record: dict) -> RunSpec:
-        """A spec from `dataclasses.asdict` of one (not `record`) that went through JSON to another process."""
-
-        def plain(values: dict) -> dict:  # JSON has lists for our tuples
-            return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-
-        recipe = plain(record["recipe"])
-        recipe["augment"] = recipe["augment"] and Augment(**plain(recipe["augment"]))
-        config = PROTOCOLS[record["protocol"]].config
-        record = record | {"recipe": Recipe(**recipe), "model": config(**plain(record["model"]))}
-        record |= {name: record[name] and cls.from_fields(record[name]) for name in ("parent", "tokenizer")}
-        return cls(**record)
 
     def with_seed(self, seed: int) -> RunSpec:
         """The same run, its parent and its tokenizer too, at another seed."""

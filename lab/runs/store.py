@@ -21,54 +21,50 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from lab import paths
-from lab.runs.results import FAULTS, Result, read_runs
+from lab.runs.results import FAULTS, Result, parsed, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.files import abandoned, draft_name, no_room, read_safetensors, sha256, sweep, write_safetensors, write_whole
 from vitlib.train import PROTOCOLS, loop
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 OLD = "-old"  # how the name of a folder that was put aside ends
 AGAIN = "move that folder away and it is trained again"
 
 
-if TYPE_CHECKING:
-    import pandas as pd
+def folders() -> list[Path]:
+    """Those of the finished runs, by hash."""
+    return sorted(path.parent for path in paths.runs().glob("[0-9a-f]*/result.json"))
+
+
+def read(folder: Path) -> tuple[dict, Result]:
+    """What was trained (`RunSpec.record`), and the result. Raises UsageError for what is damaged or of another version."""
+    try:
+        run = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("spec", "result")}
+        record, result = parsed(run)
+        if result.hash != folder.name:
+            raise ValueError(f"it says {result.hash}")
+        return record, result
+    except (OSError, *FAULTS) as fault:
+        what = f"{folder.parent} is not in the form of this version ({type(fault).__name__}: {fault})"
+        raise UsageError(f"the run {folder.name} in {what}: {AGAIN}") from fault
 
 
 def find(spec: RunSpec) -> Result | None:
-    """The finished run, or None. Raises UsageError for a run directory that another version wrote."""
-    path = paths.runs() / spec.hash / "result.json"
+    """The result of a finished run, or None. Raises UsageError as `read`."""
+    folder = paths.runs() / spec.hash
+    return read(folder)[1] if (folder / "result.json").is_file() else None
+
+
+def weights(spec: RunSpec) -> dict[str, Tensor]:
+    """The trained weights of a finished run. Raises UsageError where they are not there, or not as they were written."""
+    path, result = weights_path(spec), find(spec)
     if not path.is_file():
-        return None
-    try:
-        result = Result.from_record(json.loads(path.read_text(encoding="utf-8")))
-        if result.hash != spec.hash:
-            raise ValueError(f"it says {result.hash}")
-        return result
-    except (OSError, *FAULTS) as fault:
-        what = f"{paths.runs()} is not in the form of this version ({type(fault).__name__}: {fault})"
-        raise UsageError(f"the run {spec.hash} in {what}: {AGAIN}") from fault
-
-
-def finished(spec: RunSpec, need_weights: bool = False) -> bool:
-    """Whether the run is in the store; with its weights, where those are needed."""
-    return find(spec) is not None and (weights_path(spec).is_file() or not need_weights)
-
-
-def weights(spec: RunSpec, ema: bool = False) -> dict[str, Tensor]:
-    """The trained weights of a finished run, or their moving average.
-
-    Raises UsageError where they are not in the store, or not as they were written.
-    """
-    if ema and spec.recipe.ema is None:
-        raise UsageError(f"the {spec} keeps no moving average: its recipe's ema is None")
-    name, what = ("ema", "moving average") if ema else ("weights", "weights")
-    path = weights_path(spec).with_name(f"{name}.safetensors")
-    if not path.is_file():
-        raise UsageError(f"the run {spec.hash} has no {what} in {paths.runs()} (imported runs have metrics only)")
+        raise UsageError(f"the run {spec.hash} has no weights in {paths.runs()} (imported runs have metrics only)")
     state, _ = read_safetensors(path)
-    result = find(spec)
-    wanted = result and result.about.get("sha256", {}).get(name)  # older results have none
+    wanted = result and result.about.get("sha256", {}).get("weights")  # older results have none
     if wanted and sha256(path) != wanted:
         raise UsageError(f"{path} is damaged: its SHA-256 is not the one in result.json; {AGAIN}")
     return state
@@ -78,7 +74,7 @@ def history(spec: RunSpec) -> pd.DataFrame | None:
     """The lines of a run's history.csv, one per step; None where they are not here (imported runs have metrics only)."""
     import pandas as pd
 
-    path = paths.runs() / spec.hash / "history.csv"
+    path = weights_path(spec).with_name("history.csv")
     return pd.read_csv(path) if path.is_file() else None
 
 
@@ -161,16 +157,8 @@ def export_runs(path: Path, names: Collection[str] | None = None) -> int:
     if path.is_dir() or not path.resolve().parent.is_dir():
         fault = "a folder" if path.is_dir() else "in no folder that is there"
         raise UsageError(f"{path} is {fault}: export writes a file, for example runs.jsonl")
-    lines = []
-    for folder in sorted(result.parent for result in paths.runs().glob("[0-9a-f]*/result.json")):
-        if names is None or folder.name in names:
-            try:
-                run = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("spec", "result")}
-                Result.from_record(run["result"])
-            except (OSError, *FAULTS) as fault:
-                what = f"cannot be exported ({type(fault).__name__}): move that folder away"
-                raise UsageError(f"the run {folder.name} {what}") from fault
-            lines.append(json.dumps(run, sort_keys=True) + "\n")
+    runs = [read(folder) for folder in folders() if names is None or folder.name in names]
+    lines = [json.dumps({"spec": record, "result": result.record()}, sort_keys=True) + "\n" for record, result in runs]
     with write_whole(path) as draft:
         draft.write_text("".join(lines), encoding="utf-8")
     return len(lines)
@@ -202,17 +190,16 @@ def warn_of_other_files(read: Mapping[RunSpec, Mapping[str, str]]) -> None:
             warnings.warn(f"the runs {', '.join(sorted(runs.values()))} read {what}", stacklevel=2)
 
 
-def missing(specs: Iterable[RunSpec]) -> dict[RunSpec, bool]:
-    """What must be trained so that every spec is finished, parents first, each once; True = its weights are needed."""
-    todo: dict[RunSpec, bool] = {}
+def missing(specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """What must be trained so that every spec is finished, what is needed first, each once.
 
-    def train(spec: RunSpec, need_weights: bool) -> None:
+    An imported run has no weights, and is trained again where a missing one starts with them.
+    """
+
+    def chain(spec: RunSpec) -> Iterator[RunSpec]:
         for other in spec.needs:
             if not weights_path(other).is_file():
-                train(other, True)
-        todo[spec] = todo.get(spec, False) or need_weights
+                yield from chain(other)
+        yield spec
 
-    for spec in specs:
-        if find(spec) is None:
-            train(spec, False)
-    return todo
+    return list(dict.fromkeys(one for spec in specs if find(spec) is None for one in chain(spec)))

@@ -16,12 +16,13 @@ from vitlib.train import loop
 
 
 class Device(NamedTuple):
-    tflops: float  # dense bfloat16 with sums in float32, as the makers say
+    tflops: float  # dense half precision with sums in float32, as the makers say
     memory_gb: float
 
 
 DEVICES = {"a100": Device(312, 80), "h100": Device(989, 80), "h200": Device(989, 141), "l4": Device(121, 24),
-           "rtx3090": Device(71, 24), "rtx4090": Device(165, 24), "t4": Device(65, 16)}  # fmt: skip
+           "l40s": Device(362, 48), "rtx3090": Device(71, 24), "rtx4090": Device(165, 24), "t4": Device(65, 16),
+           "v100": Device(125, 32)}  # fmt: skip
 SHARE = 0.3  # of the maker's rate that training reaches: assumed
 HERE = ("auto", "cpu", "cuda")
 
