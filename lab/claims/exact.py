@@ -14,7 +14,7 @@ from lab.claims.statistics import prints_as
 from lab.cost import count
 from lab.data.cards import load
 from lab.paper import paper_table
-from vitlib.model import ViT, ViTConfig, vit_config
+from vitlib.model import ViT, ViTConfig, stems, vit_config
 
 
 class Size(NamedTuple):
@@ -120,7 +120,6 @@ def block_mask(grid: int) -> Tensor:
     return mask.flatten()
 
 
-@torch.no_grad()
 def leak_map(stem: dict[str, object], training: bool) -> Tensor:
     """How far each token moves when the masked pixels are replaced: (patches,), relative to the mean token length.
 
@@ -132,10 +131,7 @@ def leak_map(stem: dict[str, object], training: bool) -> Tensor:
     config = vit_config(f"W64-1/{LEAK_PATCH}", image_size=images.shape[-1], in_chans=1, num_classes=10, **stem)
     layer = ViT(config, seed=0).stem.train(training)
     mask = block_mask(config.grid).view(config.grid, config.grid)
-    pixels = mask.repeat_interleave(LEAK_PATCH, 0).repeat_interleave(LEAK_PATCH, 1)
-    seen, other = images[:LEAK_IMAGES], images[LEAK_IMAGES:]
-    tokens, changed = layer(seen), layer(torch.where(pixels, other, seen))
-    return (changed - tokens).norm(dim=-1).mean(0) / tokens.norm(dim=-1).mean()
+    return stems.leak_map(layer, images[:LEAK_IMAGES], images[LEAK_IMAGES:], mask, LEAK_PATCH)
 
 
 @functools.cache

@@ -34,21 +34,20 @@ class Patches(Protocol):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position of a map, (B, C, H, W) -> (B, C, H, W)."""
+    """LayerNorm over the channels of each position of a map, (B, C, H, W) -> (B, C, H, W), or of other dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
-            0, 3, 1, 2
-        )
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def norm(config: Patches, width: int) -> list[nn.Module]:
+def norm(config: Patches, width: int, dims: int = 2) -> list[nn.Module]:
     """The norm of a map of `width` channels, or nothing.
 
     Released code: SyncBatchNorm, which does not train on CPU with several processes; BatchNorm2d here, which a run over
     several GPUs turns into it (`train/engine.py`).
     """
-    return {"none": [], "bn": [nn.BatchNorm2d(width)], "ln": [ChannelNorm(width, eps=EPS)]}[config.norm]
+    batch_norm = getattr(nn, f"BatchNorm{dims}d")
+    return {"none": [], "bn": [batch_norm(width)], "ln": [ChannelNorm(width, eps=EPS)]}[config.norm]
 
 
 def act(config: Patches) -> list[nn.Module]:
@@ -69,15 +68,19 @@ def linear_stem(config: Patches) -> Stem:
     return Stem(nn.Conv2d(config.in_chans, D, P, P), *norm(config, D), *act(config))
 
 
-def hmlp_stem(config: Patches) -> Stem:
-    """Algorithm 1: three linear maps from ever larger sub-patches, norm after each, GELU between, none at the end."""
+def hmlp_stem(config: Patches, dims: int = 2) -> Stem:
+    """Algorithm 1: three linear maps from ever larger sub-patches, norm after each, GELU between, none at the end.
+
+    dims: 1 for signals (B, C, L), 3 for volumes (B, C, T, H, W); `vitlib.model.hmlp` has the way back from tokens.
+    """
     D, hidden = config.width, config.stem_width or config.width // 4
     first, second, third = hmlp_kernels(config.patch_size)
+    Conv = getattr(nn, f"Conv{dims}d")
     # Each kernel equals its stride. Sides of the map, P = 16: H -> H / 4 -> H / 8 -> H / 16.
     return Stem(
-        nn.Conv2d(config.in_chans, hidden, first, first), *norm(config, hidden), *act(config),
-        nn.Conv2d(hidden, hidden, second, second), *norm(config, hidden), *act(config),
-        nn.Conv2d(hidden, D, third, third), *norm(config, D),
+        Conv(config.in_chans, hidden, first, first), *norm(config, hidden, dims), *act(config),
+        Conv(hidden, hidden, second, second), *norm(config, hidden, dims), *act(config),
+        Conv(hidden, D, third, third), *norm(config, D, dims),
     )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def hmlp_kernels(patch_size: int) -> tuple[int, int, int]:
 
 
 def hmlp_refuses(config: Patches) -> str | None:
-    if config.patch_size % 2:
+    if config.patch_size < 2 or config.patch_size % 2:
         return f"the hMLP stem has patch_size {config.patch_size}: allowed are even ones, as its last kernel is 2x2"
     if config.stem_width is None and config.width % 4:
         return f"the hMLP stem has hidden width width / 4, and width {config.width} is no multiple of 4"
@@ -212,20 +215,30 @@ def make_stem(config: Patches) -> Stem:
 
 
 @torch.no_grad()
-def leakage(stem: nn.Module, patch_size: int, in_chans: int = 3, grid: int = 5) -> Tensor:
+def leak_map(stem: nn.Module, images: Tensor, others: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    """How far each token moves, over the mean token's length, when masked pixels become those of `others`: (N,), mean over images.
+
+    mask: bool, in the shape of the grid, True = masked. 0 means equal to the last bit.
+    """
+    for axis in range(mask.ndim):  # from patches to pixels
+        mask = mask.repeat_interleave(patch_size, axis)
+    tokens, changed = stem(images), stem(torch.where(mask, others, images))
+    length = tokens.norm(dim=-1).mean()
+    return (changed - tokens).norm(dim=-1).mean(0) / length.clamp(min=torch.finfo(length.dtype).tiny)
+
+
+@torch.no_grad()
+def leakage(stem: nn.Module, patch_size: int, in_chans: int = 3, grid: int = 5, dims: int = 2) -> Tensor:
     """Which visible tokens a stem changes when the pixels of a patch change: bool (N, N), [i, j] for patch i and token j.
 
-    `stem` maps images (B, in_chans, H, W) to tokens (B, N, D), ours or another's; grid x grid patches are tried, one at a
-    time, in eval mode. The diagonal is left out: all False is a stem that commutes with masking.
+    `stem` maps images (B, in_chans, H, W) to tokens (B, N, D), ours or another's; of grid x grid patches one at a time is
+    blanked, in eval mode. dims: 1 for signals, 3 for volumes. The diagonal is left out: all False is a stem that commutes
+    with masking.
     """
     weight, training = next(stem.parameters()), stem.training
     stem.eval()
-    image = torch.rand(1, in_chans, grid * patch_size, grid * patch_size, generator=torch.Generator().manual_seed(0))
-    images = image.repeat(grid * grid, 1, 1, 1).to(weight)
-    for i in range(grid * grid):  # of image i patch i is blanked
-        top, left = (patch_size * place for place in divmod(i, grid))
-        images[i, :, top : top + patch_size, left : left + patch_size] = 0
-    # one by one: what a kernel rounds must not depend on the batch
-    whole, blanked = stem(image.to(weight)), torch.cat([stem(one[None]) for one in images])
+    image = torch.rand(1, in_chans, *dims * [grid * patch_size], generator=torch.Generator().manual_seed(0)).to(weight)
+    patches = torch.eye(grid**dims, dtype=torch.bool, device=weight.device)
+    maps = [leak_map(stem, image, 0 * image, one.view(dims * [grid]), patch_size) for one in patches]
     stem.train(training)
-    return (blanked != whole).any(dim=-1) & ~torch.eye(grid * grid, dtype=torch.bool, device=weight.device)
+    return (torch.stack(maps) != 0) & ~patches

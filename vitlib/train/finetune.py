@@ -13,7 +13,7 @@ last-k     the last k layers, whole, head, position embedding
 The last four are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
 --attn-only keeps every name that contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks
 is called `attn1`, so that it trains half of their attention. Here a module's role counts, not its name, in our models
-and in timm's; a model with attention of a class that is not known is refused, not trained in part.
+in timm's and in Hugging Face's; a model with attention of a class that is not known is refused, not trained in part.
 """
 
 from __future__ import annotations
@@ -41,19 +41,25 @@ class Role:
 
     classes: tuple[type, ...]
     words: tuple[str, ...]
+    ending: str  # of Hugging Face's classes: ViTAttention
+
+    def is_of(self, module: nn.Module) -> bool:
+        kind = type(module)  # by its name, since transformers may not be installed
+        theirs = kind.__module__.startswith("transformers.") and kind.__name__.endswith(self.ending)
+        return theirs or isinstance(module, self.classes)
 
     def suspects(self, name: str, module: nn.Module) -> bool:
         """By its name or class, `module` has this role, and is more than a list of layers that are known."""
         text = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         # a list `attns`, or an AttentionBlock with norms beside its attention, is read by what it holds
-        holds_known = any(isinstance(m, self.classes) for m in module.modules())
+        holds_known = any(map(self.is_of, module.modules()))
         is_list = isinstance(module, CONTAINERS) or text.endswith(("block", "layer"))
         return any(word in text for word in self.words) and not (is_list and holds_known)
 
 
 ROLES = {  # strategy -> what it trains beside head and positions
-    "attn": Role((MHSA, Attention), ("attn", "attention")),
-    "ffn": Role((FFN, Mlp), ("mlp", "ffn", "feedforward")),
+    "attn": Role((MHSA, Attention), ("attn", "attention"), "Attention"),
+    "ffn": Role((FFN, Mlp), ("mlp", "ffn", "feedforward"), "MLP"),
 }
 PAPER_STRATEGIES = ("full", *ROLES, "head")  # the columns of Tables 5 and 6, and the head alone
 STRATEGIES = (*PAPER_STRATEGIES, "fc1", "norm", "bias")
@@ -62,7 +68,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
 POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
 BIAS = re.compile(r"(^|[._])bias$")  # `q_bias` of BEiT too
-HEADS = ("head", "head_dist", "fc")  # the second is distilled DeiT's
+HEADS = ("head", "head_dist", "fc", "classifier")  # distilled DeiT's is the second, Hugging Face's the last
 WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
@@ -88,10 +94,11 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     kind = type(unwrapped(model)).__name__
     # attention or feed-forward networks of every branch: all of their parameters, or their first matrix
     if role := ROLES.get("ffn" if strategy == "fc1" else strategy):
-        layers = [m for m in model.modules() if isinstance(m, role.classes)]
+        layers = list(filter(role.is_of, model.modules()))
         whole = kept | {id(p) for layer in layers for p in layer.parameters()}
         # what cannot be told apart is refused
         known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
+        known += f" and those of transformers that end in {role.ending}"
         if not layers:
             raise UsageError(f"{kind} has no {strategy} layers that can be told apart: known are {known}")
         if unseen := left_out(unwrapped(model), role, whole):
