@@ -31,6 +31,11 @@ def runs() -> Path:
     return place("VITLIB_RUNS", outputs() / "runs")
 
 
+def named(text: str) -> Path:
+    """A path that a reader gives to a notebook; a relative one counts from the project's folder, too."""
+    return ROOT / Path(text).expanduser()
+
+
 def place(variable: str, default: Path | str) -> Path:
     """The folder that an environment variable names. Raises UsageError for what can be none."""
     return _folder(variable, os.environ.get(variable) or str(default))

@@ -92,6 +92,36 @@ def test_a_model_whose_attention_is_not_known_is_refused(name, said):
     assert "\n" not in str(error.value) and all(p.requires_grad for p in model.parameters())
 
 
+def test_hugging_faces_layers_are_told_by_the_names_of_their_classes():
+    """transformers may not be installed: classes of the same names and module, as its ViT has them."""
+
+    def theirs(name: str, **parts: nn.Module) -> nn.Module:
+        kind = type(name, (nn.Module,), {"__module__": "transformers.models.vit.modeling_vit"})
+        module = kind()
+        for part, inner in parts.items():
+            setattr(module, part, inner)
+        return module
+
+    def model(attention: str = "ViTAttention", mlp: str = "ViTMLP") -> nn.Module:
+        layer = theirs(
+            "ViTLayer", attention=theirs(attention, q_proj=nn.Linear(4, 4), o_proj=nn.Linear(4, 4)),
+            layernorm_before=nn.LayerNorm(4), mlp=theirs(mlp, fc1=nn.Linear(4, 8), fc2=nn.Linear(8, 4)),
+        )  # fmt: skip
+        embeddings = theirs("ViTEmbeddings", position_embeddings=nn.Parameter(torch.zeros(1, 5, 4)))
+        vit = theirs("ViTModel", embeddings=embeddings, layers=nn.ModuleList([layer]))
+        return theirs("ViTForImageClassification", vit=vit, classifier=nn.Linear(4, 3))
+
+    shared = {"vit.embeddings.position_embeddings", "classifier.weight", "classifier.bias"}
+    for strategy, parts in {
+        "attn": ("attention.q_proj", "attention.o_proj"), "ffn": ("mlp.fc1", "mlp.fc2"), "fc1": ("mlp.fc1",),
+        "norm": ("layernorm_before",), "head": (),
+    }.items():  # fmt: skip
+        tensors = {f"vit.layers.0.{part}.{tensor}" for part in parts for tensor in ("weight", "bias")}
+        assert set(freeze(model(), strategy)) == tensors | shared
+    with pytest.raises(UsageError, match=r"has no attn layers.* and those of transformers that end in Attention"):
+        freeze(model(attention="ViTMixer"), "attn")
+
+
 def test_a_head_is_found_by_what_timm_says_and_a_model_without_one_is_refused():
     with torch.device("meta"):
         assert freeze(timm.create_model("resnet18"), "head") == ["fc.weight", "fc.bias"]

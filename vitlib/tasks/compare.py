@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from vitlib.tasks.finetune import prepare
 from vitlib.tasks.runs import Job, Run, best_of, check_place, computing, execute, say, search
 from vitlib.tasks.trunk import read_trunk
 from vitlib.train import loop, supervised
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TUNING_SEED = 1000
 MOST_SEEDS = 200  # what "needs about n more seeds" looks at
@@ -97,7 +101,7 @@ class Comparison:
         about = f"{seeds} seeds, {images} test images; differences from {self.reference} in points, 95 %"
         return "\n".join([*table, about, *(self.verdict(s) for s in self.correct if s != self.reference)])
 
-    def draw(self, path: Path) -> None:
+    def figure(self) -> Figure:
         """Accuracy per seed, and differences with intervals and the margin."""
         from matplotlib.figure import Figure
 
@@ -116,8 +120,7 @@ class Comparison:
         left.margins(y=0.2)
         left.invert_yaxis()
         right.set(xlabel=f"difference from {self.reference} (points, 95 %)")
-        with write_whole(path) as draft:
-            figure.savefig(draft, dpi=120)
+        return figure
 
 
 def compare(
@@ -167,7 +170,8 @@ def compare(
         table = csv.DictWriter(file, result.rows()[0])
         table.writeheader()
         table.writerows(result.rows())
-    result.draw(out / "compare.png")
+    with write_whole(out / "compare.png") as draft:
+        result.figure().savefig(draft, dpi=120)
     return result
 
 
