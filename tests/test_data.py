@@ -763,10 +763,6 @@ def test_splits_with_other_class_folders_are_refused(tmp_path):
     assert "differ in 1 names, the first is n015" in refusal(tmp_path / "birds", split="val")
 
 
-def test_another_number_of_classes_than_the_models_is_refused(root):
-    assert "birds train has 3 classes, 1000 are expected" in refusal(root / "birds", num_classes=1000)
-
-
 def test_a_damaged_table_and_one_without_images_are_named(tmp_path):
     table(tmp_path / "train.parquet", [0], image="picture")
     assert "has the columns picture, label" in refusal(tmp_path)
@@ -802,16 +798,6 @@ def test_an_unreadable_image_stops_the_epoch_and_is_named(damaged, workers):
         list(data.evaluation_batches(4))
     with pytest.raises(UsageError, match=r"^\S*n01/001.JPEG cannot be read"):
         open_folder(damaged, "train", 16)
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_unreadable_images_are_left_out_counted_and_named_if_the_caller_says_so(damaged, streamed):
-    with pytest.warns(
-        UserWarning, match="2 of 7 images of birds train cannot be read and are left out, the first: .*001.JPEG"
-    ):
-        data = open_folder(damaged, "train", 16, skip_unreadable=True, streamed=streamed)
-    assert data.labels.tolist() == [0, 0, 1, 1, 2] and len(list(data.evaluation_batches(2))) == 3
-    assert data.checksum != read_folder(damaged, "train").checksum()
 
 
 def test_the_checksum_knows_names_sizes_and_labels_and_not_the_order_of_shards(tmp_path):

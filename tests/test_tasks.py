@@ -3,11 +3,15 @@
 import csv
 import json
 import re
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from pictures import picture
 from PIL import Image
 from torch import nn
@@ -24,8 +28,9 @@ from vitlib.tasks.deltas import TaskBank, load_delta, save_delta
 from vitlib.tasks.export import export_model
 from vitlib.tasks.finetune import finetune
 from vitlib.tasks.images import PARTS, View, read_task
+from vitlib.tasks.lora import add_adapters, merged
 from vitlib.tasks.predict import evaluate, predict
-from vitlib.tasks.pretrain import probe
+from vitlib.tasks.pretrain import pretrain, probe
 from vitlib.tasks.trunk import hash_of, read_trunk, write_notes
 from vitlib.train.finetune import freeze, start_from, trainable
 
@@ -305,6 +310,21 @@ def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(killed, monk
         assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[1])
 
 
+def test_a_second_process_that_writes_to_the_same_place_is_one_sentence(pets, tmp_path, trunk_file):
+    with FileLock(tmp_path / ".out.lock"):
+        for command in (finetune, compare, pretrain):
+            with pytest.raises(
+                UsageError, match=r"another process writes to \S*/out: wait for it, or give another --out"
+            ):
+                command(pets, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"nothing can be written to \S*/file/out \(.*\)"):
+        finetune(pets, tmp_path / "file" / "out", trunk_file)
+    short(pets, tmp_path / "out", trunk_file, lr=1e-3, epochs=1)
+    assert not list(tmp_path.glob(".*.lock"))
+
+
 MISTAKES = {
     "unknown strategy 'atn'": {"strategy": "atn"},
     "lr is -1.0: allowed are numbers above 0": {"lr": -1.0},
@@ -312,7 +332,6 @@ MISTAKES = {
     "image_size 18 is not a multiple of patch_size 4": {"image_size": 18},
     "there is no folder": {"folder": "nowhere"},
     "group 'who' is a column of a labels file": {"group": "who"},
-    "name weights with --from": {"weights": None},
     "nowhere.safetensors is not there": {"weights": "nowhere.safetensors"},
 }
 
@@ -403,6 +422,12 @@ def tuned(pets, tmp_path, trunk_file):
         Image.fromarray((noise + colour).astype(np.uint8)).save(path)
     short(pets, tmp_path / "model", trunk_file, strategy="full", lr=1e-2, epochs=12)
     return tmp_path / "model"
+
+
+def test_a_folder_that_is_not_there_is_not_evaluated(trunk_file, monkeypatch, tmp_path):
+    monkeypatch.setattr("vitlib.tasks.predict.classifier", read_trunk)
+    with pytest.raises(UsageError, match="there is no folder"):
+        evaluate(trunk_file, tmp_path / "nowhere")
 
 
 def test_a_model_says_the_class_of_images_and_folders(tuned, pets, tmp_path, capsys):
@@ -498,14 +523,12 @@ def test_a_delta_holds_what_differs_and_no_other_trunk_takes_it(bank, tmp_path):
     assert list(bank.models) == ["birds", "flowers"]
 
 
-def test_a_delta_in_half_precision_rounds_differences_not_weights(bank, tmp_path):
+def test_a_delta_in_half_precision_has_half_the_size(bank, tmp_path):
     bank, whole = bank
-    save_delta(whole["cars"], bank.trunk, tmp_path / "half.safetensors", half=True)
-    half, exact, base = (
-        m.state_dict() for m in (load_delta(tmp_path / "half.safetensors", bank.trunk), whole["cars"], bank.trunk)
-    )
-    for name in set(base) & set(exact):
-        torch.testing.assert_close(half[name] - base[name], exact[name] - base[name], rtol=2**-8, atol=1e-7)
+    model, trunk = whole["cars"].bfloat16(), bank.trunk.bfloat16()
+    save_delta(model, trunk, tmp_path / "half.safetensors")
+    half = load_delta(tmp_path / "half.safetensors", trunk).state_dict()
+    assert all(torch.equal(tensor, half[name]) for name, tensor in model.state_dict().items())
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "cars")]
     assert sizes[0] < 0.65 * sizes[1]
 
@@ -589,6 +612,79 @@ def test_strategies_are_compared_on_the_same_seeds_and_more_seeds_cost_only_them
     assert not (tmp_path / "other").exists()
     with pytest.raises(UsageError, match="1 strategies, 5 seeds and margin 1 cannot be compared"):
         compare(pets, tmp_path / "out", trunk_file, ["full"])
+
+
+# --- adapters ---
+
+
+class Adapter(nn.Module):
+    """What peft puts in the place of a linear layer."""
+
+    def __init__(self, base_layer, rank):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    def merge(self):
+        self.base_layer.weight.data += self.lora_B.weight.data @ self.lora_A.weight.data
+
+
+def inject(options, model):
+    for name in [name for name, _ in model.named_modules() if re.fullmatch(options.target_modules, name)]:
+        model.set_submodule(name, Adapter(model.get_submodule(name), options.r))
+    for name, p in model.named_parameters():
+        p.requires_grad = "lora_" in name
+
+
+@pytest.fixture(params=["stand-in", "peft"])
+def peft(request, monkeypatch):
+    if request.param == "peft":
+        return pytest.importorskip("peft")
+    stand_in = SimpleNamespace(
+        __spec__=ModuleSpec("peft", None), LoraConfig=SimpleNamespace, inject_adapter_in_model=inject
+    )
+    monkeypatch.setitem(sys.modules, "peft", stand_in)
+
+
+def test_adapters_on_every_attention_train_beside_head_and_positions_and_become_plain_matrices(peft):
+    config = vit_config("W32-2x2/4", image_size=16, num_classes=3, layer_scale=0.5)
+    model, twin, other = (ViT(config).eval() for _ in range(3))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = model(images)
+    for adapted, seed in ((model, 0), (twin, 0), (other, 1)):
+        add_adapters(adapted, seed)
+    torch.testing.assert_close(model(images), before)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {name: p for name, p in trained.items() if "lora_" in name}
+    assert trained.keys() - adapters.keys() == {"head.weight", "head.bias", "pos_embed"}
+    assert sum(p.numel() for p in adapters.values()) == 4 * 8 * ((32 + 3 * 32) + (32 + 32))
+    assert all(torch.equal(p, twin.get_parameter(name)) for name, p in adapters.items())
+    assert not all(torch.equal(p, other.get_parameter(name)) for name, p in adapters.items())
+    with torch.no_grad():
+        for k, p in enumerate(adapters.values()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+    plain = merged(model)
+    assert plain.state_dict().keys() == ViT(config).state_dict().keys() and merged(plain) is plain
+    torch.testing.assert_close(plain(images), model(images), atol=1e-5, rtol=0)
+    assert (plain(images) - before).abs().max() > 0.01
+
+
+def test_lora_is_compared_where_peft_is_and_nowhere_else(monkeypatch, peft, pets, tmp_path, trunk_file):
+    monkeypatch.setattr(runs, "MOST_RATES", 3)
+    result = compare(pets, tmp_path / "out", trunk_file, ("attn", "lora"), 1, epochs=1)
+    assert (
+        result.correct["lora"].shape == (1, 6) and 0 < result.costs["lora"].stored_mb < result.costs["attn"].stored_mb
+    )
+    with pytest.raises(UsageError, match="unknown strategy 'lora'"):
+        finetune(pets, tmp_path / "model", trunk_file, "lora")
+    monkeypatch.setattr("vitlib.errors.find_spec", lambda package: None if package == "peft" else package)
+    with pytest.raises(UsageError, match=r"peft is not installed: pip install 'vitlib\[lora\]'"):
+        compare(pets, tmp_path / "other", trunk_file, ("attn", "lora"))
 
 
 # --- export and plan ---

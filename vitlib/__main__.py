@@ -15,11 +15,8 @@ BESIDE = ("numpy", "pillow", "pyarrow", "safetensors", "pyyaml", "filelock", "tq
 
 
 def rate(text: str) -> float | None:
-    """A learning rate; None for auto. Raises ArgumentTypeError."""
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError as fault:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from fault
+    """A learning rate; None for auto."""
+    return None if text == "auto" else float(text)
 
 
 def words(text: str) -> list[str]:
@@ -30,6 +27,7 @@ def option(names: str, text: str, **settings: object) -> tuple[str, dict[str, ob
     return names, {"help": text, **settings}
 
 
+MODEL = option("model", "folder or file that finetune wrote", metavar="MODEL")
 FOLDER = option("folder", "class folders of images, <folder>/<class>/*.jpg", metavar="DIR")
 LABELS = option("--labels", "a CSV with columns path and label, in the place of class folders", metavar="FILE.csv")
 TASK = [
@@ -41,41 +39,39 @@ TASK = [
     option("--epochs", "passes over the training part (%(default)s)", type=int, default=10),
     option("--batch-size", "images per step (%(default)s)", type=int, default=32),
     option("--image-size", "pixels per side; else the trunk's, at most 224", type=int),
-    option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
 ]  # fmt: skip
+DEVICE = option("--device", "auto, cpu or cuda (%(default)s)", default="auto")
 OUT = option("--out", "folder of what comes of it", required=True)
 COMMANDS = {
     "finetune": ("fine-tune pretrained weights on a folder of images", [
-        *TASK, OUT,
+        *TASK, DEVICE, OUT,
         option("--strategy", "what is trained: full, attn, ffn, head, fc1, norm, bias, last-2 (%(default)s)", default="attn"),
         option("--lr", "peak learning rate, or auto: searched on the validation part (%(default)s)", type=rate, default="auto"),
         option("--seed", "of the head and the order of images (%(default)s)", type=int, default=0),
     ]),
     "compare": ("is tuning attention alone enough on these images? Strategies side by side", [
-        *TASK, OUT,
-        option("--strategies", "%(default)s, last-2 and the like", type=words, default="full,attn,ffn,norm,bias,head"),
+        *TASK, DEVICE, OUT,
+        option("--strategies", "%(default)s, last-2 and the like, lora", type=words, default="full,attn,ffn,norm,bias,head"),
         option("--seeds", "runs of each strategy (%(default)s)", type=int, default=5),
         option("--margin", "points that do not matter (%(default)s)", type=float, default=1.0),
     ]),
     "predict": ("the class of each image, by a fine-tuned model", [
-        option("model", "folder or file that finetune wrote", metavar="MODEL"),
+        MODEL, DEVICE,
         option("paths", "images and folders of images", nargs="+", metavar="PATHS"),
-        option("--csv", "write a table in the place of printing it", metavar="FILE.csv"),
-        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
+        option("--csv", "write a table besides", metavar="FILE.csv"),
     ]),
     "evaluate": ("top-1 with its interval, per class, and the confusion matrix as a picture", [
-        option("model", "folder or file that finetune wrote", metavar="MODEL"),
-        FOLDER, LABELS,
+        MODEL, FOLDER, LABELS, DEVICE,
         option("--picture", "of the confusion matrix", metavar="FILE.png"),
-        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
     ]),
     "plan": ("memory and minutes per strategy, before anything is trained", [
-        *TASK[:-1],
+        *TASK,
         option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100", default="auto"),
         option("--strategies", "%(default)s and the like", type=words, default="full,attn,head"),
     ]),
     "pretrain": ("masked pre-training on unlabelled images, for finetune --from", [
-        option("folder", "images, in folders of any depth", metavar="DIR"), OUT,
+        DEVICE, OUT,
+        option("folder", "images, in folders of any depth", metavar="DIR"),
         option("--model", "width, layers, patch size (%(default)s)", default="W128-6/8"),
         option("--stem", "linear, hmlp, conv or local (%(default)s)", default="hmlp"),
         option("--targets", "tokens (k-means) or pixels (%(default)s)", default="tokens"),
@@ -84,10 +80,9 @@ COMMANDS = {
         option("--batch-size", "images per step (%(default)s)", type=int, default=64),
         option("--lr", "peak learning rate (%(default)s)", type=float, default=1e-3),
         option("--seed", "of all draws (%(default)s)", type=int, default=0),
-        option("--device", "auto, cpu or cuda (%(default)s)", default="auto"),
     ]),
     "export-model": ("a fine-tuned model as ONNX or torch.export, branches fused, checked against the model", [
-        option("model", "folder or file that finetune wrote", metavar="MODEL"),
+        MODEL,
         option("--onnx", "ONNX, of any batch size", metavar="FILE"),
         option("--torch-export", "a program of torch.export", metavar="FILE"),
     ]),
@@ -140,10 +135,9 @@ def check() -> None:
 
 
 def pair() -> str:
-    """The versions of torch, torchvision and timm. Raises UsageError where torch and torchvision are no pair.
+    """The versions of torch, torchvision and timm.
 
-    Beside another build of torch (a CPU-only one, say) torchvision cannot be imported: "operator torchvision::nms does
-    not exist". timm imports torchvision.
+    Raises UsageError where torch and torchvision are no pair: "operator torchvision::nms does not exist".
     """
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import csv
 import errno
 import hashlib
 import os
@@ -16,7 +17,7 @@ import tempfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from vitlib.errors import UsageError
 
 if TYPE_CHECKING:
+    from safetensors import safe_open
     from torch import Tensor
 
 
@@ -72,19 +74,16 @@ def private_folder(longest: int = 4096) -> Iterator[Path]:
 
     Raises UsageError where there can be none.
     """
-    places = [
-        place for place in dict.fromkeys((tempfile.gettempdir(), "/tmp")) if len(f"{place}/{draft_name()}") <= longest
-    ]
-    for place in filter(os.path.isdir, places):
+    room = longest - len(f"/{draft_name()}")
+    for place in filter(os.path.isdir, (tempfile.gettempdir(), "/tmp")):
         sweep(place)
         with contextlib.suppress(OSError):
-            (folder := Path(place, draft_name())).mkdir(mode=0o700)
-            break
+            if len(place) <= room:
+                (folder := Path(place, draft_name())).mkdir(mode=0o700)
+                break
     else:
-        short = f", whose path has at most {longest - len(draft_name())} characters" if longest < 4096 else ""
-        raise UsageError(
-            f"no folder for temporary files can be made in {tempfile.gettempdir()}: set TMPDIR to one{short}"
-        )
+        where = f"can be made in {tempfile.gettempdir()}: set TMPDIR to one, whose path has at most {room} characters"
+        raise UsageError(f"no folder for temporary files {where}")
     try:
         yield folder
     finally:
@@ -119,6 +118,12 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_table(path: Path | str, rows: Iterable[Sequence[object]]) -> None:
+    """A CSV file, whole or not at all; the first row has the names of the columns."""
+    with write_whole(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
 def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Tensors by name, and metadata, whole or not at all. Tensors that share memory are written one by one."""
     from safetensors.torch import save
@@ -131,22 +136,23 @@ def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: M
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata. Raises UsageError for a file that is damaged or another one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as fault:
-        raise UsageError(f"{path} cannot be read as a safetensors file ({first_line(fault)})") from fault
+    with _safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
     """The metadata of a safetensors file, without its tensors. Raises UsageError as `read_safetensors`."""
+    with _safetensors(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path | str) -> Iterator[safe_open]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as fault:
         raise UsageError(f"{path} cannot be read as a safetensors file ({first_line(fault)})") from fault
 

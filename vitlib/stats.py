@@ -49,8 +49,16 @@ class Estimate:
 
     @property
     def df(self) -> float:
-        """Satterthwaite's degrees of freedom of SE^2, at least n - 1."""
-        return _satterthwaite(self.mean_squares, self.n, self.images)
+        """Satterthwaite's degrees of freedom of SE^2, at least n - 1:
+
+        (MS_S + MS_I - MS_R)^2 / (MS_S^2/(n-1) + MS_I^2/(N-1) + MS_R^2/((n-1)(N-1))). The numerator is the sum that SE^2
+        uses, so where SE^2 falls back on MS_S this gives n - 1.
+        """
+        (ms_s, ms_i, ms_r), n = self.mean_squares, self.n
+        spread = ms_s**2 / (n - 1)
+        if self.images > 1:
+            spread += ms_i**2 / (self.images - 1) + ms_r**2 / ((n - 1) * (self.images - 1))
+        return max(max(ms_s + ms_i - ms_r, ms_s) ** 2 / spread, n - 1) if spread > 0 else float(n - 1)
 
     @property
     def low(self) -> float:
@@ -96,18 +104,6 @@ def over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Est
     if values.ndim != 1 or len(values) < 2:
         raise UsageError(f"Student's t needs one value for each of two seeds or more, not shape {values.shape}")
     return Estimate(float(values.mean()), (float(values.var(ddof=1)), 0.0, 0.0), len(values), 1, level)
-
-
-def _satterthwaite(mean_squares: tuple[float, float, float], n: int, images: int) -> float:
-    """(MS_S + MS_I - MS_R)^2 / (MS_S^2/(n-1) + MS_I^2/(N-1) + MS_R^2/((n-1)(N-1))), at least n - 1.
-
-    The numerator is the sum that SE^2 uses, so where SE^2 falls back on MS_S this gives n - 1.
-    """
-    ms_s, ms_i, ms_r = mean_squares
-    spread = ms_s**2 / (n - 1)
-    if images > 1:
-        spread += ms_i**2 / (images - 1) + ms_r**2 / ((n - 1) * (images - 1))
-    return max(max(ms_s + ms_i - ms_r, ms_s) ** 2 / spread, n - 1) if spread > 0 else float(n - 1)
 
 
 def t_quantile(level: float, df: float) -> float:

@@ -71,7 +71,7 @@ class Source:
     def open(
         self, split: str, image_size: int, augment: Augment | None = None, workers: int = 0, num_classes: int | None = None
     ) -> DataSet:  # fmt: skip
-        """A split at the size that the model reads. augment, workers, num_classes: as in `vitlib.data.open_folder`."""
+        """A split at the size that the model reads; `num_classes` is what the model has. As `vitlib.data.open_folder`."""
         data = self.opener(split, image_size, augment or Augment(), workers)
         if num_classes not in (None, len(data.classes)):
             raise UsageError(f"{self.name} {split} has {len(data.classes)} classes, {num_classes} are expected")

@@ -11,14 +11,13 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from vitlib.data.augment import Augment
-from vitlib.data.memory import WHOLE, Batch, DataSet, InMemory, Shard, held_out, resize, subset
-from vitlib.data.read import Found, decode, read_folder, read_split, readable
+from vitlib.data.memory import WHOLE, Batch, DataSet, InMemory, Shard, held_out, per_channel, resize, subset
+from vitlib.data.read import Found, decode, read_folder, read_split
 from vitlib.data.stream import Streamed
-from vitlib.errors import UsageError
 
 __all__ = [
     "HELD", "WHOLE", "Augment", "Batch", "DataSet", "Found", "InMemory", "Shard", "Streamed", "held_out", "middle", "open_folder",
-    "read_folder", "resize", "subset",
+    "per_channel", "read_folder", "resize", "subset",
 ]  # fmt: skip
 
 HELD = 2**30  # bytes of pixels up to which a folder is held in memory
@@ -26,25 +25,17 @@ HELD = 2**30  # bytes of pixels up to which a folder is held in memory
 
 def open_folder(
     folder: Path | str, split: str, image_size: int, *, streamed: bool | None = None, augment: Augment | None = None,
-    workers: int = 0, num_classes: int | None = None, skip_unreadable: bool = False,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    workers: int = 0, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> DataSet:  # fmt: skip
     """train, validation or test images of a folder of one's own: any number of them, of any sizes, in colour.
 
     `read.read_folder` says which forms a folder may have, `read.read_split` what is held out where a split is missing.
     streamed: None = where all images at `image_size` take more than a gigabyte. In memory, an image is its middle square,
     resized once; streamed, it is what `augment` makes of it in each epoch, decoded by `workers` processes. `mean` and `std`
-    are ImageNet's, not measured, as pretrained models want them. `num_classes` is what the caller's model has.
-    `skip_unreadable` decodes every image once beforehand and leaves out those that cannot be read, with a warning.
-
-    Raises UsageError for what cannot be read: see `read.read_folder`.
+    are ImageNet's, not measured, as pretrained models want them. Raises UsageError as `read.read_folder` and `read.decode`.
     """
-    name, found = Path(folder).resolve().name, read_split(folder, split)
-    if num_classes not in (None, len(found.classes)):
-        raise UsageError(f"{name} {split} has {len(found.classes)} classes, {num_classes} are expected")
-    if skip_unreadable:
-        found = readable(found, f"{name} {split}")
-    count, statistics = len(found.labels), [torch.tensor(values).view(-1, 1, 1) for values in (mean, std)]
+    name, found, statistics = Path(folder).resolve().name, read_split(folder, split), map(per_channel, (mean, std))
+    count = len(found.labels)
     if streamed or (streamed is None and count * 3 * image_size**2 > HELD):
         return Streamed(name, split, found, image_size, augment or Augment(), workers, *statistics)
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)

@@ -7,13 +7,15 @@ Shapes: N images in the split, B in a batch, C channels, S pixels a side.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data.mixup import one_hot
 from torch import Tensor
 
 from vitlib import draws
@@ -68,14 +70,15 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         """What the model reads on `device`. `flipped` stays: it indexes tokens, which are in main memory."""
-        images = self.images.to(device, non_blocking=True)
-        view = None if self.view is None else self.view.to(device, non_blocking=True)
-        return replace(self, images=images, targets=self.targets.to(device, non_blocking=True), view=view)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from which a GPU copies while it computes; a DataLoader calls this."""
-        view = None if self.view is None else self.view.pin_memory()
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory(), view=view)
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        view = None if self.view is None else change(self.view)
+        return replace(self, images=change(self.images), targets=change(self.targets), view=view)
 
     def parts(self, count: int) -> Iterator[Batch]:
         """`count` parts in order, fewer where there are fewer images; their weights add up to the weight of the whole."""
@@ -86,16 +89,14 @@ class Batch:
         sizes = [len(own) for own in np.array_split(self.index, min(count, len(self.index)))]
         ends = np.cumsum(sizes).tolist()
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
-            own, view = slice(start, end), None if self.view is None else self.view[start:end]
+            own = slice(start, end)
+            part = replace(self._each(itemgetter(own)), index=self.index[own], flipped=self.flipped[own])
             # A part weighs as many images as it has, so that the gradients of all parts add up to that of the whole.
-            yield replace(
-                self, images=self.images[own], targets=self.targets[own], index=self.index[own], view=view,
-                flipped=self.flipped[own], weight=self.weight * (end - start) / ends[-1], last=end == ends[-1],
-            )  # fmt: skip
+            yield replace(part, weight=self.weight * (end - start) / ends[-1], last=end == ends[-1])
 
 
 class DataSet(ABC):
-    """One split, whether held as one tensor (`InMemory`) or opened image by image (`Streamed`)."""
+    """One split, held as one tensor (`InMemory`) or opened image by image (`Streamed`)."""
 
     name: str
     split: str
@@ -172,8 +173,7 @@ class InMemory(DataSet):
         """All of `rows` once, flipped and mixed as `recipe` says. Crops, cutmix and repeats need `Streamed`."""
         if recipe.augment is not None or recipe.cutmix or recipe.repeats != 1:
             raise UsageError(
-                f"{self.name} is held in memory as one tensor: augment, cutmix and repeats need a data set that is "
-                "streamed, where each image is decoded and cropped anew"
+                f"{self.name} is held in memory: augment, cutmix and repeats need a data set that is streamed"
             )
         return self._batches(rows, seed, epoch, recipe, shard, skip)
 
@@ -211,7 +211,6 @@ class InMemory(DataSet):
         timm's Mixup pairs an image with its mirror position in the batch and draws one weight per batch, so that an image's
         neighbours would change its noise; only its one-hot targets are used here.
         """
-        from timm.data.mixup import one_hot
 
         # A partner for each image, from the whole subset and not only from its batch.
         partner = rows[(draws.uniform(seed, "mixup partner", epoch, index)[:, 0] * len(rows)).astype(np.int64)]
@@ -227,6 +226,11 @@ class InMemory(DataSet):
         classes = len(self.classes)
         own, theirs = one_hot(targets, classes), one_hot(self.labels[torch.from_numpy(partner)], classes)
         return images, own * weight[:, None] + theirs * (1 - weight)[:, None]
+
+
+def per_channel(values: Sequence[float]) -> Tensor:
+    """(C,) -> float32 (C, 1, 1)."""
+    return torch.tensor(values).view(-1, 1, 1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -257,10 +261,8 @@ def subset(data: DataSet, count: int | None, seed: int, number: int = 0) -> np.n
     labels = data.labels.numpy()
     fewest = int(np.bincount(labels, minlength=classes).min())
     if count % classes or not 0 < count // classes <= fewest:
-        raise UsageError(
-            f"{count} images of {data.name} cannot be class-balanced: allowed are multiples of {classes} "
-            f"from {classes} to {fewest * classes}"
-        )
+        allowed = f"multiples of {classes} from {classes} to {fewest * classes}"
+        raise UsageError(f"{count} images of {data.name} cannot be class-balanced: allowed are {allowed}")
     # The order does not depend on `count`: a larger subset continues a smaller one.
     position = draws.uniform(seed, "subset", number, np.arange(len(data)))[:, 0]
     # Of each class the images whose draws come first.

@@ -19,11 +19,10 @@ import os
 import re
 import tarfile
 import unicodedata
-import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -49,58 +48,63 @@ NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionB
 # ------------------------------------------------------------------------------------------------- images of a split
 
 
-class Rows(Protocol):
-    """N images that are opened one at a time; `listing` gives name and size in bytes of each without decoding one."""
+class Rows(ABC):
+    """N images that are opened one at a time; a subclass says where."""
 
-    def __len__(self) -> int: ...
-    def name(self, i: int) -> str: ...
+    index: np.ndarray  # (N, ...), the place of each
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, index: np.ndarray) -> Rows:
+        return replace(self, index=self.index[index])
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What a message calls image i."""
+
+    @abstractmethod
     def open(self, i: int) -> Image.Image: ...
-    def listing(self) -> Iterator[tuple[str, int]]: ...
-    def take(self, index: np.ndarray) -> Rows: ...
+
+    @abstractmethod
+    def listing(self) -> Iterator[tuple[str, int]]:
+        """Name and size in bytes of each image, without decoding one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class Files(Rows):
     """One file per image."""
 
     folder: Path
     paths: pa.Array  # relative, as bytes: names need not be UTF-8. One block: every worker would copy a list of str
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    index: np.ndarray  # (N,), of the paths
 
     def path(self, i: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.paths[i].as_py()))
+        return os.fsdecode(self.paths[int(self.index[i])].as_py())
 
     def name(self, i: int) -> str:
-        return printable(self.path(i))
+        return printable(self.folder / self.path(i))
 
     def open(self, i: int) -> Image.Image:
-        if not os.path.isfile(self.path(i)):  # a pipe would be waited for
+        if not (self.folder / self.path(i)).is_file():  # a pipe would be waited for
             raise FileNotFoundError
-        return Image.open(self.path(i))
+        return Image.open(self.folder / self.path(i))
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        for i, path in enumerate(self.paths.to_pylist()):
+        for i in range(len(self)):
             try:
-                yield os.fsdecode(path), os.stat(self.path(i)).st_size
+                yield self.path(i), (self.folder / self.path(i)).stat().st_size
             except OSError as fault:
                 raise UsageError(f"there is no file {self.name(i)}, but the list of images names it") from fault
 
-    def take(self, index: np.ndarray) -> Files:
-        return replace(self, paths=self.paths.take(pa.array(index)))
-
 
 @dataclass(frozen=True, eq=False)
-class Cells:
+class Cells(Rows):
     """Encoded images in a column of tables: bytes, or {"bytes", "path"} as Hugging Face writes them."""
 
     column: Callable[[], pa.ChunkedArray]  # a cached function, called in each process: columns are too large to be sent
     index: np.ndarray  # (N,), rows of the column
     source: str
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def name(self, i: int) -> str:
         return f"row {self.index[i]} of {self.source}"
@@ -117,34 +121,25 @@ class Cells:
         sizes = np.concatenate([pc.binary_length(c).fill_null(0).to_numpy(zero_copy_only=False) for c in chunks])
         return ((f"{i:08d}", size) for i, size in enumerate(sizes[self.index].tolist()))
 
-    def take(self, index: np.ndarray) -> Cells:
-        return replace(self, index=self.index[index])
-
 
 @dataclass(frozen=True, eq=False)
-class Members:
+class Members(Rows):
     """Images in .tar files, read from where they begin."""
 
     shards: list[Path]
-    places: np.ndarray  # int64 (N, 3): number of the shard, first byte, bytes
-
-    def __len__(self) -> int:
-        return len(self.places)
+    index: np.ndarray  # int64 (N, 3): number of the shard, first byte, bytes
 
     def name(self, i: int) -> str:
-        return f"the image at byte {self.places[i][1]} of {self.shards[self.places[i][0]]}"
+        return f"the image at byte {self.index[i][1]} of {self.shards[self.index[i][0]]}"
 
     def open(self, i: int) -> Image.Image:
-        shard, start, size = self.places[i].tolist()
+        shard, start, size = self.index[i].tolist()
         with self.shards[shard].open("rb") as file:
             file.seek(start)
             return Image.open(io.BytesIO(file.read(size)))
 
     def listing(self) -> Iterator[tuple[str, int]]:
-        return ((f"{i:08d}", size) for i, size in enumerate(self.places[:, 2].tolist()))
-
-    def take(self, index: np.ndarray) -> Members:
-        return replace(self, places=self.places[index])
+        return ((f"{i:08d}", size) for i, size in enumerate(self.index[:, 2].tolist()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,23 +172,21 @@ def files(folder: Path, paths: Sequence[str], labels: Sequence[int], classes: Se
     """
     if not len(paths):
         raise UsageError(f"the list of images in {folder} is empty: allowed are one image and more")
-    if (outside := next(filter(_leads_out, paths), None)) is not None:
-        raise UsageError(f"a list of images names {repr(str(outside)[:200])[1:-1]}: allowed are files in {folder}")
-    if (odd := next((k for k in labels if not 0 <= k < len(classes)), None)) is not None:
-        raise UsageError(f"a list of images in {folder} names class {odd}: allowed are 0 to {len(classes) - 1}")
-    rows = Files(folder, pa.array([os.fsencode(path) for path in paths], pa.binary()))
+    if outside := [path for path in paths if not _is_inside(path)]:
+        raise UsageError(f"a list of images names {repr(str(outside[0])[:200])[1:-1]}: allowed are files in {folder}")
+    if odd := [k for k in labels if not 0 <= k < len(classes)]:
+        raise UsageError(f"a list of images in {folder} names class {odd[0]}: allowed are 0 to {len(classes) - 1}")
+    encoded = pa.array([os.fsencode(path) for path in paths], pa.binary())
+    rows = Files(folder, encoded, np.arange(len(paths)))
     return Found(rows, np.asarray(labels, np.int64), tuple(map(printable, classes)))
 
 
-def _leads_out(path: object) -> bool:
-    """Whether this is no path below a folder."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        return True
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return True
-    return PurePath(path).is_absolute() or ".." in PurePath(path).parts
+def _is_inside(path: object) -> bool:
+    """Whether this is a path below a folder."""
+    with contextlib.suppress(UnicodeEncodeError):
+        is_name = isinstance(path, str) and path and b"\0" not in os.fsencode(path)
+        return bool(is_name) and not PurePath(path).is_absolute() and ".." not in PurePath(path).parts
+    return False
 
 
 def printable(name: object) -> str:
@@ -223,23 +216,7 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
     except UsageError:
         raise
     except NOT_AN_IMAGE as fault:
-        raise UsageError(
-            f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace or remove it, or open the data with skip_unreadable=True"
-        ) from fault
-
-
-def readable(found: Found, what: str) -> Found:
-    """Without the images that cannot be decoded, which a warning counts. Decodes each of them once."""
-    faults = {}
-    for i in range(len(found.labels)):
-        try:
-            decode(found.rows, i)
-        except UsageError as fault:
-            faults[i] = fault
-    if faults:
-        said = f"{len(faults)} of {len(found.labels)} images of {what} cannot be read and are left out"
-        warnings.warn(f"{said}, the first: {next(iter(faults.values()))}", stacklevel=3)
-    return found.take(np.setdiff1d(np.arange(len(found.labels)), list(faults)))
+        raise UsageError(f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace or remove it") from fault
 
 
 # ------------------------------------------------------------------------------------------------- folders
@@ -256,19 +233,15 @@ def read_folder(folder: Path | str, split: str | Sequence[str]) -> Found:
         raise UsageError(f"there is no folder {folder}")
     place, train = find_split(folder, names), find_split(folder, SPLITS["train"])
     if place is None:
-        raise UsageError(
-            f"{folder} has no split {' or '.join(map(repr, names))}, as class folders ({names[0]}/<class>/*.jpg and the "
-            f"like), parquet or .tar files named by it: it holds {contents(folder)}"
-        )
+        there = ", ".join(sorted(map(printable, os.listdir(folder)))[:6]) or "nothing"
+        forms = f"as class folders ({names[0]}/<class>/*.jpg and the like), parquet or .tar files named by it"
+        raise UsageError(f"{folder} has no split {' or '.join(map(repr, names))}, {forms}: it holds {there}")
     known = () if train in (None, place) else classes_of(train)
     found = read_place(place, known)
     if known and found.classes != tuple(known):
         differ = sorted(set(found.classes) ^ set(known))
         said = f"{len(differ)} names, the first is {differ[0]}" if differ else "their order"
-        raise UsageError(
-            f"{folder}: the classes of {names[0]} and train differ in {said}: both must have the same, for a class is known "
-            "by its rank"
-        )
+        raise UsageError(f"{folder}: the classes of {names[0]} and train differ in {said}: both must have the same")
     return found
 
 
@@ -287,10 +260,8 @@ def read_split(folder: Path | str, split: str) -> Found:
     found = read_folder(folder, "train")
     held = held_out(found.labels)
     if lone := set(found.labels.tolist()) - set(found.labels[~held].tolist()):
-        raise UsageError(
-            f"{folder} has one training image of class {found.classes[min(lone)]}, and no validation images: allowed are "
-            "two and more, of which one is held out, or validation images of its own"
-        )
+        allowed = "two and more, of which one is held out, or validation images"
+        raise UsageError(f"{folder} has one training image of class {found.classes[min(lone)]}: allowed are {allowed}")
     return found.take(np.flatnonzero(held if split == "validation" else ~held))
 
 
@@ -303,8 +274,7 @@ def find_split(folder: Path, names: Sequence[str]) -> Path | list[Path] | None:
             return shards
     # Class folders alone are training images.
     split_folders = any((folder / name).exists() for words in SPLITS.values() for name in words)
-    flat = "train" in names and not split_folders and any(images_in(folder / name) for name in _folders_in(folder))
-    if flat:
+    if "train" in names and not split_folders and any(images_in(folder / name) for name in _folders_in(folder)):
         return folder
     # An archive may have been unpacked beside it, so archives come last.
     return next((shards for name in names if (shards := shards_of(folder, name, ".tar"))), None)
@@ -330,10 +300,8 @@ def read_class_folders(place: Path, numbered: bool = False) -> Found:
     ranks = list(map(int, names)) if numbered else list(range(len(names)))
     images = [images_in(place / name) for name in names]
     if empty := [name for name, paths in zip(names, images, strict=True) if not paths]:
-        raise UsageError(
-            f"{len(empty)} of {len(names)} class folders in {place} hold no image, the first is {printable(empty[0])}: "
-            f"allowed are {', '.join(IMAGE_FILES)}"
-        )
+        there = f"{len(empty)} of {len(names)} class folders in {place} hold no image"
+        raise UsageError(f"{there}, the first is {printable(empty[0])}: allowed are {', '.join(IMAGE_FILES)}")
     paths = [os.path.join(name, path) for name, paths in zip(names, images, strict=True) for path in paths]
     labels = np.repeat(ranks, [len(paths) for paths in images])
     return files(place, paths, labels, range(ranks[-1] + 1) if numbered else names)
@@ -363,12 +331,6 @@ def _visible(name: str) -> bool:
     return not name.startswith(".") and name not in NO_CLASS
 
 
-def contents(folder: Path) -> str:
-    """What a message says of a folder: its first names."""
-    names = sorted(printable(entry.name) for entry in os.scandir(folder))
-    return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "nothing"
-
-
 # ------------------------------------------------------------------------------------------------- parquet and .tar
 
 
@@ -386,7 +348,7 @@ def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
         raise UsageError(f"{folder} has {split} more than once, {some}: allowed is one set of files for each split")
     if shards and (count := re.search(r"-of-(\d+)$", shards[0].stem)) and int(count[1]) != len(shards):
         raise UsageError(
-            f"{folder} has {len(shards)} of the {int(count[1])} files of {split} that {shards[0].name} counts"
+            f"{folder} has {len(shards)} of the {int(count[1])} files of {split}: {shards[0].name} counts them"
         )
     return shards
 
@@ -422,8 +384,8 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str, source: str) -
 
 def read_tar(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     """Images and labels of WebDataset's files. Classes are `known`, or numbers."""
-    places, labels = _members(_stamps(shards))
-    return Found(Members(list(shards), places), *labelled(labels, known, f".cls in {shards[0]}"))
+    index, labels = _members(_stamps(shards))
+    return Found(Members(list(shards), index), *labelled(labels, known, f".cls in {shards[0]}"))
 
 
 @functools.lru_cache(maxsize=4)
@@ -456,10 +418,8 @@ def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
     """The names of the two columns that are read."""
     image, label = (next((c for c in names if c in columns), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
     if image is None or label is None:
-        raise UsageError(
-            f"{source} has the columns {', '.join(columns)}: allowed are one of {', '.join(IMAGE_COLUMNS)} and one of "
-            f"{', '.join(LABEL_COLUMNS)}"
-        )
+        allowed = " and ".join(f"one of {', '.join(names)}" for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
+        raise UsageError(f"{source} has the columns {', '.join(columns)}: allowed are {allowed}")
     return image, label
 
 
@@ -483,9 +443,7 @@ def labelled(column: pa.ChunkedArray, names: Sequence[str], what: str) -> tuple[
         if low < 0 or high >= len(names):
             fault = f"{low} to {high}" + (f", with {len(names)} classes" if names else "")
     if fault:
-        raise UsageError(
-            f"{what} holds {fault}: allowed are whole numbers from 0, one for each image; classes with names can be class folders"
-        )
+        raise UsageError(f"{what} holds {fault}: allowed are whole numbers from 0, one for each image")
     return column.to_numpy().astype(np.int64), tuple(names)
 
 

@@ -25,17 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitlib import draws
 from vitlib.data.augment import Augment, TestView, TrainView, own_draws
-from vitlib.data.memory import WHOLE, Batch, Batching, DataSet, Shard
+from vitlib.data.memory import WHOLE, Batch, Batching, DataSet, Shard, per_channel
 from vitlib.data.read import Found, decode
 from vitlib.errors import UsageError
 
+IMAGENET_MEAN, IMAGENET_STD = map(per_channel, (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 SHARED = "/dev/shm"  # where worker processes put their batches on Linux; a container has 64 MB of it
 View = Callable[[Image.Image, bool, int], tuple[Tensor, Tensor | None]]
-
-
-IMAGENET_MEAN, IMAGENET_STD = (
-    torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +48,7 @@ class Streamed(DataSet):
     std: Tensor = IMAGENET_STD
     streamed = True
 
-    @functools.cached_property
+    @property
     def labels(self) -> Tensor:
         return torch.from_numpy(self.found.labels)
 
@@ -62,7 +58,7 @@ class Streamed(DataSet):
 
     @functools.cached_property
     def checksum(self) -> str:
-        """Over names, sizes and labels (`read.Found.checksum`). Asks for the size of every file when it is first wanted."""
+        """`read.Found.checksum`: asks for the size of every file when it is first wanted."""
         return self.found.checksum()
 
     def take(self, index: np.ndarray | Tensor) -> Streamed:
@@ -140,7 +136,7 @@ class Batches(Dataset):
         numbers, own = numbers[first:last], slice(own[0] - first, own[-1] + 1 - first)
         flip = self.recipe is not None and self.recipe.flip
         flipped = (draws.uniform(self.seed, "flip", self.epoch, numbers)[:, 0] < 0.5) & flip
-        images, views = zip(*map(self.sample, numbers, flipped), strict=True)
+        images, views = zip(*map(self.sample, numbers.tolist(), flipped.tolist()), strict=True)
         images, targets = torch.stack(images), self.data.labels[torch.from_numpy(numbers % len(self.data))]
         if mixed:
             images, targets = self.mix(images, targets, numbers)
@@ -149,8 +145,8 @@ class Batches(Dataset):
         return Batch(images[own], targets[own], numbers[own], flipped, self.epoch, weight=weight, view=view)
 
     def sample(self, number: int, flipped: bool) -> tuple[Tensor, Tensor | None]:
-        image = decode(self.data.found.rows, int(number) % len(self.data))
-        return self.view(image, bool(flipped), draws.key(self.seed, "augment", self.epoch, int(number)))
+        image = decode(self.data.found.rows, number % len(self.data))
+        return self.view(image, flipped, draws.key(self.seed, "augment", self.epoch, number))
 
     def mix(self, images: Tensor, labels: Tensor, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
         """Neighbours mixed in pairs: (B, 3, S, S), int64 (B,) -> the same shape, soft labels float (B, classes).
@@ -187,7 +183,7 @@ def _load(batches: Batches, skip: int = 0) -> Iterator[Batch]:
     """
     loader = DataLoader(
         batches, batch_size=None, sampler=range(skip, len(batches)), num_workers=_workers(batches),
-        collate_fn=_as_it_is, pin_memory=torch.cuda.is_initialized(),
+        pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # or the loader would draw from torch's global generator
     )  # fmt: skip
     for batch in loader:
@@ -205,7 +201,3 @@ def _workers(batches: Batches) -> int:
         warnings.warn(f"{said} (docker run --shm-size): images are read in this process", stacklevel=3)
         return 0
     return workers
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

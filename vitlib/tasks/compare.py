@@ -7,7 +7,6 @@ interval over seeds and test images, both random. What was trained is kept, so t
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 
 from vitlib.errors import UsageError, need
-from vitlib.files import write_whole
+from vitlib.files import write_table, write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
 from vitlib.tasks.finetune import prepare
-from vitlib.tasks.runs import Job, Run, best_of, check_place, computing, execute, say, search
+from vitlib.tasks.runs import Job, Run, alone, best_of, check_place, computing, execute, say, search
 from vitlib.tasks.trunk import read_trunk
 from vitlib.train import loop, supervised
 
@@ -32,7 +31,8 @@ if TYPE_CHECKING:
 TUNING_SEED = 1000
 MOST_SEEDS = 200  # what "needs about n more seeds" looks at
 ALONE = {"attn": "attention", "ffn": "the feed-forward networks", "head": "the head", "norm": "the norms",
-         "bias": "biases", "fc1": "the first FFN matrices", "full": "everything"}  # fmt: skip
+         "bias": "biases", "fc1": "the first FFN matrices", "full": "everything", "lora": "LoRA on attention"}  # fmt: skip
+COLUMNS = ("strategy", "lr", "top1", "sd", "difference", "low", "high", "time_s", "memory_mb", "stored_mb")
 
 
 @dataclass(frozen=True)
@@ -76,25 +76,22 @@ class Comparison:
         if estimate.high < 0:
             return f"{what} is worse{against} by {-estimate.high:.1f} to {-estimate.low:.1f} points"
         more = more_seeds(estimate, self.margin)
-        return f"{what}: undecided at {m}, " + (
-            f"needs about {more} more seeds" if more else "more seeds do not decide, more test images may"
-        )
+        needs = f"needs about {more} more seeds" if more else "more seeds do not decide, more test images may"
+        return f"{what}: undecided at {m}, {needs}"
 
-    def rows(self) -> list[dict[str, object]]:
-        rows = []
+    def rows(self) -> list[Sequence[str]]:
+        """COLUMNS, and a row for each strategy."""
+        rows: list[Sequence[str]] = [COLUMNS]
         for strategy, correct in self.correct.items():
             top1, e, cost = 100 * correct.mean(axis=1), self.estimate(strategy), self.costs[strategy]
-            rows.append({
-                "strategy": strategy, "lr": f"{self.rates[strategy]:g}", "top1": f"{top1.mean():.1f}",
-                "sd": f"{top1.std(ddof=1):.1f}" if len(top1) > 1 else "-", "difference": f"{e.mean:+.1f}" if e else "-",
-                "low": f"{e.low:+.1f}" if e else "-", "high": f"{e.high:+.1f}" if e else "-",
-                "time_s": f"{self.seconds[strategy]:.0f}", "memory_mb": f"{cost.memory_mb:.0f}",
-                "stored_mb": f"{cost.stored_mb:.2f}",
-            })  # fmt: skip
+            sd = f"{top1.std(ddof=1):.1f}" if len(top1) > 1 else "-"
+            gap = [f"{points:+.1f}" for points in (e.mean, e.low, e.high)] if e else ["-", "-", "-"]
+            took = (f"{self.seconds[strategy]:.0f}", f"{cost.memory_mb:.0f}", f"{cost.stored_mb:.2f}")
+            rows.append([strategy, f"{self.rates[strategy]:g}", f"{top1.mean():.1f}", sd, *gap, *took])
         return rows
 
     def __str__(self) -> str:
-        rows = [list(self.rows()[0]), *([str(cell) for cell in row.values()] for row in self.rows())]
+        rows = self.rows()
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.rjust(n) for cell, n in zip(row, wide, strict=True)) for row in rows]
         seeds, images = next(iter(self.correct.values())).shape
@@ -123,6 +120,7 @@ class Comparison:
         return figure
 
 
+@alone
 def compare(
     folder: Path | str, out: Path | str, weights: Path | str | None = None,
     strategies: Sequence[str] = ("full", "attn", "ffn", "norm", "bias", "head"), seeds: int = 5, margin: float = 1.0, *,
@@ -131,25 +129,26 @@ def compare(
 ) -> Comparison:  # fmt: skip
     """Fine-tune by several strategies and say which are not worse than `full` (or the first) by `margin` points.
 
-    `out` gets compare.csv, compare.png, the split and the finished runs, which are read when asked for again. Raises
-    UsageError as `finetune`, and for fewer than two strategies, no seed, and a margin that is not above 0.
+    Strategies are those of `finetune`, and `lora`. `out` gets compare.csv, compare.png, the split and the finished runs,
+    which are read when asked for again. Raises UsageError as `finetune`, and for fewer than two strategies, no seed, and a
+    margin that is not above 0.
     """
     out, strategies = Path(out), list(dict.fromkeys(strategies))
     if len(strategies) < 2 or seeds < 1 or not margin > 0:
         given = f"{len(strategies)} strategies, {seeds} seeds and margin {margin:g}"
-        raise UsageError(
-            f"{given} cannot be compared: allowed are two strategies, one seed, a margin above 0, and more"
-        )
+        raise UsageError(f"{given} cannot be compared: allowed are 2 strategies, 1 seed, a margin above 0, and more")
     need("scipy", "own")
     need("matplotlib", "own")
+    if "lora" in strategies:
+        need("peft", "lora")
     check_place(out, ("runs", "split.csv", "compare.csv", "compare.png"))
-    job = prepare(folder, out / "runs", weights, strategies, epochs, batch_size, image_size, labels, group, device)
+    plain = [strategy for strategy in strategies if strategy != "lora"]
+    job = prepare(folder, out / "runs", weights, plain, epochs, batch_size, image_size, labels, group, device)
     costs = {strategy: measure(job, strategy) for strategy in strategies}
-    steps = loop.count_steps(job.recipe(1.0), len(job.train))
+    steps = loop.count_steps(job.recipe(1.0), len(job.data["train"]))
     minutes = (3 + seeds) * steps * sum(cost.step_s for cost in costs.values()) / 60
-    say(
-        f"cost: about {minutes:.1f} minutes or more: 3 rates and {seeds} seeds for each of {len(strategies)} strategies"
-    )
+    each = f"3 rates and {seeds} seeds for each of {len(strategies)} strategies"
+    say(f"cost: about {minutes:.1f} minutes or more: {each}")
     job.task.write_split(out / "split.csv")
     rates = {}
     for strategy in strategies:
@@ -166,10 +165,7 @@ def compare(
             say(f"  {run}: {100 * correct[strategy][-1].mean():.1f} % of the test images")
     mean_s = {strategy: float(np.mean(values)) for strategy, values in seconds.items()}
     result = Comparison({s: np.array(values) for s, values in correct.items()}, rates, mean_s, costs, margin)
-    with write_whole(out / "compare.csv") as draft, draft.open("w", newline="") as file:
-        table = csv.DictWriter(file, result.rows()[0])
-        table.writeheader()
-        table.writerows(result.rows())
+    write_table(out / "compare.csv", result.rows())
     with write_whole(out / "compare.png") as draft:
         result.figure().savefig(draft, dpi=120)
     return result
@@ -187,10 +183,10 @@ def right_on_test(run: Run, job: Job) -> np.ndarray:
     if not place.is_file():
         if execute(run, job).top1 < 0:
             raise UsageError(
-                f"the loss of {run} is not finite, at a rate that another seed chose: leave {run.strategy} out"
+                f"the loss of {run} is not finite at a rate that another seed chose: leave {run.strategy} out"
             )
         model = read_trunk(place.parent / "best.safetensors").model.to(job.engine.device)
-        _, correct = supervised.evaluate(model, job.test, job.engine)
+        _, correct = supervised.evaluate(model, job.data["test"], job.engine)
         with write_whole(place) as draft:
             np.save(draft, correct)
         forget(place.parent)
@@ -199,15 +195,15 @@ def right_on_test(run: Run, job: Job) -> np.ndarray:
 
 def measure(job: Job, strategy: str) -> Cost:
     """Train two steps: the time of the second one."""
-    model, times = job.start(strategy, 0), [time.perf_counter()]
-    rows, recipe = np.arange(min(2 * job.batch_size, len(job.train))), replace(job.recipe(1e-6), epochs=1)
-    if job.engine.device == "cuda":
+    model, train, on_gpu = job.start(strategy, 0), job.data["train"], job.engine.device == "cuda"
+    rows, recipe = np.arange(min(2 * job.batch_size, len(train))), replace(job.recipe(1e-6), epochs=1)
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    times = [time.perf_counter()]
     with computing(model.config, job.batch_size):
-        inputs = (model, recipe, job.train, rows, 0, supervised.loss_of(recipe))
+        inputs = (model, recipe, train, rows, 0, supervised.loss_of(recipe))
         loop.train(*inputs, on_step=lambda *_: times.append(time.perf_counter()), engine=job.engine)
-    on_gpu = job.engine.device == "cuda"
-    batch = next(job.train.epoch_batches(rows, 0, 0, recipe))
+    batch = next(train.epoch_batches(rows, 0, 0, recipe))
     memory = torch.cuda.max_memory_allocated() if on_gpu else step_bytes(model, batch.images)
     stored = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Cost(times[-1] - times[-2], memory / 1e6, 4 * stored / 1e6)

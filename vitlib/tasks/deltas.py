@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError, unknown
-from vitlib.files import read_safetensors, write_safetensors
+from vitlib.files import read_metadata, read_safetensors, write_safetensors
 from vitlib.model import ViT
 from vitlib.model.weights import assemble, read_config
 from vitlib.tasks.trunk import hash_of, read_notes
@@ -24,23 +24,15 @@ from vitlib.tasks.trunk import hash_of, read_notes
 PAPER_SAVING = 66  # percent; Paper: section 4, of attention-only fine-tuning
 
 
-def save_delta(
-    model: ViT, trunk: ViT, path: Path | str, notes: Mapping[str, str] | None = None, half: bool = False
-) -> None:
+def save_delta(model: ViT, trunk: ViT, path: Path | str, notes: Mapping[str, str] | None = None) -> None:
     """The tensors of `model` that are not the trunk's, with the trunk's hash; `notes`, e.g. `trunk.write_notes`, beside.
 
-    Exact, or `half`: differences from the trunk, rounded to bfloat16.
+    In the precision of the two: half the size where both are in bfloat16.
     """
     base = trunk.state_dict()
-    kept = {n: t for n, t in model.state_dict().items() if not (same_shape(n, t, base) and torch.equal(t, base[n]))}
-    if half:
-        kept = {n: (t - base[n] if same_shape(n, t, base) else t).bfloat16() for n, t in kept.items()}
-    about = {"kind": "delta", "vitlib": json.dumps(asdict(model.config)), "trunk": hash_of(base), "half": str(half)}
+    kept = {n: t for n, t in model.state_dict().items() if n not in base or not torch.equal(t, base[n])}
+    about = {"kind": "delta", "vitlib": json.dumps(asdict(model.config)), "trunk": hash_of(base)}
     write_safetensors(path, kept, {"format": "pt", **about, **(notes or {})})
-
-
-def same_shape(name: str, tensor: Tensor, base: Mapping[str, Tensor]) -> bool:
-    return name in base and base[name].shape == tensor.shape
 
 
 def load_delta(path: Path | str, trunk: ViT) -> ViT:
@@ -55,8 +47,6 @@ def load_delta(path: Path | str, trunk: ViT) -> ViT:
     if (given := hash_of(base)) != about["trunk"]:
         raise UsageError(f"{path} belongs to another trunk: its hash is {about['trunk']}, this one's {given}")
     config = read_config(about, path)
-    if about["half"] == "True":
-        delta = {n: t.float() + base[n] if same_shape(n, t, base) else t.float() for n, t in delta.items()}
     delta = {name: tensor.to(trunk.cls_token.device) for name, tensor in delta.items()}
     shared = {n: t for n, t in base.items() if config.num_classes or not n.startswith("head.")}
     return assemble(config, shared | delta, str(path)).eval().requires_grad_(False)
@@ -73,7 +63,7 @@ class TaskBank:
     def add(self, name: str, path: Path | str) -> None:
         """Raises UsageError as `load_delta`."""
         self.models[name] = load_delta(path, self.trunk)
-        self.classes[name] = tuple(read_notes(read_safetensors(path)[1]).get("classes", ()))
+        self.classes[name] = tuple(read_notes(read_metadata(path)).get("classes", ()))
 
     def remove(self, name: str) -> None:
         self[name]  # refuses a task that is not there
@@ -94,12 +84,11 @@ class TaskBank:
         if len(tasks) != len(images):
             raise UsageError(f"{len(images)} images have {len(tasks)} names of tasks: allowed is one for each")
         # images of one task side by side
-        order = sorted(range(len(tasks)), key=lambda i: tasks[i])
-        names = sorted(set(tasks))
-        models = [self[name] for name in names]
+        order, names = sorted(range(len(tasks)), key=lambda i: tasks[i]), sorted(set(tasks))
+        models, sizes = [self[name] for name in names], [list(tasks).count(name) for name in names]
         if len({replace(model.config, num_classes=0) for model in models}) > 1 or self.trunk.relative is not None:
             raise UsageError("a batch of several tasks needs one image size, and positions that are not relative")
-        each = functools.partial(by_task, models, [list(tasks).count(name) for name in names])
+        each = functools.partial(by_task, models, sizes)
         x = each(lambda model: model.stem, images[order])
         x = each(lambda model: model.tokens, x)
         # eq. (2), each residual function for all tasks
@@ -107,7 +96,8 @@ class TaskBank:
             for part in ("mhsa", "ffn"):
                 x = x + sum(each(lambda m, k=k: getattr(m.layers[i], part)[k], x) for k in range(len(layer.mhsa)))  # noqa: B023
         x = each(lambda model: model.norm, x)
-        logits = [row for m, own in zip(models, x.split(each.args[1]), strict=True) for row in m.head(m.pool(own))]
+        logits = [row for m, own in zip(models, x.split(sizes), strict=True) for row in m.head(m.pool(own))]
+        # in the order that they were asked for
         return [row for _, row in sorted(zip(order, logits, strict=True), key=lambda pair: pair[0])]
 
     def storage(self) -> str:

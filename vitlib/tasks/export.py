@@ -42,10 +42,9 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
             with torch.no_grad():
                 gap = float((torch.as_tensor(run(batch)) - tuned.model(batch)).abs().max())
             if not gap < CLOSE:
-                raise UsageError(
-                    f"the exported model's logits differ by {gap:.1e} from the model's: nothing was written"
-                )
-    notes = json.loads(write_notes(tuned.view(config.image_size), tuned.classes)["task"])
+                differs = f"the exported model's logits differ by {gap:.1e} from the model's"
+                raise UsageError(f"{differs}: nothing was written")
+    notes = json.loads(write_notes(tuned.seen, tuned.classes)["task"])
     with write_whole(path.with_name(f"{path.name}.json")) as draft:
         draft.write_text(json.dumps(notes, indent=1))
     return f"{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {gap:.0e} of the model's; preprocessing in {path.name}.json"

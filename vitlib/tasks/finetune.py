@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import write_table, write_whole
 from vitlib.model import ViT
 from vitlib.stats import wilson
 from vitlib.tasks.deltas import save_delta
 from vitlib.tasks.images import read_task
-from vitlib.tasks.runs import Job, Outcome, Run, best_of, check_place, execute, say, search
+from vitlib.tasks.runs import Job, Run, alone, best_of, check_place, execute, say, search
 from vitlib.tasks.trunk import read_trunk, write_notes
 from vitlib.train import supervised
 from vitlib.train.engine import resolve
@@ -41,11 +41,11 @@ class Tuned:
 
     def __str__(self) -> str:
         interval = f"95 % over {self.test_images} images: {self.test_low:.1f} to {self.test_high:.1f}"
-        return (
-            f"{self.out}: {self.test_top1:.1f} % of the test images ({interval}), {self.strategy} at rate {self.lr:g}"
-        )
+        how = f"{self.strategy} at rate {self.lr:g}"
+        return f"{self.out}: {self.test_top1:.1f} % of the test images ({interval}), {how}"
 
 
+@alone
 def finetune(
     folder: Path | str, out: Path | str, weights: Path | str | None = None, strategy: str = "attn", *,
     lr: float | None = None, epochs: int = 10, batch_size: int = 32, image_size: int | None = None, seed: int = 0,
@@ -60,41 +60,44 @@ def finetune(
     result.json                          what `Tuned` says. The test part is read once, by the best model
 
     Goes on where it was interrupted; reads what is finished. Raises UsageError as `read_trunk` and `read_task`, and where
-    `out` holds something else.
+    `out` holds something else or another process writes there.
     """
-    out = Path(out)
-    if not (out / "result.json").is_file():
+    out, finished = Path(out), Path(out) / "result.json"
+    if not finished.is_file():
         check_place(out, WRITTEN)
     job = prepare(folder, out / "runs", weights, [strategy], epochs, batch_size, image_size, labels, group, device, lr)
     name = Run(strategy, lr or 0.0, seed).place(job).name  # 0: searched
-    if (out / "result.json").is_file():
-        kept = json.loads((out / "result.json").read_text())
+    if finished.is_file():
+        kept = json.loads(finished.read_text())
         if kept["job"] != name:
             raise UsageError(f"{out} holds another model: give another place with --out")
         return Tuned(**kept | {"out": str(out)})
     job.task.write_split(out / "split.csv")
+    # the rate, chosen on the validation part
     tried = search(job, strategy, seed) if lr is None else {lr: execute(Run(strategy, lr, seed), job)}
     chosen = Run(strategy, best_of(tried), seed)
+    rates = [(lr, o.top1, o.loss, o.epoch, round(o.seconds, 1)) for lr, o in tried.items()]
+    write_table(out / "rates.csv", [("lr", "validation_top1", "validation_loss", "best_epoch", "seconds"), *rates])
+    # its models, and what they add to the trunk
     for which in ("best", "last"):
         with write_whole(out / f"{which}.safetensors") as draft:
             shutil.copyfile(chosen.place(job) / f"{which}.safetensors", draft)
-    write_rates(out / "rates.csv", tried)
     model = read_trunk(out).model
     save_delta(model, job.trunk.model, out / "delta.safetensors", write_notes(job.view, job.task.data.classes))
-    model = model.to(job.engine.device)
-    _, correct = supervised.evaluate(model, job.test, job.engine)
+    # the test part
+    _, correct = supervised.evaluate(model.to(job.engine.device), job.data["test"], job.engine)
     low, high = wilson(int(correct.sum()), len(correct))
     top1 = 100 * float(correct.mean())
     tuned = Tuned(str(out), strategy, chosen.lr, tried[chosen.lr].top1, top1, low, high, len(correct), name)
-    with write_whole(out / "result.json") as draft:
+    with write_whole(finished) as draft:
         draft.write_text(json.dumps(vars(tuned), indent=1))
     shutil.rmtree(out / "runs")
     return tuned
 
 
 def prepare(
-    folder, runs: Path, weights, strategies: list[str], epochs: int, batch_size: int, image_size: int | None, labels,
-    group: str | None, device: str, lr: float | None = None,
+    folder: Path | str, runs: Path, weights: Path | str | None, strategies: Sequence[str], epochs: int, batch_size: int,
+    image_size: int | None, labels: Path | str | None, group: str | None, device: str, lr: float | None = None,
 ) -> Job:  # fmt: skip
     """Everything that can be wrong is found here, before time is spent."""
     resolve(device)
@@ -111,10 +114,3 @@ def prepare(
     for note in task.notes:
         say(f"note: {note}")
     return job
-
-
-def write_rates(path: Path, tried: dict[float, Outcome]) -> None:
-    with write_whole(path) as draft, draft.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("lr", "validation_top1", "validation_loss", "best_epoch", "seconds"))
-        table.writerows((lr, o.top1, o.loss, o.epoch, round(o.seconds, 1)) for lr, o in sorted(tried.items()))

@@ -26,10 +26,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from vitlib import draws
-from vitlib.data import HELD, Augment, DataSet, Found, InMemory, Streamed, middle, read_folder
+from vitlib.data import HELD, Augment, DataSet, Found, InMemory, Streamed, middle, per_channel, read_folder
 from vitlib.data.read import IMAGE_FILES, SPLITS, Rows, decode, files, find_split, images_in
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import write_table
 
 PARTS = tuple(SPLITS)  # train, validation, test
 HELD_OUT = 0.15  # of each class: for validation, and again for test
@@ -46,10 +46,6 @@ class View(NamedTuple):
     patch_size: int
     mean: tuple[float, ...]  # of pixels / 255; one number for a model of grey images
     std: tuple[float, ...]
-
-    @property
-    def mode(self) -> str:
-        return "L" if len(self.mean) == 1 else "RGB"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +69,9 @@ class Task:
         return hashlib.sha256("\n".join([*self.data.classes, *lines]).encode()).hexdigest()[:16]
 
     def write_split(self, path: Path) -> None:
-        with write_whole(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-            table = csv.writer(file)
-            table.writerow(("path", "label", "part", "group", "content"))
-            labels = [self.data.classes[k] for k in self.data.labels.tolist()]
-            table.writerows(zip(self.names, labels, self.parts, self.groups, self.digests, strict=True))
+        labels = [self.data.classes[k] for k in self.data.labels.tolist()]
+        lines = zip(self.names, labels, self.parts, self.groups, self.digests, strict=True)
+        write_table(path, [("path", "label", "part", "group", "content"), *lines])
 
     def describe(self) -> str:
         sizes = ", ".join(f"{(self.parts == part).sum()} {part}" for part in PARTS)
@@ -92,77 +86,71 @@ def read_task(folder: Path | str, view: View, labels: Path | str | None = None, 
     an image that is unreadable, animated or smaller than a patch, a labels file that does not fit the folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
-    if group is not None and labels is None:
-        raise UsageError(f"group {group!r} is a column of a labels file: give one with --labels")
-    found, given, groups = listed(folder, Path(labels), group) if labels else in_folders(folder)
-    check_classes(found, labels or folder)
+    found, given, groups = find_images(folder, labels, group)
+    check_classes(found.classes, labels or folder)
     data, digests, notes = read_images(found, view, folder.resolve().name)
-    others = [
-        p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() not in (*IMAGE_FILES, ".parquet", ".csv")
-    ]
-    if others := [path.name for path in others if not path.name.startswith(".")]:
+    known = (*IMAGE_FILES, ".parquet", ".csv")
+    if others := [p.name for p in folder.rglob("[!.]*") if p.is_file() and p.suffix.lower() not in known]:
         notes.append(f"{len(others)} files are left out, the first is {others[0]}: read are {', '.join(IMAGE_FILES)}")
-    names = [relative(found.rows.name(i), folder) for i in range(len(digests))]
+    names = [found.rows.name(i).removeprefix(f"{folder}/") for i in range(len(digests))]
     check_content(digests, found, names)
     parts = split(given, [g or d for g, d in zip(groups, digests, strict=True)], found, bool(group), notes)
-    twice = [d for d, where in pairs(digests, parts).items() if len(where) > 1]
-    if twice:
+    if twice := [d for d, where in together(digests, parts).items() if len(where) > 1]:
         notes.append(f"{len(twice)} pictures are in more than one part, the first is {names[digests.index(twice[0])]}")
     return Task(data, tuple(names), tuple(digests), parts, tuple(groups), tuple(notes))
 
 
-def read_all(folder: Path | str, view: View, labels: Path | str | None = None) -> tuple[DataSet, list[str], list[str]]:
-    """Every image of a folder without a split: data, names and digests. Of a folder with parts, its test part alone."""
-    folder = Path(folder)
-    found, given, _ = listed(folder, Path(labels), None) if labels else in_folders(folder)
-    kept = next((p for p in ("test", "validation") if p in given), None)
-    found = found.take(np.flatnonzero(np.array(given) == kept)) if kept else found
+def read_test(folder: Path | str, view: View, labels: Path | str | None) -> tuple[DataSet, list[str]]:
+    """Every image of a folder with its digest; of a folder with parts, those of its test part alone."""
+    found, given, _ = find_images(folder := Path(folder), labels, None)
+    tested = next((part for part in ("test", "validation") if part in given), given[0])
+    found = found.take(np.flatnonzero(np.array(given) == tested))
     data, digests, _ = read_images(found, view, folder.resolve().name)
-    return data, [relative(found.rows.name(i), folder) for i in range(len(digests))], digests
+    return data, digests
 
 
 # ------------------------------------------------------------------------------------------------- what there is
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
+class Joined(Rows):
     """The images of several splits, one after the other."""
 
     several: tuple[Rows, ...]
-    places: np.ndarray  # int64 (N, 2): which of them, and the row in it
-
-    def __len__(self) -> int:
-        return len(self.places)
+    index: np.ndarray  # int64 (N, 2): which of them, and the image in it
 
     def name(self, i: int) -> str:
-        return self.several[self.places[i][0]].name(int(self.places[i][1]))
+        return self.several[self.index[i][0]].name(int(self.index[i][1]))
 
     def open(self, i: int) -> Image.Image:
-        return self.several[self.places[i][0]].open(int(self.places[i][1]))
+        return self.several[self.index[i][0]].open(int(self.index[i][1]))
 
     def listing(self) -> Iterator[tuple[str, int]]:
         every = [list(rows.listing()) for rows in self.several]
-        return ((f"{k}/{every[k][i][0]}", every[k][i][1]) for k, i in self.places.tolist())
+        return ((f"{k}/{every[k][i][0]}", every[k][i][1]) for k, i in self.index.tolist())
 
-    def take(self, index: np.ndarray) -> Joined:
-        return Joined(self.several, self.places[index])
+
+def find_images(folder: Path, labels: Path | str | None, group: str | None) -> tuple[Found, list[str], list[str]]:
+    """Images, the part that each is given ("" where none is) and its group ("" without)."""
+    if labels is not None:
+        return listed(folder, Path(labels), group)
+    if group is not None:
+        raise UsageError(f"group {group!r} is a column of a labels file: give one with --labels")
+    return in_folders(folder)
 
 
 def in_folders(folder: Path) -> tuple[Found, list[str], list[str]]:
-    """Images, the part of each ("" where the folder has none) and no groups."""
-    places = {part: find_split(folder, names) for part, names in SPLITS.items()}
-    if places["train"] is None:
-        raise UsageError(
-            f"{folder} holds no class folders with images: allowed are {folder}/<class>/*.jpg and the like"
-        )
-    there = {part: read_folder(folder, part) for part, place in places.items() if place is not None}
+    """`find_images` of a folder without a labels file."""
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    there = {part: read_folder(folder, part) for part, names in SPLITS.items() if find_split(folder, names) is not None}
+    if "train" not in there:
+        raise UsageError(f"{folder} holds no class folders: allowed are images in {folder}/<class>/*.jpg and the like")
     sizes = [len(found.labels) for found in there.values()]
-    places_in = np.concatenate([np.stack([np.full(n, k), np.arange(n)], axis=1) for k, n in enumerate(sizes)])
-    rows = Joined(tuple(found.rows for found in there.values()), places_in)
+    index = np.concatenate([np.stack([np.full(n, k), np.arange(n)], axis=1) for k, n in enumerate(sizes)])
+    rows = Joined(tuple(found.rows for found in there.values()), index)
     labels = np.concatenate([found.labels for found in there.values()])
-    parts = [part if len(there) > 1 else "" for part, n in zip(there, sizes, strict=True) for _ in range(n)]
+    parts = np.repeat(list(there) if len(there) > 1 else [""], sizes).tolist()
     return Found(rows, labels, there["train"].classes), parts, [""] * len(labels)
 
 
@@ -178,40 +166,35 @@ def listed(folder: Path, path: Path, group: str | None) -> tuple[Found, list[str
     if image is None or label is None or (group and group not in columns):
         wanted = " and ".join("/".join(names) for names in COLUMNS.values()) + (f" and {group}" if group else "")
         raise UsageError(f"{path} has the columns {', '.join(columns) or 'of none'}: wanted are {wanted}")
-    part = "part" if "part" in columns else None
+    read = [image, label, *(name for name in ("part", group) if name in columns)]
     for number, line in enumerate(lines, start=2):
-        for column in filter(None, (image, label, part, group)):
-            if not (line[column] or "").strip():
-                raise UsageError(f"line {number} of {path} has no {column}")
+        at = f"line {number} of {path}"
+        if empty := [column for column in read if not (line[column] or "").strip()]:
+            raise UsageError(f"{at} has no {empty[0]}")
         if not (folder / line[image]).is_file():
-            raise UsageError(f"line {number} of {path} names {line[image]}, which is not in {folder}")
-        if part and line[part] not in PARTS:
-            raise UsageError(f"line {number} of {path} has part {line[part]!r}: allowed are {', '.join(PARTS)}")
+            raise UsageError(f"{at} names {line[image]}, which is not in {folder}")
+        if line.get("part", "train") not in PARTS:
+            raise UsageError(f"{at} has part {line['part']!r}: allowed are {', '.join(PARTS)}")
     paths, labels = [line[image] for line in lines], [line[label].strip() for line in lines]
-    if again := next((p for p, n in Counter(paths).items() if n > 1), None):
-        raise UsageError(f"{path} names {again} more than once: allowed is one label for each image")
-    known = set(map(str, map(Path, paths)))
+    if again := [name for name, n in Counter(paths).items() if n > 1]:
+        raise UsageError(f"{path} names {again[0]} more than once: allowed is one label for each image")
+    known = {str(Path(name)) for name in paths}
     if absent := [name for name in images_in(folder) if name not in known]:
         raise UsageError(f"{len(absent)} images of {folder} have no label in {path}, the first is {absent[0]}")
-    numbers = all(name.isdecimal() for name in labels)
-    classes = sorted(set(labels), key=int if numbers else None)
+    classes = sorted(set(labels), key=int if all(name.isdecimal() for name in labels) else None)
     found = files(folder, paths, [classes.index(name) for name in labels], classes)
-    return found, [line[part] if part else "" for line in lines], [line[group] if group else "" for line in lines]
-
-
-def relative(name: str, folder: Path) -> str:
-    return name.removeprefix(f"{folder}/")
+    return found, [line.get("part", "") for line in lines], [line[group] if group else "" for line in lines]
 
 
 # ------------------------------------------------------------------------------------------------- what is wrong with it
 
 
-def check_classes(found: Found, where: object) -> None:
+def check_classes(classes: Sequence[str], where: object) -> None:
     """Two classes or more, each spelt once."""
-    if len(found.classes) < 2:
-        raise UsageError(f"{where} has one class, {found.classes[0]}: at least two are needed")
+    if len(classes) < 2:
+        raise UsageError(f"{where} has one class, {classes[0]}: at least two are needed")
     spelt: dict[str, str] = {}
-    for name in found.classes:
+    for name in classes:
         plain = re.sub(r"[\W_]+", "", name.casefold())
         plain = str(int(plain)) if plain.isdecimal() else plain or name
         if plain in spelt:
@@ -231,37 +214,35 @@ def check_content(digests: Sequence[str], found: Found, names: Sequence[str]) ->
 
 def read_images(found: Found, view: View, name: str) -> tuple[DataSet, list[str], list[str]]:
     """Decode every image once: data in memory, or to be streamed where it is too large; digests of pixels; notes."""
-    count, channels = len(found.labels), len(view.mean)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (view.mean, view.std))
-    held = count * channels * view.image_size**2 <= HELD or channels == 1
-    images = torch.empty(count if held else 0, channels, view.image_size, view.image_size, dtype=torch.uint8)
+    count, channels, size = len(found.labels), len(view.mean), view.image_size
+    grey = channels == 1  # always held: what is streamed is in colour
+    held = grey or count * channels * size**2 <= HELD
+    images = torch.empty(count if held else 0, channels, size, size, dtype=torch.uint8)
     digests, colour = [], 0
     for i in tqdm(range(count), desc=f"reading {name}", unit="image", leave=False, disable=None):
         image = decode(found.rows, i)
         if min(image.size) < view.patch_size:
-            width, height = image.size
-            raise UsageError(
-                f"{found.rows.name(i)} has {width}x{height} pixels: a patch of this model has {view.patch_size}"
-            )
+            what = f"{found.rows.name(i)} has {image.width}x{image.height} pixels"
+            raise UsageError(f"{what}: a patch of this model has {view.patch_size}")
         digests.append(hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12).hexdigest())
-        if channels == 1:
-            small = np.asarray(image.resize((8, 8))).astype(int)
-            colour += int(np.ptp(small, axis=2).max() > 16)
+        if grey:
+            colour += bool(np.ptp(np.asarray(image.resize((8, 8))), axis=2).max() > 16)
         if held:
-            images[i] = middle(pil_to_tensor(image.convert(view.mode)), view.image_size)
+            images[i] = middle(pil_to_tensor(image.convert("L") if grey else image), size)
+    statistics = map(per_channel, (view.mean, view.std))
+    if not held:
+        return Streamed(name, "all", found, size, STREAMED, WORKERS, *statistics), digests, []
     notes = []
     if colour:
         notes.append(f"{colour} images are in colour, and these weights see grey alone: name weights with --from")
-    if not held:
-        return Streamed(name, "all", found, view.image_size, STREAMED, WORKERS, mean, std), digests, notes
     labels = torch.from_numpy(found.labels)
-    return InMemory(name, "all", images, labels, found.classes, mean, std, ""), digests, notes
+    return InMemory(name, "all", images, labels, found.classes, *statistics, ""), digests, notes
 
 
 # ------------------------------------------------------------------------------------------------- the split
 
 
-def pairs(keys: Sequence[str], values: Sequence[str]) -> dict[str, set[str]]:
+def together(keys: Sequence[str], values: Sequence[str]) -> dict[str, set[str]]:
     """key -> the values that it occurs with."""
     met: dict[str, set[str]] = {}
     for key, value in zip(keys, values, strict=True):
@@ -272,19 +253,19 @@ def pairs(keys: Sequence[str], values: Sequence[str]) -> dict[str, set[str]]:
 def split(given: list[str], units: list[str], found: Found, grouped: bool, notes: list[str]) -> np.ndarray:
     """The part of each image, (N,). `units`: what must stay together, a group or equal pixels."""
     parts, there = np.array(given, dtype="U10"), set(given) - {""}
-    if grouped and (spans := next((unit for unit, p in pairs(units, given).items() if len(p) > 1), None)):
-        raise UsageError(f"group {spans!r} is in more than one part: a group must be in one")
+    if grouped and (spans := [unit for unit, p in together(units, given).items() if len(p) > 1]):
+        raise UsageError(f"group {spans[0]!r} is in more than one part: a group must be in one")
     if there and "train" not in there:
         raise UsageError("there are no training images among the parts that are given")
+    as_test = ""
     if "validation" in there and "test" not in there:
-        parts[parts == "validation"] = "test"
+        parts[parts == "validation"], as_test = "test", ", validation as the test part"
     wanted = [part for part in ("test", "validation") if part not in parts]
     if there:
         cut = f"; {' and '.join(wanted)} images are cut off those of training" if wanted else ""
-        as_test = ", validation as the test part" if "validation" in there and "test" not in there else ""
         notes.append(f"the parts {', '.join(p for p in PARTS if p in there)} are used as they are{as_test}{cut}")
-    rows = np.flatnonzero((parts == "train") | (parts == ""))
     if wanted:
+        rows = np.flatnonzero(np.isin(parts, ("train", "")))
         parts[rows] = cut_off([units[i] for i in rows], found.labels[rows], found.classes, wanted, grouped)
     for part in PARTS:
         if lacking := set(range(len(found.classes))) - set(found.labels[parts == part].tolist()):

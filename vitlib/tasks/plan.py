@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,33 +42,21 @@ def plan(
         raise unknown("device", device, (*HERE, *DEVICES))
     here = device if device in HERE else "cpu"
     job = prepare(folder, Path("runs"), weights, strategies, epochs, batch_size, image_size, labels, group, here)
-    steps, lines = loop.count_steps(job.recipe(1.0), len(job.train)), []
+    steps, lines = loop.count_steps(job.recipe(1.0), len(job.data["train"])), []
     for strategy in strategies:
-        model, c = job.start(strategy, 0), job.trunk.config(job.view.image_size, 1)
-        two, one = (step_bytes(model, torch.zeros(n, c.in_chans, c.image_size, c.image_size)) for n in (2, 1))
+        model = job.start(strategy, 0)
+        image = torch.zeros(1, model.config.in_chans, job.view.image_size, job.view.image_size)
+        one, two = (step_bytes(model, image.repeat(n, 1, 1, 1)) for n in (1, 2))
         each, fixed = two - one, 2 * one - two  # bytes per image, and without images
         if device in DEVICES:
             with FlopCounterMode(display=False) as counter:
-                model(torch.zeros(1, c.in_chans, c.image_size, c.image_size)).sum().backward()
+                model(image).sum().backward()
             seconds = counter.get_total_flops() * batch_size / (SHARE * 1e12 * DEVICES[device].tflops)
             most = f", at most {max(0, int((1e9 * DEVICES[device].memory_gb - fixed) / each)):,} images at once"
         else:
             seconds, most = measure(job, strategy).step_s, ""
         memory = f"{(fixed + batch_size * each) / 1e9:.2f} GB of memory"
-        lines.append(f"{strategy}: {taking(steps * seconds)} for a run on {device}, {memory}{most}")
-    how = (
-        f"time at {SHARE:.0%} of the maker's rate, assumed" if device in DEVICES else "time of one step, measured here"
-    )
-    return "\n".join(
-        [*lines, f"{how}; batches of {batch_size}, {epochs} epochs; a search of the rate is 3 runs or more"]
-    )
-
-
-def taking(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.1f} minutes"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+        lines.append(f"{strategy}: {timedelta(seconds=round(steps * seconds))} for a run on {device}, {memory}{most}")
+    how = "one step, measured here" if device in HERE else f"{SHARE:.0%} of the maker's rate, assumed"
+    about = f"hours:minutes:seconds from {how}; batches of {batch_size}, {epochs} epochs; a search of the rate is 3 runs or more"
+    return "\n".join([*lines, about])

@@ -15,9 +15,9 @@ import torch
 from vitlib.data import DataSet, Found
 from vitlib.data.read import Files, images_in
 from vitlib.errors import UsageError, need
-from vitlib.files import write_whole
+from vitlib.files import write_table, write_whole
 from vitlib.stats import wilson
-from vitlib.tasks.images import read_all, read_images
+from vitlib.tasks.images import read_images, read_test
 from vitlib.tasks.runs import say
 from vitlib.tasks.trunk import Trunk, read_trunk
 from vitlib.train.engine import resolve
@@ -32,11 +32,12 @@ class Predictions:
     shares: np.ndarray  # softmax of the logits, (N, K)
 
     def rows(self) -> list[tuple[str, str, str]]:
+        """Path, class and its share."""
         best = self.shares.argmax(axis=1)
         return [(n, self.classes[k], f"{s[k]:.4f}") for n, k, s in zip(self.names, best, self.shares, strict=True)]
 
     def __str__(self) -> str:
-        return "\n".join("\t".join(row) for row in self.rows())
+        return "\n".join(map("\t".join, self.rows()))
 
 
 def predict(
@@ -48,18 +49,13 @@ def predict(
     """
     tuned, device = classifier(model), resolve(device)
     names = [name for path in map(Path, paths) for name in image_names(path)]
-    found = Found(
-        Files(Path(), pa.array(map(os.fsencode, names), pa.binary())), np.zeros(len(names), int), tuned.classes
-    )
-    data, _, notes = read_images(found, tuned.view(tuned.model.config.image_size), "images")
+    files = Files(Path(), pa.array(map(os.fsencode, names), pa.binary()), np.arange(len(names)))
+    data, _, notes = read_images(Found(files, np.zeros(len(names), int), tuned.classes), tuned.seen, "images")
     for note in notes:
         say(f"note: {note}")
     predictions = Predictions(tuple(names), tuned.classes, shares_of(tuned, data, device))
     if csv is not None:
-        with write_whole(csv) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-            table = tables.writer(file)
-            table.writerow(("path", "class", "share"))
-            table.writerows(predictions.rows())
+        write_table(csv, [("path", "class", "share"), *predictions.rows()])
     return predictions
 
 
@@ -91,10 +87,8 @@ class Evaluation:
         lines = [f"top-1 {self.top1:.1f} % (95 % over {images} images: {low:.1f} to {high:.1f})"]
         if self.left_out:
             lines.append(f"{self.left_out} images are left out, since the model was trained or chosen on them")
-        for name, row in zip(self.classes, self.confusion, strict=True):
-            own = row[self.classes.index(name)]
-            share = f"{100 * own / row.sum():5.1f} % of {row.sum()}" if row.sum() else "no image"
-            lines.append(f"  {name:{wide}}  {share}")
+        for name, own, count in zip(self.classes, self.confusion.diagonal(), self.confusion.sum(axis=1), strict=True):
+            lines.append(f"  {name:{wide}}  " + (f"{100 * own / count:5.1f} % of {count}" if count else "no image"))
         return "\n".join(lines)
 
     def draw(self, path: Path | str) -> None:
@@ -127,22 +121,20 @@ def evaluate(
     if picture is not None:
         need("matplotlib", "own")
     tuned = classifier(model)
-    data, _, digests = read_all(folder, tuned.view(tuned.model.config.image_size), labels)
+    data, digests = read_test(folder, tuned.seen, labels)
     if other := sorted(set(data.classes) - set(tuned.classes)):
-        raise UsageError(
-            f"{folder} has {len(other)} classes that the model has not, the first is {other[0]}: it knows "
-            f"{', '.join(tuned.classes)}"
-        )
+        there = f"{len(other)} classes that the model has not, the first is {other[0]}"
+        raise UsageError(f"{folder} has {there}: it knows {', '.join(tuned.classes)}")
     seen = seen_by(model)
-    fresh = np.array([digest not in seen for digest in digests])
-    if not fresh.any():
+    fresh = np.flatnonzero([digest not in seen for digest in digests])
+    if not len(fresh):
         raise UsageError(f"the model was trained or chosen on every image of {folder}: give others")
-    data = data.take(np.flatnonzero(fresh))
+    data = data.take(fresh)
     said = shares_of(tuned, data, resolve(device)).argmax(axis=1)
     truth = np.array([tuned.classes.index(name) for name in data.classes])[data.labels.numpy()]
     confusion = np.zeros((len(tuned.classes),) * 2, int)
     np.add.at(confusion, (truth, said), 1)
-    result = Evaluation(tuned.classes, confusion, int((~fresh).sum()))
+    result = Evaluation(tuned.classes, confusion, len(digests) - len(fresh))
     if picture is not None:
         result.draw(picture)
     return result
@@ -158,10 +150,10 @@ def classifier(model: Path | str) -> Trunk:
 
 def seen_by(model: Path | str) -> set[str]:
     """Digests of the images that a model was trained or chosen on, as the split beside it says."""
-    path = Path(model) if Path(model).is_dir() else Path(model).parent
-    if not (path / "split.csv").is_file():
+    split = (Path(model) if Path(model).is_dir() else Path(model).parent) / "split.csv"
+    if not split.is_file():
         return set()
-    with (path / "split.csv").open(newline="", encoding="utf-8") as file:
+    with split.open(newline="", encoding="utf-8") as file:
         return {line["content"] for line in tables.DictReader(file) if line["part"] != "test"}
 
 

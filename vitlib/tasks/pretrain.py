@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vitlib.data import DataSet, Found
+from vitlib.data import DataSet
 from vitlib.data.read import files, images_in
 from vitlib.draws import order
 from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.model.weights import save
 from vitlib.tasks.images import View, read_images
-from vitlib.tasks.runs import check_place, computing, say
+from vitlib.tasks.runs import alone, check_place, computing, say
 from vitlib.tasks.trunk import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, write_notes
 from vitlib.train import loop
 from vitlib.train.checkpoint import Checkpoints
@@ -32,6 +33,7 @@ PROBES = 10  # in a run
 RIDGE = 1e-2
 
 
+@alone
 def pretrain(
     folder: Path | str, out: Path | str, model: str = "W128-6/8", *, stem: str = "hmlp", targets: str = "tokens",
     image_size: int = 64, epochs: int = 50, batch_size: int = 64, lr: float = 1e-3, seed: int = 0, device: str = "auto",
@@ -42,17 +44,17 @@ def pretrain(
     patch tokens; a fifth of the images tests it. It says whether features get better, and trains nothing. Goes on where it
     was interrupted. Raises UsageError for targets, a stem or a model that cannot be.
     """
-    check_place(Path(out), ("trunk.safetensors", "checkpoint.pth"))
+    folder, out = Path(folder), Path(out)
+    check_place(out, ("trunk.safetensors", "checkpoint.pth"))
     config = vit_config(model, image_size=image_size, num_classes=0, stem=stem, layer_scale=0.1)
     view = View(image_size, config.patch_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, min_lr=0.0)
-    engine, out = Engine(resolve(device)), Path(out)
-    names = images_in(Path(folder)) if Path(folder).is_dir() else []
+    recipe, engine = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, min_lr=0.0), Engine(resolve(device))
+    names = images_in(folder) if folder.is_dir() else []
     if not names:
         raise UsageError(f"there is no folder {folder} with images")
-    kinds = sorted({str(Path(name).parent) for name in names})
-    found: Found = files(Path(folder), names, [kinds.index(str(Path(name).parent)) for name in names], kinds)
-    data, digests, _ = read_images(found, view, Path(folder).resolve().name)
+    # an image's label is its folder
+    kinds, labels = np.unique([os.path.dirname(name) for name in names], return_inverse=True)
+    data, digests, _ = read_images(files(folder, names, labels, kinds), view, folder.resolve().name)
     masked = MaskedViT(config, (goal := make_targets(targets, data, config.patch_size, seed)).outputs, seed)
     rows, steps = np.arange(len(data)), loop.count_steps(recipe, len(data))
     told = json.dumps([asdict(config), asdict(recipe), targets, seed, digests])

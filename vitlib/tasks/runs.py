@@ -1,8 +1,8 @@
 """One fine-tuning run on a task: trained by `vitlib.train.loop`, watched on the validation part, kept in a folder.
 
-A run's folder has `best.safetensors` and `last.safetensors` (by accuracy on the validation part, then by its loss),
-`epochs.csv`, and when it is finished `result.json`. Its name is a hash of all that it depends on: asking for a finished run
-reads it, and a run that was killed goes on from its checkpoint.
+A run's folder has `best.safetensors` and `last.safetensors` (by accuracy on the validation part, then by its loss) and,
+when it is finished, `result.json`. Its name is a hash of all that it depends on: asking for a finished run reads it, and a
+run that was killed goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import functools
 import hashlib
 import json
 import math
+import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vitlib.data import DataSet
@@ -26,7 +28,8 @@ from vitlib.errors import UsageError
 from vitlib.files import write_whole
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import save
-from vitlib.tasks.images import Task, View
+from vitlib.tasks.images import PARTS, Task, View
+from vitlib.tasks.lora import add_adapters, merged
 from vitlib.tasks.trunk import Trunk, write_notes
 from vitlib.train import loop, supervised
 from vitlib.train.checkpoint import Checkpoints
@@ -36,7 +39,7 @@ from vitlib.train.recipe import Recipe
 
 VERSION = 1  # raised when the numbers that a run gives change
 # AdamW rates that the search starts around, for a ViT-S; others are scaled by width. What is small trains at higher rates.
-FIRST_RATES = {"full": 1e-4, "norm": 2e-3, "bias": 2e-3, "head": 4e-3}
+FIRST_RATES = {"full": 1e-4, "lora": 1e-3, "norm": 2e-3, "bias": 2e-3, "head": 4e-3}
 OTHER_RATE = 2e-4  # attn, ffn, fc1, last-k
 MOST_RATES = 12
 NARROW = 192  # width; below it a step on CPU is too short for several threads
@@ -55,16 +58,9 @@ class Job:
     device: str = "auto"
 
     @functools.cached_property
-    def train(self) -> DataSet:
-        return self.task.part("train")
-
-    @functools.cached_property
-    def validation(self) -> DataSet:
-        return self.task.part("validation")
-
-    @functools.cached_property
-    def test(self) -> DataSet:
-        return self.task.part("test")
+    def data(self) -> dict[str, DataSet]:
+        """Each of PARTS."""
+        return {part: self.task.part(part) for part in PARTS}
 
     @property
     def engine(self) -> Engine:
@@ -82,8 +78,11 @@ class Job:
 
     def start(self, strategy: str, seed: int) -> ViT:
         config = self.trunk.config(self.view.image_size, len(self.task.data.classes))
-        model = start_from(self.trunk.weights(), config, seed, new_head=True)
-        freeze(model, strategy)
+        model = start_from(self.trunk.model.state_dict(), config, seed, new_head=True)
+        if strategy == "lora":
+            add_adapters(model, seed)
+        else:
+            freeze(model, strategy)
         return model
 
 
@@ -113,25 +112,21 @@ class Outcome:
     epoch: int  # which it was, from 1
     seconds: float  # of training and validation
 
-    @property
-    def score(self) -> tuple[float, float]:
-        """Higher is better."""
-        return self.top1, -self.loss
-
 
 class Watch(Checkpoints):
-    """Validates at the end of each epoch and keeps the best model; checkpoints come after that."""
+    """Validates at the end of each epoch and keeps the best model; checkpoints come after that and know the scores."""
 
     def __init__(self, place: Path, model: ViT, job: Job, bar: tqdm):
-        super().__init__(place / "checkpoint.pth", every_s=60.0, run=place.name)
+        super().__init__(place / "checkpoint.pth", every_s=60.0, notes={"scores": "[]"}, run=place.name)
         self.place, self.model, self.job, self.bar = place, model, job, bar
-        self.table = place / "epochs.csv"
-        self.scores: list[tuple[float, float]] = []  # of each epoch
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """Of each epoch, top-1 and -loss: higher is better."""
+        return json.loads(self.notes["scores"])
 
     def read(self, parts) -> list:
         history = super().read(parts)
-        if history and self.table.is_file():  # it may be ahead of the checkpoint: the same numbers would come again
-            self.scores = [tuple(map(float, line.split(",")[1:])) for line in self.table.read_text().splitlines()[1:]]
         self.bar.update(len(history))
         return history
 
@@ -145,22 +140,42 @@ class Watch(Checkpoints):
 
     def look(self, step: int) -> None:
         """Validate, where `step` ends an epoch that is not validated yet."""
-        per_epoch = self.bar.total // self.job.epochs
-        if step % per_epoch or step // per_epoch <= len(self.scores):
+        scores, per_epoch = self.scores, self.bar.total // self.job.epochs
+        if step % per_epoch or step // per_epoch <= len(scores):
             return
-        reached, _ = supervised.evaluate(self.model, self.job.validation, self.job.engine)
+        reached, _ = supervised.evaluate(self.model, self.job.data["validation"], self.job.engine)
         loop.set_train_mode(self.model)
-        score = (reached["top1"], -reached["loss"])
-        if not self.scores or score > max(self.scores):
+        score = [reached["top1"], -reached["loss"]]
+        if not scores or score > max(scores):
             self.save("best")
-        self.scores.append(score)
-        lines = [f"{epoch},{top1},{minus_loss}" for epoch, (top1, minus_loss) in enumerate(self.scores, start=1)]
-        with write_whole(self.table) as draft:
-            draft.write_text("\n".join(["epoch,top1,minus_loss", *lines]) + "\n")
+        self.notes["scores"] = json.dumps([*scores, score])
 
     def save(self, name: str) -> None:
         notes = write_notes(self.job.view, self.job.task.data.classes, trunk=self.job.trunk.hash)
-        save(self.model, self.place / f"{name}.safetensors", notes)
+        save(merged(self.model), self.place / f"{name}.safetensors", notes)
+
+
+def alone(command: Callable) -> Callable:
+    """A command that writes to `out`, which no other process does meanwhile: UsageError where one is there."""
+
+    @functools.wraps(command)
+    def locked(folder: Path | str, out: Path | str, *given: object, **options: object) -> object:
+        place = Path(os.path.realpath(out))
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held = lock.acquire(timeout=0)
+        except Timeout as fault:
+            raise UsageError(f"another process writes to {out}: wait for it, or give another --out") from fault
+        except OSError as fault:
+            raise UsageError(f"nothing can be written to {out} ({fault.strerror})") from fault
+        with held:
+            try:
+                return command(folder, out, *given, **options)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+
+    return locked
 
 
 def check_place(out: Path, written: Collection[str]) -> None:
@@ -177,7 +192,7 @@ def execute(run: Run, job: Job) -> Outcome:
     place = run.place(job)
     if (place / "result.json").is_file():
         return Outcome(**json.loads((place / "result.json").read_text()))
-    model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.train
+    model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.data["train"]
     steps = loop.count_steps(recipe, len(train))
     with (
         tqdm(total=steps, desc=str(run), unit="step", disable=None, leave=False) as bar,
@@ -188,8 +203,8 @@ def execute(run: Run, job: Job) -> Outcome:
         try:
             loop.train(*inputs, on_step=watch.after, engine=job.engine, checkpoints=watch)
             watch.save("last")
-            best = max(watch.scores)
-            outcome = Outcome(best[0], -best[1], watch.scores.index(best) + 1, watch.wall_s)
+            best = max(scores := watch.scores)
+            outcome = Outcome(best[0], -best[1], scores.index(best) + 1, watch.wall_s)
         except loop.NonFiniteLoss:
             outcome = Outcome(-1.0, math.inf, 0, watch.wall_s)
     with write_whole(place / "result.json") as draft:
@@ -216,7 +231,7 @@ def search(job: Job, strategy: str, seed: int) -> dict[float, Outcome]:
 
 def best_of(tried: dict[float, Outcome]) -> float:
     """The rate that did best on the validation part. Raises UsageError where every loss was not finite."""
-    best = max(tried, key=lambda lr: tried[lr].score)
+    best = max(tried, key=lambda lr: (tried[lr].top1, -tried[lr].loss))
     if tried[best].top1 < 0:
         rates = ", ".join(f"{lr:g}" for lr in sorted(tried))
         raise UsageError(f"the loss is not finite at the rates {rates}: give a lower one with --lr")

@@ -47,23 +47,17 @@ class Trunk:
         c = self.config(image_size, 0)
         return View(c.image_size, c.patch_size, self.mean, self.std)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Without the head, which a task has of its own."""
-        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("head.")}
+    @property
+    def seen(self) -> View:
+        """Of a fine-tuned model: what it was trained on."""
+        return self.view(self.model.config.image_size)
 
 
 def read_trunk(source: str | Path | None = None) -> Trunk:
-    """Weights of `source`: a file, ours or one that `model.weights.read_checkpoint` reads, a folder that `finetune` or
-    `pretrain` wrote, or
-    a timm name; None is the trunk that ships.
-
-    Raises UsageError for what cannot be read, and where no trunk ships.
+    """Weights of a file, ours or one that `model.weights.read_checkpoint` reads, of a folder that `finetune` or `pretrain`
+    wrote, or of a timm name; None is the trunk that ships. Raises UsageError for what cannot be read.
     """
-    if source is None:
-        if not SHIPPED.is_file():
-            raise UsageError("no trunk ships with this version: name weights with --from, a file or a timm name")
-        source = SHIPPED
-    path = Path(source)
+    path = Path(source or SHIPPED)
     if path.is_dir():
         path = next((p for name in ("best", "trunk") if (p := path / f"{name}.safetensors").is_file()), path)
     mean, std, notes = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, {}
@@ -71,13 +65,12 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
         model, notes = load(path), read_notes(metadata)
         if not isinstance(model, ViT):
             raise UsageError(f"{path} holds a {type(model).__name__}: allowed is a ViT")
-        # ours, without notes: a trunk of grey images
-        mean, std = (
-            notes.get(k, (0.5,) if model.config.in_chans == 1 else v) for k, v in (("mean", mean), ("std", std))
-        )
+        if model.config.in_chans == 1:
+            mean = std = (0.5,)
+        mean, std = notes.get("mean", mean), notes.get("std", std)
+    elif path.is_dir():
+        raise UsageError(f"folder {path} was not written by finetune or pretrain: name a file of weights")
     else:
-        if path.is_dir():
-            raise UsageError(f"folder {path} was not written by finetune or pretrain: name a file of weights")
         model = read_checkpoint(str(source))
         if not path.is_file():
             from timm.models import get_pretrained_cfg
@@ -86,7 +79,7 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
     if len(mean) != model.config.in_chans:
         raise UsageError(f"{source} reads {model.config.in_chans} channels: allowed are 3, and 1 for grey")
     model = model.float().eval().requires_grad_(False)
-    return Trunk(model, str(source), tuple(mean), tuple(std), tuple(notes.get("classes", ())))
+    return Trunk(model, str(source or SHIPPED), tuple(mean), tuple(std), tuple(notes.get("classes", ())))
 
 
 def read_notes(metadata: Mapping[str, str]) -> dict[str, object]:
