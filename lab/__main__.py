@@ -20,22 +20,22 @@ def main(words: list[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(words)
         look_up(arguments)
-        return arguments.command(arguments) or 0
+        arguments.command(arguments)
+        return 0
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
+        print(file=sys.stderr)
+        code, said = 130, "stopped; finished runs are kept, and the same command goes on with the rest"
     except UsageError as fault:
-        print(f"lab: {fault}", file=sys.stderr)
-        return 2
-    except RuntimeError as fault:
-        if not type(fault).__module__.startswith(("vitlib", "lab")):
-            raise
-        print(f"lab: {fault}", file=sys.stderr)  # a run or a notebook that failed: what and where
-        return 1
+        code, said = 2, fault
     except OSError as fault:  # a folder that cannot be written, a full disk
         named = f" ({fault.filename})" if fault.filename else ""
-        print(f"lab: {fault.strerror or fault}{named}; finished runs are kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
-        print("\nlab: stopped; finished runs are kept, and the same command goes on with the rest", file=sys.stderr)
-        return 130
+        code, said = 1, f"{fault.strerror or fault}{named}; finished runs are kept"
+    except RuntimeError as fault:  # a run or a notebook that failed: what and where
+        if not type(fault).__module__.startswith(("vitlib", "lab")):
+            raise
+        code, said = 1, fault
+    print(f"lab: {said}", file=sys.stderr)
+    return code
 
 
 SLURM = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # what is said of its jobs
@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if profile:
-            profiles = "smoke, cpu, study, photos or imagenet (default: %(default)s)"
-            command.add_argument("--profile", default=profile, help=profiles)
+            scales = "smoke, cpu, study, photos or imagenet (default: %(default)s)"
+            command.add_argument("--profile", default=profile, help=scales)
         return command
 
     add("check", check, "is the installation whole: torch and torchvision of one family, data undamaged")
@@ -73,26 +73,20 @@ def parser() -> argparse.ArgumentParser:
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     show = add("show", show_, "the committed answer to a claim, a part or a notebook; needs no torch")
-    show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
-    show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
-    show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
-    opened = add("notebook", notebook_, "JupyterLab on the page of all claims (make lab)")
-    opened.add_argument("options", nargs="*", help="of JupyterLab, after --, e.g. -- --no-browser --port 9999")
     site = add("site", site_, "the notebooks as a site of plain pages, which asks no other host for anything")
-    site.add_argument("--of", default="", metavar="PROFILE", help="as reproduce rendered them (default: as committed)")
-    site.add_argument("--folder", type=Path, help="where to (default: outputs/site)")
-    text = "write the finished runs to a runs.jsonl (metrics, no weights)"
-    add("export", export_, text).add_argument("file", type=Path)
-    add("import", import_, "merge a runs.jsonl into the run store").add_argument("file", type=Path)
+    export = add("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)")
+    merge = add("import", import_, "merge a runs.jsonl into the run store")
     repeated = {"action": "append", "default": []}
     for command in (plan, run, reproduce):
         command.add_argument("--notebook", **repeated, help="only this one, e.g. 31; may be repeated")
     for command in (plan, run, reproduce, tune):
-        command.add_argument(
-            "--jobs", type=whole(0), default=0, help="training processes side by side (0: one per core)"
-        )
+        command.add_argument("--jobs", type=whole(0), default=0, help="training processes at once (0: one per core)")
     for command in (plan, run):
         command.add_argument("--part", **repeated, help="only what this part of a claim reads, e.g. H4-linear")
+    devices = "a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100"
+    plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
+    plan.add_argument("--gpus", type=whole(1), help="GPUs that share each run (default: 1)")
+    plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
     run.add_argument("--processes", type=whole(1), default=1, help="that share each run, one per GPU, through torchrun")
     run.add_argument("--slurm", metavar="FOLDER", help="submit one job per run to SLURM; its scripts and logs go there")
     run.add_argument("--partition", help="of SLURM (default: the cluster's own)")
@@ -101,23 +95,23 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--cpus", type=whole(1), help="CPU cores of each process of a SLURM job (default: 16)")
     run.add_argument("--memory-gb", type=whole(1), help="of each machine of a SLURM job (default: 60)")
     run.add_argument("--hours", type=float, help="time limit of a SLURM job (default: 24)")
-    devices = "a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100"
-    plan.add_argument("--device", default="", help=f"GPU-hours on this device instead: {devices}")
-    plan.add_argument("--gpus", type=whole(1), help="GPUs that share each run (default: 1)")
-    plan.add_argument("--rate", type=float, help="TFLOP/s of training; else measured, else 35 %% of the maker's peak")
     reproduce.add_argument("--finished", action="store_true", help="train nothing: render what there is")
     reproduce.add_argument("--set", **repeated, metavar="NAME=VALUE", help="a notebook parameter")
     tune.add_argument("--rate", **repeated, metavar="ARM", help="only the rate of this arm; may be repeated")
     bench.add_argument("name", help="branches (Table 4) or finetune (a step of each strategy)")
     bench.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
-    bench.add_argument(
-        "--restarts", type=whole(0), default=0, help="fresh processes per case (0: each case's own number)"
-    )
+    bench.add_argument("--restarts", type=whole(0), default=0, help="processes per case (0: each case's own number)")
     bench.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     claims.add_argument("part", nargs="?", help="only this part, e.g. F1")
     claims.add_argument("--committed", action="store_true", help="of the committed study, not of the runs in the store")
     claims.add_argument("--margin", type=float, help="every label at this margin too, in points")
     claims.add_argument("--trace", action="store_true", help="from the part's verdict to its runs")
+    show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
+    show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
+    show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
+    site.add_argument("--of", default="", metavar="PROFILE", help="as reproduce rendered them (default: as committed)")
+    for command in (export, merge):
+        command.add_argument("file", type=Path)
     return top
 
 
@@ -165,9 +159,10 @@ def plan_(arguments) -> None:
     from lab.runs import store
 
     specs, a = _specs(arguments), arguments
-    if not a.device:
-        return print(plan.cpu_text(specs, a.jobs))
-    print(plan.gpu_text(store.missing(specs), a.device, a.rate, a.gpus or 1))
+    if a.device:
+        print(plan.gpu_text(store.missing(specs), a.device, a.rate, a.gpus or 1))
+    else:
+        print(plan.cpu_text(specs, a.jobs))
 
 
 def run_(arguments) -> None:
@@ -227,39 +222,38 @@ def bench_(arguments) -> None:
 
     if arguments.name not in BENCHES:
         raise unknown("benchmark", arguments.name, BENCHES)
-    bench, p, a = BENCHES[arguments.name], arguments.profile, arguments
-    parts = [part for part in ledger().parts.values() if part.kind == "ratio" and p.name in part.n]
-    stamps = {part.id: ledger().hash(part, p.name) for part in parts}
-    rows = runner.run(bench, p, a.device, a.restarts, a.only, stamps)
+    bench, p = BENCHES[arguments.name], arguments.profile
+    stamps = ledger().stamps(p.name)
+    rows = runner.run(bench, p, arguments.device, arguments.restarts, arguments.only, stamps)
     print(runner.report(bench, p, rows))
 
 
 def claims_(arguments) -> None:
     from lab.claims import evidence, judge
     from lab.paths import REFERENCE
-    from lab.report import tables
+    from lab.report import answer, tables
 
-    p, folder = arguments.profile, REFERENCE / arguments.profile.name
-    source = evidence.Archived(folder, p.name) if arguments.committed else evidence.Stored(p)
-    if arguments.committed and not (folder / "runs.jsonl").is_file():
+    p = arguments.profile
+    if arguments.committed and not (REFERENCE / p.name / "runs.jsonl").is_file():
         raise UsageError(f"there is no committed study of profile {p.name}")
-    if arguments.part:
-        part = source.ledger.part(arguments.part)
-        verdict = next(v for v in evidence.verdicts(source, evidence.reference()) if v.part.id == part.id)
-        print(f"{part.title}\n{tables.said(verdict)}\n{verdict.sentence or verdict.note}")
+    source = evidence.committed(p.name) if arguments.committed else evidence.Stored(p)
+    part = source.ledger.part(arguments.part) if arguments.part else None
+    every = evidence.verdicts(source, evidence.reference())
+    if part:
+        row = next(row for row in judge.verdict_table(every).itertuples() if row.part == part.id)
+        print(f"{part.title}\n{row.part}: {answer.label(row)}{answer.details(row)}\n{row.says or row.note}")
         if arguments.trace:
             there = p.name in part.n or part.kind == "exact"
             fixed = source.ledger.hash(part, p.name) if there else f"none at profile {p.name}"
-            print(f"\nmargin {verdict.part.margin}, checks: {dict(verdict.checks)}\nledger entry {fixed}\n")
+            print(f"\nmargin {row.margin}, checks: {row.checks}\nledger entry {fixed}\n")
             print(evidence.trace(source, part).to_markdown(index=False, tablefmt="simple", disable_numparse=True))
-        return
-    every = evidence.verdicts(source, evidence.reference())
-    if arguments.margin is not None:
+    elif arguments.margin is not None:
         moved = judge.moved(every, (arguments.margin, *judge.MARGINS))
-        return print(moved.to_markdown(index=False, tablefmt="simple", floatfmt=".2f"))
-    if not arguments.committed:
-        tables.save_claims(p)
-    print(tables.claims_text(source, every))
+        print(moved.to_markdown(index=False, tablefmt="simple", floatfmt=".2f"))
+    else:
+        if not arguments.committed:
+            tables.save_claims(p.name, every)
+        print(tables.claims_text(p.name, every))
 
 
 def show_(arguments) -> None:
@@ -272,35 +266,32 @@ def show_(arguments) -> None:
         print(f"figure: {arguments.figure}")
 
 
-def notebook_(arguments) -> int:
-    from lab.report import jupyter
-
-    return jupyter.start(arguments.options)
-
-
 def site_(arguments) -> None:
-    from lab import paths
+    from lab.paths import outputs
     from lab.report import site
 
-    folder = arguments.folder or paths.outputs() / "site"
-    written = site.build(site.executed(arguments.of), folder)
-    print(f"{len(written)} pages: {folder / 'index.html'}")
+    written = site.build(site.executed(arguments.of), outputs() / "site")
+    print(f"{len(written)} pages: {written[0]}")
 
 
 def export_(arguments) -> None:
-    from lab.runs.store import export_runs
+    from lab.runs import store
 
-    print(f"{export_runs(arguments.file)} runs written to {arguments.file}")
+    print(f"{store.export_runs(arguments.file)} runs written to {arguments.file}")
 
 
 def import_(arguments) -> None:
-    from lab.runs.store import import_runs
+    from lab.runs import store
 
-    print("{} runs imported, {} were there already".format(*import_runs(arguments.file)))
+    print("{} runs imported, {} were there already".format(*store.import_runs(arguments.file)))
 
 
 if __name__ == "__main__":
     from lab.runs.processes import end_cleanly
 
     end_cleanly()
+    sys.exit(main())
+
+
+if __name__ == "__main__":
     sys.exit(main())

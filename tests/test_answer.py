@@ -14,6 +14,7 @@ from lab import paths
 from lab.claims import evidence, judge
 from lab.experiments.profiles import profile
 from lab.report import answer
+from tools import reference
 from vitlib.errors import UsageError
 from vitlib.stats import Estimate
 
@@ -83,7 +84,7 @@ def test_the_figure_has_our_estimate_with_its_interval_filled_and_the_papers_hol
     assert [line.get_xdata()[0] for line in hollow] == [0.0]
     assert answer.kind(next(rows.itertuples())) == "against" and "F1: -1.00" in answer.alt(rows)
     assert answer.figure(answer.chosen("H1")) is None
-    assert [panel.get_title() for panel in answer.three().axes] == list(answer.THINGS)
+    assert [panel.get_title() for panel in reference.three().axes] == list(reference.PANELS)
 
 
 def test_a_notebook_shows_figure_and_verdict_with_text_for_those_who_do_not_see_it(study, monkeypatch):

@@ -227,25 +227,18 @@ def test_a_disk_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, tmp_
 
 
 PARAMETERS = """
-from __future__ import annotations
 profile: str = "smoke"  # which
-save: bool = False  # keep
-seeds: list = [1, 2]  # which
-names: list[str] = []  # whose
-size: int | None = None  # side
+size: int = 8  # side
 rate: float = 0.1  # of learning
 """
 
 
 @pytest.mark.parametrize(
     ("word", "value"),
-    [
-        ("save=True", True), ("seeds=[3]", [3]), ("names=['a']", ["a"]), ("size=5", 5), ("size=None", None), ("rate=1", 1.0),
-        ("save=1", None), ("seeds=(3,)", None), ("size=x", None), ("size=2.5", None), ("rate=" + "[" * 9999, None),
-        ("save=__import__('os')", None),
-    ],
+    [("profile=cpu", "cpu"), ("size=5", 5), ("rate=1", 1.0), ("rate=1e-3", 1e-3), ("size=x", None), ("size=2.5", None),
+     ("rate=__import__('os')", None)],
 )  # fmt: skip
-def test_a_parameter_of_any_plain_type_can_be_set(word, value, tmp_path):
+def test_a_parameter_is_set_as_its_type(word, value, tmp_path):
     cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     nbformat.write(
         new_notebook(
@@ -254,7 +247,7 @@ def test_a_parameter_of_any_plain_type_can_be_set(word, value, tmp_path):
         tmp_path / "n.ipynb",
     )
     name = word.partition("=")[0]
-    if value is None and word != "size=None":
+    if value is None:
         with pytest.raises(UsageError, match=rf"^parameter {name} of n is of type .*, which .* is not$"):
             render._parameters(tmp_path / "n.ipynb", {}, [word])
     else:

@@ -401,6 +401,7 @@ def test_every_notebook_of_the_list_is_there_with_profile_as_its_parameter():
         assert one.file.startswith(one.number) and render.source(one).is_file()
         parameters = papermill.inspect_notebook(str(render.source(one)))
         assert parameters["profile"]["inferred_type_name"] == "str"
+        assert {one["inferred_type_name"] for one in parameters.values()} <= {*render.READ}  # --set reads them all
 
 
 def test_a_notebook_that_fails_is_kept_apart_and_named(monkeypatch, tmp_path):

@@ -17,7 +17,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lab import paths
 from lab.claims import judge
@@ -34,25 +36,10 @@ PAGE = paths.REFERENCE / "README.md"
 MARKS = ("<!-- claims: written by `python -m tools.reference` -->", "<!-- end of claims -->")
 ANSWERS = ("<!-- answers: written by `python -m tools.reference` -->", "<!-- end of answers -->")
 THINGS = (  # what the paper says, its primary parts, the notebooks
-    (
-        "parallel blocks",
-        "18 layers of 2 branches are as accurate as 36 layers, at the same cost",
-        ("A1",),
-        ("31", "61"),
-    ),
-    (
-        "attention-only tuning",
-        "attention alone adapts a ViT as well as all its weights, and cheaper",
-        ("F1", "F2-full"),
-        ("41", "42"),
-    ),
-    (
-        "hMLP stem",
-        "a stem that keeps patches apart helps masked pre-training",
-        ("H4-linear", "H8-retention"),
-        ("51", "52"),
-    ),
-)
+    ("parallel blocks", "18 layers of 2 branches are as accurate as 36 layers, at the same cost", ("A1",), ("31", "61")),
+    ("attention-only tuning", "attention alone adapts a ViT as well as all its weights, and cheaper", ("F1", "F2-full"), ("41", "42")),
+    ("hMLP stem", "a stem that keeps patches apart helps masked pre-training", ("H4-linear", "H8-retention"), ("51", "52")),
+)  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> int:
@@ -97,12 +84,12 @@ def copy(p: Profile) -> list[Path]:
     (kept / "about.txt").write_text(about([*finished.values()]) + "\n", encoding="utf-8")
     for file in (LEDGER, RECIPES):  # as they were when these runs were judged
         shutil.copyfile(paths.PAPER / file, kept / file)
-    tables.save_claims(p)
+    tables.save_claims(p.name, tables.judged(p))
     for file in ("claims.csv", "margins.csv", "tuning.csv", "control.csv"):
         if (made / file).is_file():
             shutil.copyfile(made / file, kept / file)
     if (made / "tuning.csv").is_file():
-        answer.rates_figure(pd.read_csv(made / "tuning.csv")).savefig(
+        rates_figure(pd.read_csv(made / "tuning.csv")).savefig(
             kept / "tuning.png", dpi=150, metadata={"Software": None}
         )
     for folder, kinds in (("tables", (".csv", ".md")), ("figures", (".png",))):
@@ -137,7 +124,7 @@ def write_pages() -> list[Path]:
         with write_whole(path) as draft:
             draft.write_text(text, encoding="utf-8")
     picture = paths.REFERENCE / "three.png"
-    answer.three().savefig(picture, dpi=120, metadata={"Software": None})
+    three().savefig(picture, dpi=120, metadata={"Software": None})
     return [*texts, picture]
 
 
@@ -273,6 +260,62 @@ SECTIONS: dict[str, Callable] = {
     "From the pilot, deciding nothing": lambda row: row.source == PILOT,
     "Not run": lambda row: row.label == judge.NOT_RUN,
 }
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+PANELS = {  # the panels of the picture in README, their parts and how these are called there
+    "1. parallel blocks": {
+        "A1": "two branches - one, 12 pairs", "P5": "two branches - one, 36 pairs", "P2-1": "the same, no LayerScale",
+    },
+    "2. attention-only fine-tuning": {
+        "F1": "attention - everything", "F2-full": "everything - FFNs", "F5-digits": "attention - everything,\nfew images",
+    },
+    "3. hMLP stem": {
+        "H3-linear": "hMLP - linear, supervised", "H4-linear": "hMLP - linear, masked",
+        "H8-retention": "hMLP - conv, masked\nminus supervised",
+    },
+}  # fmt: skip
+
+
+def three() -> Figure:
+    """One panel per thing: the paper's differences, and ours where they are measured."""
+    table = answer.claims().set_index("part", drop=False)
+    drawn, panels = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
+    for panel, (title, parts) in zip(panels, PANELS.items(), strict=True):
+        answer.draw(panel, table.loc[[*parts]], names=[*parts.values()])
+        panel.set(title=title, xlabel="points of top-1")
+    answer.legend(drawn, table.loc[[part for parts in PANELS.values() for part in parts]])
+    return drawn
+
+
+def rates_figure(tuning: pd.DataFrame) -> Figure:
+    """A panel per learning rate that was searched: validation accuracy of each seed and their mean; the chosen one is marked.
+
+    tuning: the committed tuning.csv. The flat part of a curve is shaded.
+    """
+    names, across = list(dict.fromkeys(tuning["rate_of"])), 5
+    down = -(-len(names) // across)
+    drawn, panels = plt.subplots(down, across, figsize=(8, 1.5 * down), layout="constrained", squeeze=False)
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels.flat, names, strict=False):
+        rows = tuning[tuning["rate_of"] == name].sort_values("lr")
+        flat, chosen = rows[rows["flat"]], rows[rows["chosen"]]
+        if len(flat):
+            panel.axvspan(flat["lr"].min() / 1.2, flat["lr"].max() * 1.2, color="0.5", alpha=0.18, linewidth=0)
+        for seed in (column for column in rows if column.startswith("seed_")):
+            panel.plot(rows["lr"], rows[seed], ".", color="0.5", markersize=3)
+        panel.plot(rows["lr"], rows["top1_validation"], "-", linewidth=1)
+        panel.plot(chosen["lr"], chosen["top1_validation"], "D", color="C3", markersize=5)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(rows["lr"], [f"{lr:g}" for lr in rows["lr"]], rotation=60, fontsize=5)
+        panel.tick_params(axis="y", labelsize=5)
+        panel.minorticks_off()
+        panel.set_title(name, fontsize=7)
+    drawn.supxlabel("learning rate", fontsize="small")
+    drawn.supylabel("validation top-1, %", fontsize="small")
+    return drawn
 
 
 if __name__ == "__main__":

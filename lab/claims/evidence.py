@@ -124,7 +124,7 @@ def _elsewhere(part: Part) -> str:
 
 def pilot(part: Part) -> Verdict:
     """The first study's estimate under today's labels: its rules were others, and it decides nothing."""
-    here, archive = part.at_profile(PILOT), first_study()
+    here, archive = part.at_profile(PILOT), committed(PILOT).archive
     there = archive.results(part.notebook)
     correct = {arm: np.stack([r.correct for r in there[arm]]) for arm in here.contrast}
     first = archive.record(there[next(iter(here.contrast))][0].hash)
@@ -139,11 +139,6 @@ def _inside_of_three() -> dict[str, bool]:
     """Arm of the pilot -> whether the middle one of its three rates was the best, where it was tuned."""
     tuned = pd.read_csv(paths.REFERENCE / PILOT / "tuning.csv").sort_values("lr").groupby("arm", sort=False)
     return {arm: rows["top1_validation"].to_numpy().argmax() not in (0, len(rows) - 1) for arm, rows in tuned}
-
-
-@functools.cache
-def first_study() -> Archive:
-    return Archive(paths.REFERENCE / PILOT)
 
 
 # ---------------------------------------------------------------------------------------------------- tuning
@@ -312,10 +307,19 @@ class Archived:
         return estimate, row["note"].removeprefix("on ")
 
 
+def committed(name: str) -> Archived:
+    """What outputs/reference has under a name; its runs are parsed once."""
+    return _committed(paths.REFERENCE / name, name)
+
+
+@functools.cache
+def _committed(folder: Path, name: str) -> Archived:
+    return Archived(folder, name)
+
+
 def reference() -> Archived | None:
     """The committed second study, where there is one."""
-    folder = paths.REFERENCE / "study"
-    return Archived(folder) if (folder / "runs.jsonl").is_file() else None
+    return committed("study") if (paths.REFERENCE / "study" / "runs.jsonl").is_file() else None
 
 
 def trace(source: Stored | Archived, part: Part) -> pd.DataFrame:

@@ -190,28 +190,25 @@ def memory_line(strategy: str, image_size: int, attention: str, precision: str) 
 
 def step_multiply_adds() -> pd.DataFrame:
     """10^9 multiply-adds of a training step of ViT-B by kind of layer, forward and backward, full and attention-only."""
-    tables = []
+    rows = []
     for size in (224, 384):
         steps = (count.step_macs(vit_config("B12", image_size=size, layer_scale=1e-4), s) for s in ("full", "attn"))
         full, attn = (pd.DataFrame(step, index=count.Step._fields) / 1e9 for step in steps)
         full["all"], attn["all"] = full.sum(axis=1), attn.sum(axis=1)
-        before, after = full.sum(), attn.sum()
-        tables.append(pd.DataFrame({
-            "image_size": size, "kind": full.columns, "forward, gmacs_matmul": full.loc["forward"],
-            "backward, full": full.loc["backward"], "backward, attn": attn.loc["backward"],
-            "step, full": before, "step, attn": after, "spared, % of the step": 100 * (before - after) / before["all"],
-        }).drop(index="other"))  # fmt: skip
-    table = pd.concat(tables, ignore_index=True)
-    return framed(table, columns("image_size kind", **dict.fromkeys(table.columns[2:], ".3f")))
+        rows += [{
+            "image_size": size, "kind": kind, "forward, gmacs_matmul": full[kind]["forward"],
+            "backward, full": full[kind]["backward"], "backward, attn": attn[kind]["backward"],
+            "step, full": full[kind].sum(), "step, attn": attn[kind].sum(),
+            "spared, % of the step": 100 * (full[kind] - attn[kind]).sum() / full["all"].sum(),
+        } for kind in full if kind != "other"]  # fmt: skip
+    return framed(rows, columns("image_size kind", **dict.fromkeys([*rows[0]][2:], ".3f")))
 
 
 def step_costs(p: Profile) -> pd.DataFrame:
     """A training step at the profile's own size: time from five process restarts, memory counted; nothing at smoke."""
+    layout, rows, part = columns("strategy step"), [], ledger().part(cases.F3)
     if not p.judged:
-        return framed(
-            [{"strategy": s, "step": "no timing at smoke"} for s in PAPER_STRATEGIES], columns("strategy step")
-        )
-    part, rows = ledger().part(cases.F3), []
+        return framed([{"strategy": s, "step": "no timing at smoke"} for s in PAPER_STRATEGIES], layout)
     table = pd.DataFrame(cases.measured_evidence(p, part, ledger().hash(part, p.name)))
     full = table[table["arm"] == "full"]
     for strategy, group in table.groupby("arm", sort=False):
@@ -220,7 +217,7 @@ def step_costs(p: Profile) -> pd.DataFrame:
             "strategy": strategy, "step": group["case"].iloc[0], "time_s": group["time_s"].median(), "ratio": ratio.mean(),
             "sd": ratio.std(ddof=1), "n": len(ratio), "memory": memory, "memory ratio": full["mem_mb"].iloc[0] / memory,
         })  # fmt: skip
-    return framed(rows, columns("strategy step", time_s=".4f") | {
+    return framed(rows, layout | columns(time_s=".4f") | {
         "full over this, time_s": "{ratio:.3f} ± {sd:.3f} (n={n})", "mem_mb, counted": "{memory:.1f}",
         "full over this, mem_mb": "{memory ratio:.3f}",
     })  # fmt: skip

@@ -5,12 +5,13 @@ Below `imagenet` a figure plots differences to the reference arm, since accuraci
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab.data.cards import card, load_resized, source
@@ -22,7 +23,6 @@ from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
 from lab.report.tables import TRAININGS, gap
 from lab.runs import execute, store
 from lab.runs.spec import RunSpec
-from vitlib.errors import UsageError
 from vitlib.train import masked, tokenizers
 
 BOUNDS = ("points", "low", "high")
@@ -34,20 +34,35 @@ def whiskers(table: pd.DataFrame, prefix: str = "") -> np.ndarray:
     return np.stack([points - low, high - points])
 
 
-def with_bounds(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have a difference, with columns for its interval where no row has one."""
-    return table.reindex(columns=list(dict.fromkeys([*table, *BOUNDS]))).dropna(subset=["points"])
+def with_columns(table: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """The table with these columns, empty where it has none."""
+    return table.reindex(columns=list(dict.fromkeys([*table, *names])))
+
+
+def pictures(rows: Mapping[str, np.ndarray], figsize: tuple[float, float]) -> Figure:
+    """Images (N, H, W, C) from 0 to 1 side by side, a named row each."""
+    figure, axes = plt.subplots(
+        len(rows), len(next(iter(rows.values()))), figsize=figsize, squeeze=False, layout="constrained"
+    )
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for panel, image in zip(line, images, strict=True):
+            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+            panel.set(xticks=[], yticks=[])
+            panel.grid(False)
+        line[0].set_ylabel(name)
+    return figure
+
+
+def channels_last(images: torch.Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).numpy()
 
 
 def images_figure(p: Profile, count: int) -> tuple[Figure, str]:
-    """The first images of a data set with their labels, at the size that the models read; and a caption."""
+    """The first images of a data set in memory with their labels, at the size that the models read; and a caption."""
     data = source(p.data).open("test", p.image_size)
-    if data.streamed:
-        raise UsageError(f"{p.data} is read from its files: images are shown of data in memory")
-    figure, axes = plt.subplots(1, count, figsize=(8, 1.3), layout="constrained")
+    figure = pictures({"": channels_last(data.images[:count]) / 255}, (8, 1.3))
     names = [data.classes[label] for label in data.labels[:count].tolist()]
-    for panel, image, name in zip(axes, data.images, names, strict=False):
-        _show(panel, image.permute(1, 2, 0).numpy() / 255)
+    for panel, name in zip(figure.axes, names, strict=True):
         panel.set_title(name, fontsize="x-small")
     about = f"{card(p.data)['pretty_name']}, the first test images at {p.image_size} pixels: {', '.join(names)}."
     return figure, about
@@ -72,16 +87,18 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
 
     Without these runs: only that sentence.
     """
-    arms, base = [arm for arm in runs.results if arm != reference], runs.results.get(reference)
-    if not (base and arms):
+    arms = [arm for arm in runs.results if arm != reference]
+    if not arms or reference not in runs.results:
         figure = plt.figure(figsize=(6, 0.6))
         figure.text(0.5, 0.5, f"no runs at {runs.experiment.profile.name}", ha="center", va="center")
         return figure
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for x, arm in enumerate(arms):
-        by_seed = [a.metrics["top1"] - b.metrics["top1"] for a, b in zip(runs.results[arm], base, strict=False)]
+        both = zip(runs.results[arm], runs.results[reference], strict=False)
+        by_seed = [a.metrics["top1"] - b.metrics["top1"] for a, b in both]
         axes.plot([x] * len(by_seed), by_seed, "o", color="0.55", markersize=5)
-    table = with_bounds(pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)])).dropna()
+    gaps = pd.DataFrame([{"x": x} | gap(runs, arm, reference) for x, arm in enumerate(arms)])
+    table = with_columns(gaps, *BOUNDS).dropna()
     axes.errorbar(table["x"], table["points"], whiskers(table), fmt="D", capsize=4, color=sns.color_palette()[0])
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set_xticks(range(len(arms)), arms, rotation=30 if len(arms) > 6 else 0)
@@ -92,7 +109,7 @@ def difference_figure(runs: Runs, reference: str, xlabel: str) -> Figure:
 def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
     """Two branches minus one over the width or the pairs: `tables.gaps`, and the paper's chart (`paper.gaps`)."""
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    measured = with_bounds(table)
+    measured = with_columns(table, size, *BOUNDS).dropna(subset="points")
     label = f"{measured['measured'].iloc[0]}, n = {measured['n'].iloc[0]}" if len(measured) else "not run"
     axes.errorbar(measured[size], measured["points"], whiskers(measured), fmt="D-", capsize=4, label=label)
     for i, (family, group) in enumerate([("", chart)] if size == "width" else chart.groupby("model_family"), start=1):
@@ -100,7 +117,7 @@ def gap_figure(table: pd.DataFrame, chart: pd.DataFrame, size: str) -> Figure:
         axes.plot(group[size], group["points"], "os"[i % 2] + "--", markerfacecolor="none", **look)
     axes.axhline(0, color="0.2", linewidth=1)
     axes.set_xscale("log", base=2)
-    ticks = sorted({*table[size], *chart[size]})
+    ticks = sorted({*measured[size], *chart[size]})
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
     axes.set(xlabel=size, ylabel="two branches minus one, points")
@@ -114,7 +131,7 @@ def transfer_figure(table: pd.DataFrame) -> Figure:
     for i, (model, rows) in enumerate(paper.transfer().groupby("model", sort=False)):
         look = {"markerfacecolor": "none", "color": sns.color_palette()[i], "label": f"{model}, the paper"}
         axes.plot(rows["images"], rows["points"], "Dos"[i], **look)
-    table = with_bounds(table)
+    table = with_columns(table, *BOUNDS).dropna(subset="points")
     for i, ((name, width, measured), rows) in enumerate(table.groupby(["data", "width", "measured"], sort=False)):
         look = {"color": sns.color_palette()[(3 + i) % 10], "label": f"{name}, width {width:.0f}, {measured}"}
         axes.errorbar(rows["images"], rows["points"], whiskers(rows), fmt="os^v"[i % 4], capsize=3, **look)
@@ -149,17 +166,15 @@ def stem_figure(table: pd.DataFrame, name: str) -> Figure:
     `table` is `tables.table7`, `name` its profile's. One point per stem: the paper's Table 7, then ours. Above the diagonal a
     stem gains more by pre-training.
     """
-    for training in TRAININGS:
-        table = table.reindex(columns=list(dict.fromkeys([*table, *(f"{training} {c}" for c in ("paper", *BOUNDS))])))
+    table = with_columns(table, *(f"{training} {column}" for training in TRAININGS for column in ("paper", *BOUNDS)))
     linear, stems = table[table["stem"] == "linear"].iloc[0], table[table["stem"] != "linear"]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
     for i, stem in enumerate(stems["stem"]):
         row = stems[stems["stem"] == stem].select_dtypes("number")
         look = {"color": colours[i], "marker": "os^vDP*Xp"[i % 9], "linestyle": "none"}
-        axes[0].plot(
-            *(row[f"{c} paper"] - linear[f"{c} paper"] for c in TRAININGS), label=stem, markerfacecolor="none", **look
-        )
+        x, y = (row[f"{c} paper"] - linear[f"{c} paper"] for c in TRAININGS)
+        axes[0].plot(x, y, label=stem, markerfacecolor="none", **look)
         x, y = (row[f"{c} points"] for c in TRAININGS)
         if x.notna().all() and y.notna().all():
             xerr, yerr = (whiskers(row, f"{c} ") for c in TRAININGS)
@@ -194,31 +209,20 @@ def leak_figure() -> Figure:
 GREY = 0.55  # of what is masked
 
 
-def _show(panel: Axes, picture: np.ndarray) -> None:
-    panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
-    panel.set(xticks=[], yticks=[])
-    panel.grid(False)
-
-
 def masking_figure(p: Profile, count: int = 4) -> Figure:
     """Images, their block-wise masks, and the k-means prototypes of their patches; of `cpu` where none are in memory."""
     p = PROFILES["cpu"] if p.paper else p
     spec = arms_of(small.stems, p)["linear pretrained"].spec.parent.with_seed(p.seeds[0])
     grid, side, channels = spec.model.grid, spec.model.patch_size, spec.model.in_chans
     data = load_resized(spec.data, "train", spec.model.image_size)
+    images = channels_last(data.images[:count]) / 255
+    masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked).reshape(count, grid, grid)
+    hidden = np.kron(masks, np.ones((1, side, side), dtype=bool))[..., None]
     tokens = tokenizers.make_targets("tokens", data, side, spec.seed)
-    masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked)
-    figure, axes = plt.subplots(3, count, figsize=(1.5 * count, 4.6), layout="constrained")
-    for i, column in enumerate(axes.T):
-        image = data.images[i].permute(1, 2, 0).numpy() / 255
-        mask = np.kron(masks[i].reshape(grid, grid), np.ones((side, side), dtype=bool))[..., None]
-        pieces = tokens.prototypes[tokens.tokens[0, i]].reshape(grid, grid, channels, side, side)
-        predicted = pieces.permute(0, 3, 1, 4, 2).reshape(grid * side, grid * side, channels).numpy()
-        for panel, picture in zip(column, (image, np.where(mask, GREY, image), predicted), strict=True):
-            _show(panel, picture)
-    for panel, name in zip(axes[:, 0], ("image", f"{spec.masked} of {grid**2} masked", "prototypes"), strict=True):
-        panel.set_ylabel(name)
-    return figure
+    patches = tokens.prototypes[tokens.tokens[0, :count]].reshape(count, grid, grid, channels, side, side)
+    prototypes = patches.permute(0, 1, 4, 2, 5, 3).reshape(count, grid * side, grid * side, channels).numpy()
+    rows = {"image": images, f"{spec.masked} of {grid**2} masked": np.where(hidden, GREY, images)}
+    return pictures(rows | {"prototypes": prototypes}, (1.5 * count, 4.6))
 
 
 def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
@@ -226,19 +230,12 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
 
     Raises UsageError for a run that is not finished, has no weights here or reads its images from files.
     """
-    if spec.streamed:
-        raise UsageError(f"{spec.data} is read from its files: reconstructions are shown of images in memory")
     data = load_resized(spec.data, spec.split, spec.model.image_size)
     images = data.normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]])
     with torch.no_grad():
         rows = {"image": images, "decoded": execute.trained_tokenizer(spec)(images)}
-    figure, axes = plt.subplots(2, len(images), figsize=(0.8 * len(images), 1.8), layout="constrained")
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        pixels = (pictures * data.std + data.mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        for panel, picture in zip(line, pixels, strict=True):
-            _show(panel, picture)
-        line[0].set_ylabel(name)
-    return figure, (
+    pixels = {name: channels_last((batch * data.std + data.mean).clamp(0, 1)) for name, batch in rows.items()}
+    return pictures(pixels, (0.8 * len(images), 1.8)), (
         f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
         f"what the discrete VAE of seed {spec.seed} gives back from {spec.model.grid**2} tokens an image, of "
         f"{spec.model.vocabulary} that there are. The table has all {len(data):,} images."

@@ -1,4 +1,4 @@
-"""JupyterLab on the page of all claims: `make lab`, or `python -m lab notebook`."""
+"""JupyterLab on the page of all claims: `make lab`."""
 
 from __future__ import annotations
 

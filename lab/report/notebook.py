@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from lab import paths
+from lab.claims import evidence
 from lab.claims.judge import Verdict
 from lab.claims.ledger import stamps
 from lab.cost.plan import cpu_seconds
@@ -30,12 +28,15 @@ from lab.data.cards import source
 from lab.experiments import small
 from lab.experiments.catalogue import Experiment, Notebook, Runs, experiment, notebook
 from lab.experiments.profiles import Profile, changed, profile
-from lab.report import figures, tables
+from lab.report import answer, figures, tables
 from lab.runs import store
 from lab.runs.launch import launch
-from lab.runs.results import Archive
 from vitlib.errors import unknown
 from vitlib.files import write_whole
+
+
+def say(text: str) -> None:
+    display(Markdown(text))
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Page:
 
     notebook: Notebook
     profile: Profile
-    experiment: Experiment | None  # None: this notebook trains nothing
-    committed: Runs | None  # what the committed reference has of it
+    experiment: Experiment | None = None  # None: this notebook trains nothing
+    committed: Runs | None = None  # what the committed reference has of it
     changed: str = ""  # which of the profile's numbers a reader has changed
 
     def sequential(self, runs: Runs, layer_scale: bool = False) -> str:
@@ -57,50 +58,50 @@ class Page:
         if os.environ.get("VITLIB_TRAIN") != "0":
             launch(self.experiment.specs(), jobs, cpu_seconds, stamps(self.profile.name))
         runs = self.experiment.finished()
-        display(Markdown(tables.provenance(runs)))
+        say(tables.provenance(runs))
         return runs
 
     def table(self, frame: pd.DataFrame, name: str = "") -> None:
         """Show a table; with a name its files are `<notebook>_<name>`."""
         if not len(frame):
-            display(Markdown("None of these runs is finished."))
+            say("None of these runs is finished.")
             return
         text, path = tables.markdown(frame), self._path("tables", name)
         tables.save(frame, path.with_suffix(".csv"))
         with write_whole(path.with_suffix(".md")) as draft:
             draft.write_text(f"{text}\n", encoding="utf-8")
-        display(Markdown(text))
+        say(text)
 
     def accuracies(self, runs: Runs, reference: str, paper: Mapping[str, Mapping]) -> None:
         """The paper | the committed reference | this run; nothing where neither has arms."""
         if runs.experiment.arms or self.committed.results:
             self.table(tables.accuracies(runs, self.committed, reference, paper))
 
-    def figure(self, figure: Figure, alt: str, name: str = "") -> None:
-        """Show a figure with alternative text; SVG and PNG go beside."""
-        path, png = self._path("figures", name), io.BytesIO()
-        plt.close(figure)
+    def figure(self, figure: Figure, alt: str, name: str = "", caption: str = "") -> None:
+        """Show a figure with alternative text and a caption; SVG and PNG go beside."""
+        path = self._path("figures", name)
         # A fixed salt and no date: the same figure is the same file.
         with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
             figure.savefig(draft, metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=100)
+        picture = answer.picture(figure, alt, dpi=100)
         with write_whole(path.with_suffix(".png")) as draft:
-            draft.write_bytes(png.getvalue())
-        display(Image(png.getvalue(), format="png", alt=alt, metadata={"alt": alt}))
+            draft.write_bytes(picture.data)
+        display(picture)
+        if caption:
+            say(f"*{caption}*")
 
     def tokenizers(self, runs: Runs) -> None:
         """What the discrete VAEs of these runs give back, and how much of their codebooks is in use."""
         family = dict.fromkeys(member for spec in runs.experiment.specs() for member in spec.family())
         trained = {m: result for m in family if m.protocol == "tokenizer" and (result := store.find(m)) is not None}
         if not trained:
-            display(Markdown("No discrete VAE at this profile: the targets are k-means tokens."))
+            say("No discrete VAE at this profile: the targets are k-means tokens.")
             return
         self.table(tables.codebook_use(trained), "tokenizers")
         kept = [spec for spec in trained if store.weights_path(spec).is_file() and not spec.streamed]
         if kept:  # imported runs have metrics only
-            figure, caption = figures.reconstruction_figure(kept[0])
-            self.figure(figure, alt="Images of each class, and what their tokens give back", name="tokenizer")
-            display(Markdown(f"*{caption}*"))
+            drawn, caption = figures.reconstruction_figure(kept[0])
+            self.figure(drawn, "Images of each class, and what their tokens give back", "tokenizer", caption)
 
     def judged(self, number: str = "") -> list[Verdict]:
         """The verdicts at this profile, from what is finished; at smoke, which judges nothing else, on what is counted.
@@ -111,18 +112,16 @@ class Page:
         wanted = [v for v in every if number in ("", v.part.notebook)]
         if self.profile.judged:
             return wanted
-        said = "These runs only show that the code runs; the answer on top is the reference's. What is counted:"
-        display(Markdown(said))
+        say("These runs only show that the code runs; the answer on top is the reference's. What is counted:")
         return [v for v in wanted if v.part.kind == "exact"]
 
     def verdicts(self) -> None:
         """The verdict on each part of a claim that this notebook carries, from this page's own runs."""
         if self.changed:
-            said = f"**Not judged: changed** ({self.changed}). The ledger fixed other values before the runs."
-            display(Markdown(said))
+            say(f"**Not judged: changed** ({self.changed}). The ledger fixed other values before the runs.")
             return
         mine = self.judged(self.notebook.number)
-        display(Markdown("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine)))
+        say("\n".join(f"- **{v.part.id}** {v.part.title} → **{v.label}** {v.sentence}" for v in mine))
         if mine:
             self.table(tables.verdicts(mine), "verdicts")
 
@@ -132,43 +131,36 @@ class Page:
 
     def images(self, count: int = 8) -> None:
         """The first test images of the profile's data, with their labels, where it is held in memory."""
-        if source(self.profile.data).facts.image_size == 0:
-            return
-        drawn, caption = figures.images_figure(self.profile, count)
-        self.figure(drawn, alt=caption, name="data")
-        display(Markdown(f"*{caption}*"))
+        if source(self.profile.data).facts.image_size:
+            drawn, caption = figures.images_figure(self.profile, count)
+            self.figure(drawn, caption, "data", caption)
 
     def curves(self, runs: Runs) -> None:
         """The loss of every run over its steps, a line each."""
-        self.figure(figures.loss_figure(runs), alt="Training loss of every run over the steps", name="loss")
+        self.figure(figures.loss_figure(runs), "Training loss of every run over the steps", "loss")
 
     def _path(self, folder: str, name: str) -> Path:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
 
 
-STUDY = "study" if (paths.REFERENCE / "study" / "runs.jsonl").is_file() else "pilot"  # the committed reference
-
-
-@functools.cache
-def archive() -> Archive:
-    """The committed reference that pages show beside their runs: the first study, until there is a second."""
-    return Archive(paths.REFERENCE / STUDY)
+# The committed reference that pages show beside their runs: the first study, until there is a second.
+STUDY = "study" if (paths.REFERENCE / "study" / "runs.jsonl").is_file() else "pilot"
 
 
 @functools.cache
 def reference_text() -> str:
     """What the committed reference is, in a few words."""
-    known = archive()
+    known = evidence.committed(STUDY).archive
     days = {r.about["date"] for n in known.notebooks for results in known.results(n).values() for r in results}
     return f"{STUDY}, {len(known.seeds)} seeds at most, made {tables.span(days)}"
 
 
 def committed(shown: Notebook) -> Runs:
     """What the reference has of a notebook; nothing of the pilot's stems, which were others."""
-    study = profile("study")
-    known = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
-    results = archive().results(shown.number) if STUDY == "study" or shown.small is not small.stems else {}
-    return Runs(known, results, {label: archive().record(of_arm[0].hash) for label, of_arm in results.items()})
+    study, known = profile("study"), evidence.committed(STUDY).archive
+    setting = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
+    results = known.results(shown.number) if STUDY == "study" or shown.small is not small.stems else {}
+    return Runs(setting, results, {label: known.record(of_arm[0].hash) for label, of_arm in results.items()})
 
 
 def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> Page:
@@ -177,13 +169,12 @@ def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> P
     only: words of the arms to run, e.g. "full attn"; all by default. knobs: a reader's own numbers, see `profiles.changed`.
     Raises UsageError for a notebook, a profile, an arm or a number that does not exist, before anything is trained.
     """
-    sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
-    shown, own = notebook(name), profile(profile_name)
-    p = changed(own, **knobs)
+    answer.theme()
+    shown, p = notebook(name), changed(profile(profile_name), **knobs)
     said = [f"{key} = {value:g}" for key, value in knobs.items() if value] + ([f"only {only}"] if only else [])
-    display(Markdown(tables.legend(p, reference_text())))
+    say(tables.legend(p, reference_text()))
     if not shown.has_runs:
-        return Page(shown, p, None, None, ", ".join(said))
+        return Page(shown, p)
     setting = experiment(shown, p)
     if only:
         arms = {label: arm for label, arm in setting.arms.items() if {*only.split()} & {arm.row, arm.column, label}}
@@ -196,6 +187,5 @@ def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> P
 def show_source(*objects: object) -> None:
     """The code itself, as it is in the library, so that page and library never differ."""
     for one in map(inspect.unwrap, objects):
-        lines = inspect.getsource(one)
         path = Path(inspect.getsourcefile(one)).relative_to(paths.ROOT).as_posix()
-        display(Markdown(f"`{path}`\n```python\n{textwrap.dedent(lines).rstrip()}\n```"))
+        say(f"`{path}`\n```python\n{textwrap.dedent(inspect.getsource(one)).rstrip()}\n```")

@@ -6,7 +6,6 @@ JupyterLab the same cells train what is missing.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import logging
@@ -14,9 +13,9 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,7 +29,6 @@ from papermill.exceptions import PapermillExecutionError
 
 from lab import paths
 from lab.bench import cases, runner
-from lab.claims import evidence
 from lab.claims.ledger import ledger, stamps
 from lab.cost import plan
 from lab.experiments.catalogue import NOTEBOOKS, Notebook, all_specs, available
@@ -79,40 +77,40 @@ def reproduce(
         launch(specs, jobs, plan.cpu_seconds, stamps(p.name))
     part = ledger().part(cases.F3)
     if p.judged and part.notebook in {n.number for n in notebooks}:
-        cases.measured_evidence(
-            p, part, ledger().hash(part, p.name)
-        )  # timed alone on the machine, before kernels start
-    folder, last = paths.outputs() / p.name / "notebooks", [n for n in notebooks if collects(n)]
+        # timed alone on the machine, before kernels start
+        cases.measured_evidence(p, part, ledger().hash(part, p.name))
+    folder, evidence = paths.outputs() / p.name / "notebooks", _evidence(p)
 
     def one(notebook: Notebook) -> str:
         """Render one notebook where it is not current; what went wrong, or nothing."""
-        target = folder / source(notebook).name
-        key = _content_key(source(notebook), parameters[notebook], _evidence(p, notebook, specs))
-        current = _is_current(target, key)
+        target, given = folder / source(notebook).name, parameters[notebook]
+        key = _content_key(source(notebook), given, evidence)
+        if _is_current(target, key):
+            print(f"{target.name}: unchanged")
+            return ""
         try:
-            if not current:
-                _render(source(notebook), target, parameters[notebook], key)
+            _render(source(notebook), target, given, key)
         except NotebookFailed as fault:
             return str(fault)
-        print(f"{target.name}: {'unchanged' if current else 'rendered'}")
+        print(f"{target.name}: rendered")
         return ""
 
     # One kernel per core.
     with kernel_environment(VITLIB_TRAIN=str(int(train))), ThreadPoolExecutor(cores()) as pool:
         try:
-            failed = list(pool.map(one, [n for n in notebooks if n not in last])) + [one(n) for n in last]
+            failed = list(filter(None, pool.map(one, notebooks)))
         except BaseException:  # Ctrl-C: kernels are in sessions of their own
             pool.shutdown(wait=False, cancel_futures=True)
             LocalKernel.end_all(pool)
             raise
-    print(f"\n{tables.claims_text(evidence.Stored(p), tables.save_claims(p))}\n\nexecuted notebooks: {folder}")
-    if any(failed):
-        raise NotebookFailed("; ".join(filter(None, failed)))
+    every = tables.judged(p)
+    tables.save_claims(p.name, every)
+    print(f"\n{tables.claims_text(p.name, every)}\n\nexecuted notebooks: {folder}")
+    if failed:
+        raise NotebookFailed("; ".join(failed))
 
 
-def collects(notebook: Notebook) -> bool:
-    """Whether a notebook has no runs and no claims of its own, and shows what the others say."""
-    return not notebook.has_runs and all(part.notebook != notebook.number for part in ledger().parts.values())
+READ = {"str": str, "int": int, "float": float}  # the types of parameters, and what reads a text as one
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[str]) -> dict[str, object]:
@@ -120,42 +118,30 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
 
     papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
-    cells = [cell.source for cell in nbformat.read(notebook, 4).cells if "parameters" in cell.metadata.get("tags", [])]
-    typed = (node for node in ast.parse("\n".join(cells)).body if isinstance(node, ast.AnnAssign))
-    known = {node.target.id: ast.unparse(node.annotation) for node in typed}
+    known = {name: one["inferred_type_name"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
     chosen = {name: value for name, value in defaults.items() if name in known}
     for name, _, value in (word.partition("=") for word in settings):
         if name in defaults:
             raise UsageError(f"parameter {name} is set by --{name}, not by --set")
         if name not in known:
             raise unknown(f"parameter of {notebook.stem}", name, known)
-        kind = known[name]
         try:
-            chosen[name] = next(_values(value, kind))
-        except StopIteration:
+            chosen[name] = READ[known[name]](value)
+        except ValueError:
+            kind = known[name]
             raise UsageError(f"parameter {name} of {notebook.stem} is of type {kind}, which {value!r} is not") from None
     return chosen
 
 
-def _values(text: str, kind: str) -> Iterator[object]:
-    """What a text can be that is of a type: a name such as `bool`, `list[int]` or `int | None`."""
-    for name in (part.split("[")[0].strip() for part in kind.split("|")):
-        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = text if name == "str" else ast.literal_eval(text)
-            if name == "float" and type(value) is int:
-                value = float(value)
-            if type(value).__name__ == name or (value is None and name == "None"):
-                yield value
-
-
-def _evidence(p: Profile, notebook: Notebook, specs: Sequence[RunSpec]) -> list:
-    """What a notebook reads: the results of its runs and the timings; where it collects, those of all notebooks."""
-    specs = all_specs(p, available(p, NOTEBOOKS)[0]) if collects(notebook) else specs
+def _evidence(p: Profile) -> str:
+    """A hash of what notebooks read: the results of a profile's runs, and the timings."""
+    specs = all_specs(p, available(p, NOTEBOOKS)[0])
     results = sorted([spec.hash, result.record()] for spec in specs if (result := store.find(spec)) is not None)
-    return [results, [runner.read(runner.path_of(name, p)) for name in cases.BENCHES]]
+    timings = [runner.read(runner.path_of(name, p)) for name in cases.BENCHES]
+    return hashlib.sha256(json.dumps([results, timings]).encode()).hexdigest()
 
 
-def _content_key(notebook: Path, parameters: dict[str, object], evidence: list) -> str:
+def _content_key(notebook: Path, parameters: dict[str, object], evidence: str) -> str:
     """A hash of contents: the notebook's cells, its parameters, code, the paper's numbers, the reference, the results."""
     cells = [cell.source for cell in nbformat.read(notebook, 4).cells]
     digest = hashlib.sha256(json.dumps([cells, parameters, evidence]).encode())
@@ -189,9 +175,8 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
 
     Raises NotebookFailed, whatever went wrong: the other notebooks go on.
     """
-    kept, fault, content = target.parent / "failed" / target.name, None, None
+    kept, fault, began = target.parent / "failed" / target.name, "", time.monotonic()
     about = {"profile": parameters.get("profile", ""), "date": now()[:10], "commit": paths.commit()}
-    began = time.monotonic()
     with private_folder() as folder:
         executed = folder / target.name
         try:
@@ -208,13 +193,9 @@ def _render(notebook: Path, target: Path, parameters: dict[str, object], key: st
             fault = f"stopped: {type(error).__name__}: {first_line(error)}"
         try:
             content = nbformat.read(executed, 4)
-            about |= {
-                "content": key if fault is None else "",
-                "shown": _shown(content, target),
-                "seconds": round(time.monotonic() - began),
-            }
-            content.metadata["vitlib"] = about
-            with write_whole(target if fault is None else kept) as draft:
+            about |= {"content": "" if fault else key, "shown": _shown(content, target)}
+            content.metadata["vitlib"] = about | {"seconds": round(time.monotonic() - began)}
+            with write_whole(kept if fault else target) as draft:
                 nbformat.write(content, draft)
         except Exception as error:
             fault, kept = fault or f"cannot be written: {first_line(error)}", "nothing of it is kept"

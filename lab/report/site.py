@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters import markdown2html
 from pygments.formatters import HtmlFormatter
@@ -25,6 +26,7 @@ TITLE = "Three things everyone should know about Vision Transformers: are they t
 DOCS = ("judging", "scaling", "speed")
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.S)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
+LINK = re.compile(r'(<a[^>]* href=")(?!#|https?:)(?:[^"#]*/)?([^"#./]*)(?:\.\w+)?("[^>]*>(.*?)</a>)', re.S)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d8d8d4; --link: #0b57a4; }
 @media (prefers-color-scheme: dark) {
@@ -57,12 +59,13 @@ def build(notebooks: Sequence[Path], folder: Path) -> list[Path]:
     menu = [("index", "Answers"), *((one.file, one.number) for one, _ in shown if one.number != "00")]
     menu += [(name, name.capitalize()) for name in DOCS] + [("execution", "Execution")]
     pages = {("index" if one.number == "00" else one.file): _notebook(content) for one, content in shown}
-    pages |= {name: _document(paths.ROOT / "docs" / f"{name}.md") for name in DOCS}
+    docs = {name: (paths.ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in DOCS}
+    pages |= {name: markdown2html(text) for name, text in docs.items()}
     pages["execution"] = _execution(shown)
     folder.mkdir(parents=True, exist_ok=True)
     for name, body in pages.items():
         with write_whole(folder / f"{name}.html") as draft:
-            draft.write_text(_page(name, body, menu, {one.file: one.number for one, _ in shown}), encoding="utf-8")
+            draft.write_text(_page(name, body, menu), encoding="utf-8")
     return [folder / f"{name}.html" for name in pages]
 
 
@@ -81,19 +84,7 @@ def _notebook(content: nbformat.NotebookNode) -> str:
     for cell in content.cells:
         if cell.cell_type == "markdown":
             cell.source = mathml(cell.source)
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
-    words = iter(_alternatives(content))
-    return re.sub(
-        r'<img src="data:image/png',
-        lambda _: f'<img alt="{html.escape(next(words, ""))}" src="data:image/png',
-        re.sub(r'alt="[^"]*"', "", body),
-    )
-
-
-def _alternatives(content: nbformat.NotebookNode) -> list[str]:
-    """The text of each picture, in the order of the page."""
-    outputs = [output for cell in content.cells if cell.cell_type == "code" for output in cell.outputs]
-    return [o.metadata.get("image/png", {}).get("alt", "") for o in outputs if "image/png" in o.get("data", {})]
+    return HTMLExporter(template_name="basic").from_notebook_node(content)[0]
 
 
 def mathml(text: str) -> str:
@@ -106,41 +97,31 @@ def mathml(text: str) -> str:
     return "".join(piece if i % 2 else MATH.sub(one, piece) for i, piece in enumerate(CODE.split(text)))
 
 
-def _document(path: Path) -> str:
-    return markdown2html(path.read_text(encoding="utf-8"))
-
-
 def _execution(shown: Sequence[tuple[Notebook, nbformat.NotebookNode]]) -> str:
     """What was run when: from what `reproduce` writes into each notebook."""
-    rows = []
-    for one, content in shown:
-        about = content.metadata.get("vitlib", {})
-        cells = [one.file, *(str(about.get(key, "–")) for key in ("profile", "seconds", "date", "commit"))]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("notebook", "profile", "seconds", "date", "commit"))
+    keys = ("profile", "seconds", "date", "commit")
+    rows = [[one.file, *(content.metadata.get("vitlib", {}).get(key, "–") for key in keys)] for one, content in shown]
+    table = pd.DataFrame(rows, columns=["notebook", *keys]).to_html(index=False, border=0)
     return (
-        f"<h1>Execution</h1><p>{html.escape(answer.where('study'))}</p><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table><p>A dash: committed with the project, run at profile smoke.</p>"
+        f"<h1>Execution</h1><p>{html.escape(answer.where('study'))}</p>{table}"
+        "<p>A dash: committed with the project, run at profile smoke.</p>"
     )
 
 
-def _page(name: str, body: str, menu: Sequence[tuple[str, str]], files: dict[str, str]) -> str:
+def _page(name: str, body: str, menu: Sequence[tuple[str, str]]) -> str:
     """A whole page: head, navigation, body, foot."""
     heading = re.search(r"<h1[^>]*>(.*?)(?:<a|</h1>)", body, re.S)
     title = html.unescape(re.sub("<.*?>", "", heading[1])).strip() if heading else TITLE
-    body = re.sub(
-        r'href="(?:\.\./)?(?:notebooks/)?(\w+)\.ipynb"',
-        lambda m: f'href="{"index" if m[1] == "00_claims" else m[1]}.html"',
-        body,
-    )
-    body = re.sub(r'href="(?:\.\./)*docs/(\w+)\.md"', r'href="\1.html"', body)
-    body = re.sub(
-        r'<a[^>]* href="(?![\w-]+\.html|#|https?:)[^"]*"[^>]*>(.*?)</a>', r"\1", body, flags=re.S
-    )  # files of the checkout
-    links = "".join(
-        f'<a href="{file}.html"{" aria-current=page" if file == name else ""}>{html.escape(text)}</a>'
-        for file, text in menu
-    )
+    pages = dict(menu)
+
+    def link(match: re.Match) -> str:
+        """To another page, or only its text where it leads to a file of the checkout."""
+        target = match[2].replace("00_claims", "index")
+        return f"{match[1]}{target}.html{match[3]}" if target in pages else match[4]
+
+    body = LINK.sub(link, body)
+    current = {name: " aria-current=page"}
+    links = "".join(f'<a href="{file}.html"{current.get(file, "")}>{html.escape(text)}</a>' for file, text in menu)
     words = html.escape(f"{title}: {TITLE}"[:155], quote=True)
     highlight = HtmlFormatter().get_style_defs(".highlight")
     return f"""<!doctype html>

@@ -7,7 +7,6 @@ are printed: column header -> a format over the frame's columns, or several, of 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import pandas as pd
 
 from lab import paths
 from lab.claims import evidence, judge, tuning
-from lab.claims.judge import Verdict, claim_verdict, verdict_table
-from lab.claims.ledger import PILOT, ledger
+from lab.claims.judge import Verdict, verdict_table
 from lab.data.cards import card
-from lab.experiments.catalogue import Experiment, Runs, notebook
+from lab.experiments.catalogue import Runs, notebook
 from lab.experiments.profiles import Profile
+from lab.report import answer
 from lab.runs import store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
@@ -110,10 +109,14 @@ def gap(runs: Runs, a: str, b: str, prefix: str = "") -> dict[str, float]:
     if not {a, b} <= runs.results.keys() or a == b:
         return {}
     n = min(len(runs.results[arm]) for arm in (a, b))  # an arm may have fewer seeds, the first ones
-    right = {arm: np.stack([r.correct for r in runs.results[arm][:n]]) for arm in (a, b)}
-    if n < 2:
-        return {f"{prefix}points": 100 * float(right[a].mean() - right[b].mean())}
-    estimate = interval(difference(right, {a: 1.0, b: -1.0}))
+    return gap_of(*(np.stack([r.correct for r in runs.results[arm][:n]]) for arm in (a, b)), prefix)
+
+
+def gap_of(a: np.ndarray, b: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """The same from which images were right: (seeds, images) each."""
+    if len(a) < 2:
+        return {f"{prefix}points": 100 * float(a.mean() - b.mean())}
+    estimate = interval(difference({"a": a, "b": b}, {"a": 1.0, "b": -1.0}))
     return {f"{prefix}points": estimate.mean, f"{prefix}low": estimate.low, f"{prefix}high": estimate.high}
 
 
@@ -158,33 +161,26 @@ def gaps(runs: Runs, committed: Runs, size: str) -> pd.DataFrame:
     At a profile without runs: the committed reference, or what is not run.
     """
     here = bool(runs.results or not committed.results)
-    shown = runs if here else committed
+    shown, measured = (runs, f"here ({runs.experiment.profile.name})") if here else (committed, "committed reference")
     models = {label: shown.record(label)["model"] for label in shown.results}
-    models = {label: model | {"pairs": model["depth"] * model["branches"]} for label, model in models.items()}
+    models = {label: model for label, model in models.items() if model["layer_scale"] is None}
     if size == "pairs":  # of one width
-        models = {
-            label: model for label, model in models.items() if model["width"] == shown.experiment.profile.width
-        } or models
-    labels = {(m[size], m["branches"]): label for label, m in models.items() if m["layer_scale"] is None}
-    pairs = {
-        value: (labels[value, 1], labels[value, 2]) for value in sorted({v for v, _ in labels}) if (value, 2) in labels
+        own = shown.experiment.profile.width
+        models = {label: model for label, model in models.items() if model["width"] == own} or models
+    labels = {
+        (m["depth"] * m["branches"] if size == "pairs" else m["width"], m["branches"]): label
+        for label, m in models.items()
     }
-    measured = f"here ({runs.experiment.profile.name})" if here else "committed reference"
     rows = [
-        {size: v, "one": a, "two": b, "n": len(shown.results[a]), "measured": measured} | gap(shown, b, a)
-        for v, (a, b) in pairs.items()
+        {size: value, "one": one, "two": two, "n": len(shown.results[one]), "measured": measured} | gap(shown, two, one)
+        for (value, branches), one in sorted(labels.items())
+        if branches == 1 and (two := labels.get((value, 2)))
     ]
     points = {"points": ("{points:+.2f}", NOT_RUN), "low, points": "{low:+.2f}", "high, points": "{high:+.2f}"}
-    layout = columns(size) | {"contrast": "{two} - {one}"} | points | columns("n measured")
-    return framed(pd.DataFrame(rows, columns=None if rows else [size, "measured", "n", "points"]), layout)
+    return framed(rows, columns(size) | {"contrast": "{two} - {one}"} | points | columns("n measured"))
 
 
 # ---------------------------------------------------------------------------------------------------- Tables 6 and 7
-
-
-def places(setting: Experiment) -> dict[tuple[str, str], str]:
-    """(row, column) of the paper's table -> the label of the arm that belongs there."""
-    return {(arm.row, arm.column): label for label, arm in setting.arms.items()}
 
 
 def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
@@ -192,30 +188,26 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
 
     A seed's accuracy is the mean over its subsets of the labels.
     """
-    shown = {"committed reference": committed, f"this run ({runs.experiment.profile.name})": runs}
     rows = []
-    for measured, these in shown.items():
+    for measured, these in (("committed reference", committed), (f"this run ({runs.experiment.profile.name})", runs)):
         found: dict[tuple, dict[str, list[np.ndarray]]] = {}
         for label, results in these.results.items():
             r = these.record(label)
-            strategy = r["strategy"] if r["parent"] else "scratch"
-            place = found.setdefault((r["data"], r["images"], r["model"]["width"]), {})
-            place.setdefault(strategy, []).append(np.stack([result.correct for result in results]).astype(float))
+            by_strategy = found.setdefault((r["data"], r["images"], r["model"]["width"]), {})
+            subsets = by_strategy.setdefault(r["strategy"] if r["parent"] else "scratch", [])
+            subsets.append(np.stack([result.correct for result in results]).astype(float))
         for (data, images, width), by_strategy in found.items():
             row = {"measured": measured, "data": data, "images": images, "width": width}
             mean = {strategy: np.mean(subsets, axis=0) for strategy, subsets in by_strategy.items()}  # (seeds, images)
             for strategy, correct in mean.items():
                 row |= spread_of(100 * correct.mean(axis=1), f"{strategy} ")
             if {"attn", "full"} <= mean.keys() and len(mean["attn"]) > 1:
-                estimate = interval(difference(mean, {"attn": 1.0, "full": -1.0}))
-                row |= {"points": estimate.mean, "low": estimate.low, "high": estimate.high}
+                row |= gap_of(mean["attn"], mean["full"])
             rows.append(row)
         rows += [] if found else [{"measured": f"{measured}: {NOT_RUN}"}]
     layout = columns("measured") | {"data set": "{data}"} | columns("width", images=",")
-    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")} | {
-        "attn - full, points": bounds()
-    }
-    return framed(rows, layout, always=("measured",))
+    layout |= {f"top1, {s}": spread(f"{s} ") for s in (*PAPER_STRATEGIES, "scratch")}
+    return framed(rows, layout | {"attn - full, points": bounds()}, always=("measured",))
 
 
 TRAININGS = ("supervised", "pretrained")
@@ -226,7 +218,8 @@ def table7(runs: Runs, committed: Runs, paper: Mapping[str, Mapping]) -> pd.Data
 
     Where a stem was not run here: the committed reference, so labelled, if there is one.
     """
-    labels, layout = places(committed.experiment) | places(runs.experiment), columns("stem")
+    arms = committed.experiment.arms | runs.experiment.arms
+    labels, layout = {(arm.row, arm.column): label for label, arm in arms.items()}, columns("stem")
     rows = {stem: {"stem": stem} for stem, _ in labels}
     for training in TRAININGS:
         for stem, row in rows.items():
@@ -263,10 +256,8 @@ def judged(p: Profile, number: str = "") -> list[Verdict]:
 
 def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
     """The claims table as it is printed in a notebook; columns without a number are left out."""
-    table = verdict_table(chosen)
-    table["contrast"] = table["contrast"].replace("", "counted")
-    for column in ("note", "contains_paper", "power"):
-        table[column] = table[column].replace("", None)
+    table = verdict_table(chosen).replace("", None)
+    table["contrast"] = table["contrast"].fillna("counted")
     ratio = table["test"] == "ratio"
     table["sign"] = np.where(ratio, "", "+")
     table.loc[ratio, ["paired_low", "paired_high", "tightest"]] = np.nan
@@ -287,40 +278,30 @@ def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
 def margins(chosen: Sequence[Verdict]) -> pd.DataFrame:
     """Each measured part at several margins, before Holm's correction."""
     table = judge.moved(chosen)
-    at = {f"label {i}": header for i, header in enumerate(table.columns[3:])}  # a format's names have no dots
-    layout = columns("part", margin="g", tightest=".2f") | {header: f"{{{name}}}" for name, header in at.items()}
-    return framed(table.rename(columns={header: name for name, header in at.items()}), layout)
+    names = {header: header.replace(".", "_") for header in table.columns[3:]}  # a format's names have no dots
+    layout = columns("part", margin="g", tightest=".2f") | {header: f"{{{name}}}" for header, name in names.items()}
+    return framed(table.rename(columns=names), layout)
 
 
 def claims(chosen: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim: what its parts say together, and the part that decided it with its number."""
-    titles, rows = ledger().claims, []
-    for claim in dict.fromkeys(v.part.claim for v in chosen):
-        mine = [v for v in chosen if v.part.claim == claim]
-        word = claim_verdict(mine)
-        rows.append({
-            "claim": claim, "title": titles[claim], "verdict": word, "decided by": "; ".join(map(said, deciding(mine, word))),
-            "notebook": notebook(mine[0].part.notebook).file,
-        })  # fmt: skip
+    """One row per claim: what its parts say together, and the parts that decided it with their numbers."""
+    every, rows = verdict_table(chosen), []
+    for claim in answer.claim_verdicts(every).itertuples():
+        decided = [
+            f"{row.part}: {answer.label(row)}" + (f", {answer.estimate(row)}" if not pd.isna(row.ours) else "")
+            for row in every[every["claim"] == claim.claim].itertuples()
+            if decides(answer.kind(row), claim.claim_verdict)
+        ]
+        about = {"claim": claim.claim, "title": claim.claim_title, "verdict": claim.claim_verdict}
+        rows.append(about | {"decided by": "; ".join(decided), "notebook": notebook(claim.notebook).file})
     return framed(rows, columns("claim title verdict") | {"decided by": "{decided by}"} | columns("notebook"))
 
 
-def deciding(mine: Sequence[Verdict], word: str) -> list[Verdict]:
-    """The parts that made a claim's verdict: those against it, those that keep it open, or all."""
-    if word in (judge.NOT_HELD, judge.AT_IMAGENET[judge.NOT_HELD]):
-        return [v for v in mine if judge.is_contrary(v.part, v.label)]
-    if word in (judge.OPEN, judge.AT_IMAGENET[judge.OPEN]):
-        return [v for v in mine if v.source != PILOT and not judge.is_predicted(v.part, v.label)]
-    return list(mine)
-
-
-def said(v: Verdict) -> str:
-    """A verdict in a few words: "A1: level within 0.5, -0.11 [-0.27, +0.05]"."""
-    marked = f"{v.label} (pilot)" if v.source == PILOT else v.label
-    if v.ours is None:
-        return f"{v.part.id}: {marked}"
-    sign = "" if v.part.kind == "ratio" else "+"
-    return f"{v.part.id}: {marked}, " + "{:{s}.2f} [{:{s}.2f}, {:{s}.2f}]".format(*v.ours, s=sign)
+def decides(kind: str, verdict: str) -> bool:
+    """Whether a part of this kind made its claim's verdict: one against it, one that keeps it open, else each."""
+    if verdict in (judge.NOT_HELD, judge.AT_IMAGENET[judge.NOT_HELD]):
+        return kind == "against"
+    return verdict not in (judge.OPEN, judge.AT_IMAGENET[judge.OPEN]) or kind in ("against", "open")
 
 
 # ---------------------------------------------------------------------------------------------------- sentences
@@ -361,27 +342,15 @@ def provenance(runs: Runs) -> str:
     return f"{about}; n = {len(p.seeds)}; {devices}; {seconds / 60:.0f} CPU minutes in {len(results)} runs."
 
 
-WIDE = 100  # columns of a terminal
+def claims_text(name: str, every: Sequence[Verdict]) -> str:
+    """Every claim's verdict at the profile of this name, for the terminal."""
+    return f"claims at profile {name}\n\n{answer.plain(verdict_table(every))}"
 
 
-def claims_text(source: evidence.Stored | evidence.Archived, every: Sequence[Verdict]) -> str:
-    """Every claim's verdict for the terminal, with the sentences of the parts that were judged."""
-    lines = [f"claims at profile {source.name}"]
-    for row in claims(every).to_dict("records"):
-        mine = [v for v in every if v.part.claim == row["claim"]]
-        lines += ["", *textwrap.wrap(f"{row['claim']}: {row['title']}", WIDE), f"    {row['verdict'].upper()}"]
-        for v in mine:
-            lines += textwrap.wrap(said(v), WIDE, initial_indent="    ", subsequent_indent="        ")
-            lines += textwrap.wrap(v.sentence or v.note, WIDE, initial_indent="        ", subsequent_indent="        ")
-    return "\n".join(lines)
-
-
-def save_claims(p: Profile) -> list[Verdict]:
-    """The verdicts at a profile, also written to outputs/<profile>/claims.csv and margins.csv."""
-    every = judged(p)
-    save(verdict_table(every), paths.outputs() / p.name / "claims.csv")
-    save(judge.moved(every), paths.outputs() / p.name / "margins.csv")
-    return every
+def save_claims(name: str, every: Sequence[Verdict]) -> None:
+    """Write the verdicts at a profile to outputs/<profile>/claims.csv and margins.csv."""
+    save(verdict_table(every), paths.outputs() / name / "claims.csv")
+    save(judge.moved(every), paths.outputs() / name / "margins.csv")
 
 
 def tuning_text(p: Profile, wanted: Mapping[str, tuning.Search]) -> str:
