@@ -117,9 +117,9 @@ def parser() -> argparse.ArgumentParser:
 
 def look_up(arguments: argparse.Namespace) -> None:
     """Put the profile and the notebooks in the place of their names, the cheapest look-up first."""
-    for needed, words in (("slurm", SLURM), ("device", ("gpus", "rate"))):  # of run, of plan
+    for needed, words in (("slurm", SLURM), ("device", ("gpus", "rate"))):  # options of run, of plan
         given = [word for word in words if getattr(arguments, word, None) is not None]
-        if getattr(arguments, needed, "-") in (None, "") and given and arguments.command in (run_, plan_):
+        if given and getattr(arguments, needed, "-") in (None, ""):
             raise UsageError(f"--{given[0].replace('_', '-')} says nothing without --{needed}: give both or neither")
     if arguments.command is run_ and arguments.slurm and (arguments.processes, arguments.jobs) != (1, 0):
         raise UsageError("--processes and --jobs are of this machine: SLURM jobs have --gpus and --nodes")

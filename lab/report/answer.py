@@ -10,25 +10,26 @@ import io
 import textwrap
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import PILOT, ledger
 from vitlib.errors import UsageError, unknown
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only figures need them
     from IPython.display import Image
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDE = 100  # columns of a terminal
-# kind of row -> marker and its name in the legend; what is not run is not drawn
-MARKS = {"held": ("o", "as the paper says"), "against": ("X", "against the paper"), "open": ("D", "undecided"),
-         PILOT: ("s", "pilot, decides nothing")}  # fmt: skip
-COLOURS = dict(zip(MARKS, sns.color_palette("colorblind"), strict=False))
+# kind of row -> its look and name in the legend, in seaborn's colours "colorblind"; what is not run is not drawn
+MARKS = {
+    "held": {"marker": "o", "color": "#0173b2", "label": "as the paper says"},
+    "against": {"marker": "X", "color": "#de8f05", "label": "against the paper"},
+    "open": {"marker": "D", "color": "#029e73", "label": "undecided"},
+    PILOT: {"marker": "s", "color": "#d55e00", "label": "pilot, decides nothing"},
+}
 
 
 @functools.cache
@@ -137,6 +138,8 @@ def plain(rows: pd.DataFrame) -> str:
 
 def theme() -> None:
     """How all figures look."""
+    import seaborn as sns
+
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
 
 
@@ -155,6 +158,8 @@ def figure(rows: pd.DataFrame) -> Figure | None:
 
     None where nothing was measured.
     """
+    import matplotlib.pyplot as plt
+
     shown = drawable(rows)
     if shown.empty:
         return None
@@ -174,8 +179,8 @@ def draw(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
     for y, row in enumerate(rows.itertuples()):
         axes.fill_betweenx([y - 0.4, y + 0.4], -row.margin, row.margin, color="0.5", alpha=0.18, linewidth=0)
         if not pd.isna(row.ours):
-            bars, look = [[row.ours - row.low], [row.high - row.ours]], kind(row)
-            axes.errorbar(row.ours, y, xerr=bars, fmt=MARKS[look][0], color=COLOURS[look], capsize=3)
+            bars, look = [[row.ours - row.low], [row.high - row.ours]], MARKS[kind(row)]
+            axes.errorbar(row.ours, y, xerr=bars, fmt=look["marker"], color=look["color"], capsize=3)
         if not pd.isna(row.paper):
             axes.plot(row.paper, y, "o", markerfacecolor="none", markeredgecolor="0.4", markersize=9)
     axes.set_yticks(range(len(rows)), names, fontsize="small")
@@ -185,10 +190,9 @@ def draw(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
 
 def legend(drawn: Figure, rows: pd.DataFrame) -> None:
     """The marks of these rows, the paper's and the margin, below the figure."""
-    looks = [
-        {"marker": MARKS[k][0], "color": COLOURS[k], "label": MARKS[k][1]}
-        for k in dict.fromkeys(map(kind, drawable(rows).itertuples()))
-    ]
+    import matplotlib.pyplot as plt
+
+    looks = [MARKS[name] for name in dict.fromkeys(map(kind, drawable(rows).itertuples()))]
     looks.append({"marker": "o", "color": "0.4", "markerfacecolor": "none", "label": "the paper, ImageNet"})
     marks = [plt.Line2D([], [], linestyle="none", **look) for look in looks]
     marks.append(plt.Rectangle((0, 0), 1, 1, color="0.5", alpha=0.18, label="margin"))
@@ -206,6 +210,7 @@ def alt(rows: pd.DataFrame) -> str:
 
 def picture(drawn: Figure, alt: str, dpi: int, width: int | None = None) -> Image:
     """A figure as a PNG with its text for those who do not see it; the figure is closed."""
+    import matplotlib.pyplot as plt
     from IPython.display import Image
 
     png = io.BytesIO()

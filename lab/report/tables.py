@@ -256,7 +256,8 @@ def judged(p: Profile, number: str = "") -> list[Verdict]:
 
 def verdicts(chosen: Sequence[Verdict]) -> pd.DataFrame:
     """The claims table as it is printed in a notebook; columns without a number are left out."""
-    table = verdict_table(chosen).replace("", None)
+    table, texts = verdict_table(chosen), ["contrast", "note", "contains_paper", "power"]
+    table[texts] = table[texts].replace("", None)
     table["contrast"] = table["contrast"].fillna("counted")
     ratio = table["test"] == "ratio"
     table["sign"] = np.where(ratio, "", "+")
@@ -284,24 +285,22 @@ def margins(chosen: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def claims(chosen: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per claim: what its parts say together, and the parts that decided it with their numbers."""
+    """One row per claim: what its parts say together, and what decided it: parts against it, parts that keep it open, or all."""
+    decisive = {judge.NOT_HELD: ("against",), judge.OPEN: ("against", "open")}
+    decisive |= {judge.AT_IMAGENET[word]: kinds for word, kinds in decisive.items()}
     every, rows = verdict_table(chosen), []
     for claim in answer.claim_verdicts(every).itertuples():
+        kinds = decisive.get(claim.claim_verdict)
         decided = [
             f"{row.part}: {answer.label(row)}" + (f", {answer.estimate(row)}" if not pd.isna(row.ours) else "")
             for row in every[every["claim"] == claim.claim].itertuples()
-            if decides(answer.kind(row), claim.claim_verdict)
-        ]
-        about = {"claim": claim.claim, "title": claim.claim_title, "verdict": claim.claim_verdict}
-        rows.append(about | {"decided by": "; ".join(decided), "notebook": notebook(claim.notebook).file})
+            if kinds is None or answer.kind(row) in kinds
+        ]  # fmt: skip
+        rows.append({
+            "claim": claim.claim, "title": claim.claim_title, "verdict": claim.claim_verdict,
+            "decided by": "; ".join(decided), "notebook": notebook(claim.notebook).file,
+        })  # fmt: skip
     return framed(rows, columns("claim title verdict") | {"decided by": "{decided by}"} | columns("notebook"))
-
-
-def decides(kind: str, verdict: str) -> bool:
-    """Whether a part of this kind made its claim's verdict: one against it, one that keeps it open, else each."""
-    if verdict in (judge.NOT_HELD, judge.AT_IMAGENET[judge.NOT_HELD]):
-        return kind == "against"
-    return verdict not in (judge.OPEN, judge.AT_IMAGENET[judge.OPEN]) or kind in ("against", "open")
 
 
 # ---------------------------------------------------------------------------------------------------- sentences
