@@ -94,10 +94,10 @@ check: $(READY)  ## a subset under a minute: lint, imports, the project's rules,
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PYTEST) -m check tests
 
 lab: $(READY)  ## JupyterLab on the page of all claims; ARGS= goes to it, e.g. ARGS=--no-browser
-	@$(PY) -c 'import os, shlex, sys; from lab.report import jupyter; sys.exit(jupyter.start(shlex.split(os.environ["ARGS"])))'
+	@$(PY) -m tools.jupyterlab
 
 site: $(READY)  ## the notebooks as a site of plain pages in outputs/site
-	@$(PY) -m lab site
+	@$(PY) -m tools.pages
 
 refresh: $(READY)  ## run the committed notebooks at smoke and keep their outputs; prints which numbers moved
 	@$(PY) -m tools.refresh $(CHOICE)

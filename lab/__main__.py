@@ -73,7 +73,6 @@ def parser() -> argparse.ArgumentParser:
     bench = add("bench", bench_, "time and count one of the comparisons: ratios, spread, operations", "cpu")
     claims = add("claims", claims_, "the claims table of a profile, from finished runs", "cpu")
     show = add("show", show_, "the committed answer to a claim, a part or a notebook; needs no torch")
-    site = add("site", site_, "the notebooks as a site of plain pages, which asks no other host for anything")
     export = add("export", export_, "write the finished runs to a runs.jsonl (metrics, no weights)")
     merge = add("import", import_, "merge a runs.jsonl into the run store")
     repeated = {"action": "append", "default": []}
@@ -109,7 +108,6 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
     show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
     show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
-    site.add_argument("--of", default="", metavar="PROFILE", help="as reproduce rendered them (default: as committed)")
     for command in (export, merge):
         command.add_argument("file", type=Path)
     return top
@@ -264,14 +262,6 @@ def show_(arguments) -> None:
     if arguments.figure and (drawn := answer.figure(rows)) is not None:
         drawn.savefig(arguments.figure, dpi=200)
         print(f"figure: {arguments.figure}")
-
-
-def site_(arguments) -> None:
-    from lab.paths import outputs
-    from lab.report import site
-
-    written = site.build(site.executed(arguments.of), outputs() / "site")
-    print(f"{len(written)} pages: {written[0]}")
 
 
 def export_(arguments) -> None:

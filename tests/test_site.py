@@ -9,7 +9,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lab import paths
-from lab.report import jupyter, site
+from tools import jupyterlab
+from tools import pages as site
 from vitlib.errors import UsageError
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -108,10 +109,10 @@ def test_what_is_no_notebook_of_ours_or_was_never_run_is_refused(tmp_path):
 
 def test_jupyterlab_has_the_checkout_as_its_root_asks_nothing_and_takes_options(monkeypatch, tmp_path):
     monkeypatch.setenv("VITLIB_OUTPUTS", str(tmp_path))
-    words = jupyter.command(["--no-browser", "--port=9999"])
+    words = jupyterlab.command(["--no-browser", "--port=9999"])
     assert words[1:4] == ["-m", "jupyter", "lab"] and words[-2:] == ["--no-browser", "--port=9999"]
     assert f"--ServerApp.root_dir={paths.ROOT}" in words and not any("token" in w or "ip=" in w for w in words)
     settings = json.loads((tmp_path / "jupyterlab" / "overrides.json").read_text())
     assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert "--allow-root" not in jupyter.command([])
+    assert "--allow-root" not in jupyterlab.command([])

@@ -3,5 +3,5 @@
 answer   the committed verdicts                  figures   one function each; `regrouped` has notebook 61's
 tables   of runs and verdicts, and `printed`     notebook  `open_page` and what a page shows
 counted  of what is counted or timed             render    notebooks run with papermill
-paper    the paper's own numbers                 site      the notebooks as plain pages
+paper    the paper's own numbers
 """

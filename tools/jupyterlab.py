@@ -1,9 +1,10 @@
-"""JupyterLab on the page of all claims: `make lab`."""
+"""JupyterLab on the page of all claims: `make lab`. The environment variable ARGS holds options of JupyterLab."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,3 +40,7 @@ def start(words: Sequence[str]) -> int:
     notebooks = [str(path) for path in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
     subprocess.run([sys.executable, "-m", "jupyter", "trust", *notebooks], check=False, stdout=subprocess.DEVNULL)
     return subprocess.run(command(words), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(start(shlex.split(os.environ.get("ARGS", ""))))

@@ -1,12 +1,16 @@
-"""The notebooks as a site of plain pages: `python -m lab site` (or `make site`). No page asks another host for anything.
+"""The notebooks as a site of plain pages in outputs/site: `make site`. No page asks another host for anything.
+
+    python -m tools.pages [--of PROFILE]
 
 Equations become MathML, pictures carry their text, notebooks link to each other; light and dark, wide and narrow.
 """
 
 from __future__ import annotations
 
+import argparse
 import html
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +49,19 @@ code { background: var(--soft); } math { font-size: 1.05rem; } math[display=bloc
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-block: 1rem; font-size: .85rem; }
 """
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.pages", description=__doc__.splitlines()[0])
+    parser.add_argument("--of", metavar="PROFILE", help="as reproduce rendered them (default: as committed)")
+    profile = parser.parse_args(words).of
+    folder = paths.outputs() / profile / "notebooks" if profile else paths.NOTEBOOKS
+    try:
+        written = build(sorted(folder.glob("*.ipynb")), paths.outputs() / "site")
+    except UsageError as fault:
+        parser.error(str(fault))
+    print(f"{len(written)} pages: {written[0]}")
+    return 0
 
 
 def build(notebooks: Sequence[Path], folder: Path) -> list[Path]:
@@ -135,7 +152,5 @@ small scale. A small scale is no reproduction of the paper.</footer></body></htm
 """
 
 
-def executed(profile: str) -> list[Path]:
-    """The notebooks that `reproduce` rendered at a profile; "" = the committed ones."""
-    folder = paths.outputs() / profile / "notebooks" if profile else paths.NOTEBOOKS
-    return sorted(folder.glob("*.ipynb"))
+if __name__ == "__main__":
+    sys.exit(main())
