@@ -78,9 +78,9 @@ def printed(frame: pd.DataFrame, layout: Layout | None = None) -> pd.DataFrame:
     return pd.DataFrame([{h: text(row, form) for h, form in layout.items()} for row in rows], columns=list(layout))
 
 
-def markdown(frame: pd.DataFrame, style: str = "pipe") -> str:
-    """The printed frame as a Markdown table, or in another style of tabulate."""
-    return printed(frame).to_markdown(index=False, disable_numparse=True, tablefmt=style)
+def markdown(frame: pd.DataFrame) -> str:
+    """The printed frame as a Markdown table."""
+    return printed(frame).to_markdown(index=False, disable_numparse=True)
 
 
 def save(frame: pd.DataFrame, path: Path) -> None:
