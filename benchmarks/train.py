@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import main
+from lab.bench.cases import training_step
 from lab.bench.runner import Arm, Bench, Case, Reading, take_turns
 from lab.cost.count import counted
 from lab.data.cards import load_resized
@@ -79,23 +80,10 @@ def branches(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
             models[f"{name} par"] = set_execution(ViT(config), "par")
         models[f"{name} timm"] = to_timm(ViT(config))
     fresh = functools.partial(torch.randn, batch, c.in_chans, c.image_size, c.image_size)
-    labels = torch.arange(batch) % c.num_classes
-    arms = {name: _step(model.train(), spec, fresh, labels) for name, model in models.items()}
+    steps = {name: training_step(m, batch, device, dtype, spec.recipe.clip) for name, m in models.items()}
+    arms = {name: Arm(fresh, step) for name, step in steps.items()}
     seconds = take_turns(arms)
     return {name: Reading(seconds[name], counted(lambda arm=arms[name]: arm.step(arm.fresh()))) for name in arms}
-
-
-def _step(model: nn.Module, spec: RunSpec, fresh, labels: Tensor) -> Arm:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-
-    def step(images: Tensor) -> None:
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), spec.recipe.clip)
-        optimizer.step()
-
-    return Arm(fresh, step)
 
 
 # ---------------------------------------------------------------------------------------------------- throughput

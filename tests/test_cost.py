@@ -704,6 +704,8 @@ def test_devices_are_found_by_the_names_that_they_give_themselves(tmp_path):
         tmp_path / "gpu", [bench_row(device="NVIDIA GeForce RTX 4090"), bench_row(device="Tesla V100-SXM2-32GB")]
     )
     assert measured_rate("rtx4090") and measured_rate("v100")
+    write_bench(tmp_path / "gpu", [bench_row(device="NVIDIA L40S")])
+    assert measured_rate("l40s") and not measured_rate("l4")
 
 
 REFUSED = {

@@ -564,7 +564,7 @@ def test_a_killed_process_ends_the_run_with_its_last_lines_and_the_run_goes_on(r
     with pytest.raises(launch.RunsFailed, match=rf"2 processes that train the run {spec.hash} .* last lines") as error:
         launch.distributed(spec, 2, every_s=0, stamps=STAMPS)
     said = str(error.value)
-    assert "step 1 of 8000" in said and f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
+    assert f"Signal 9 (SIGKILL) received by PID {killed[0]}" in said
     assert workers() == [] and not store.find(spec)
     assert torch.load(store.checkpoint_path(spec), weights_only=True)["notes"].items() > STAMPS.items()
 

@@ -97,23 +97,24 @@ def _case(config: ViTConfig, batch: int, mode: str, arms: dict, reference: str, 
 
 
 def time_arms(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
-    """Every arm, counted before it is timed; with a strategy the memory of its step too, in MB."""
-    config, batch, mode, macs, arms = task["model"], task["batch"], task["mode"], count_arms(task), {}
-    model, fresh = ViT(config).eval().to(device), functools.partial(torch.randn, _shape(task), device=device)
-    half = functools.partial(fresh, dtype=dtype)
-    for name, kind in task["arms"].items():
-        arm = arm_of(model, *kind)
-        if mode == "training":
-            arms[name] = Arm(fresh, _training(arm, batch, device, dtype))
-        else:
-            forward = arm.to(dtype).forward if mode == "eager" else torch.compile(arm.to(dtype), backend=BACKENDS[mode])
-            arms[name] = Arm(half, torch.no_grad()(forward))
+    """Every arm, counted before it is timed; with a strategy the memory of its step too, in MB.
+
+    A compiled or graphed step counts as the eager one.
+    """
+    config, batch, mode, arms, counts = task["model"], task["batch"], task["mode"], {}, {}
+    size, model = (batch, config.in_chans, config.image_size, config.image_size), ViT(config).eval().to(device)
+    training = mode == "training"
+    fresh = functools.partial(torch.randn, size, device=device, dtype=torch.float32 if training else dtype)
+    for name, (execution, strategy) in task["arms"].items():
+        arm = arm_of(model, execution, strategy)
+        step = training_step(arm, batch, device, dtype) if training else torch.no_grad()(arm.to(dtype).forward)
+        macs = count.counted(functools.partial(step, fresh()))
+        counts[name] = macs, _megabytes(config, strategy, batch) if strategy else {}
+        if mode in BACKENDS:
+            step = torch.no_grad()(torch.compile(arm, backend=BACKENDS[mode]))
+        arms[name] = Arm(fresh, step)
     seconds = take_turns(arms, device, 2.0 if "full" in arms else runner.SECONDS_PER_ARM)
-    strategies = {name: strategy for name, (_, strategy) in task["arms"].items()}
-    return {
-        name: Reading(seconds[name], macs[name], _megabytes(config, strategy, batch) if strategy else {})
-        for name, strategy in strategies.items()
-    }
+    return {name: Reading(seconds[name], *counts[name]) for name in arms}
 
 
 def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
@@ -128,43 +129,27 @@ def arm_of(model: ViT, execution: str, strategy: str = "") -> nn.Module:
     return arm
 
 
-def count_arms(task: dict) -> dict[str, int]:
-    """Multiply-adds of each arm's step, on the meta device; a compiled or graphed step counts as the eager one."""
-    training, macs = task["mode"] == "training", {}
-
-    def step(model: nn.Module, images: Tensor) -> None:
-        with torch.set_grad_enabled(training), count.AttentionAs("fused"):
-            logits = model(images)
-        if training:
-            logits.square().sum().backward()
-
-    for name, kind in task["arms"].items():
-        with torch.device("meta"):
-            model, images = arm_of(ViT(task["model"]), *kind), torch.empty(_shape(task))
-        macs[name] = count.counted(functools.partial(step, model.train(training), images))
-    return macs
-
-
-def _shape(task: dict) -> tuple[int, int, int, int]:
-    return task["batch"], task["model"].in_chans, task["model"].image_size, task["model"].image_size
-
-
 def _megabytes(config: ViTConfig, strategy: str, batch: int) -> dict[str, float]:
     """Of a step of this batch: saved activations; weights, gradients and optimizer state; all."""
     *state, activations, _ = (size / 2**20 for size in count.memory(config, strategy, batch=batch))
     return {"saved_mb": activations, "state_mb": sum(state), "mem_mb": sum(state) + activations}
 
 
-def _training(model: nn.Module, batch: int, device: str, dtype: torch.dtype) -> Callable[[Tensor], None]:
+def training_step(
+    model: nn.Module, batch: int, device: str, dtype: torch.dtype, clip: float | None = None
+) -> Callable[[Tensor], None]:
+    """Forward, backward and AdamW on images (batch, C, H, W), autocast to `dtype`; `clip`: norm of the gradients at most."""
     set_train_mode(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    labels = torch.arange(batch, device=device) % 10
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, labels = torch.optim.AdamW(trained, lr=1e-4, fused=True), torch.arange(batch, device=device) % 10
 
     def step(images: Tensor) -> None:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
 
     return step

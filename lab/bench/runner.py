@@ -171,21 +171,19 @@ def path_of(name: str, profile: Profile) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    """The stored rows; empty where there is no file. Numbers are numbers."""
+    """The stored rows, without empty cells; none where there is no file. Numbers are numbers."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: value if key in TEXTS or value == "" else float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [{key: value if key in TEXTS else float(value) for key, value in row.items() if value} for row in rows]
 
 
 def write(path: Path, rows: list[dict]) -> None:
     """Whole or not at all."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = dict.fromkeys(name for row in rows for name in row)
     with write_whole(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, columns, restval="")
+        table = csv.DictWriter(file, columns)
         table.writeheader()
         table.writerows(rows)
 
@@ -202,7 +200,7 @@ def summary(rows: Iterable[dict]) -> pd.DataFrame:
             "case": case, "arm": arm, "time_s": middle["time_s"], "ratio": middle["ratio"], "over": reference,
             "low": group["ratio"].min(), "high": group["ratio"].max(), "n": len(group),
         } | {name: middle.get(name) for name in ("over_timm", "gmacs", *MORE)})  # fmt: skip
-    return pd.DataFrame(lines).replace("", None).dropna(axis=1, how="all")
+    return pd.DataFrame(lines).dropna(axis=1, how="all")
 
 
 def report(bench: Bench, profile: Profile, rows: list[dict]) -> str:

@@ -291,11 +291,11 @@ class Memory(NamedTuple):
 
 
 def training_state(model: nn.Module, optimizer: str = "adamw") -> Memory:
-    """All weights, and for the trainable ones their gradients and the optimizer's state, float32: the two moments and one
-    step count per tensor of "adamw", or the one momentum of "sgd".
+    """All weights, and for the trainable ones their gradients and the optimizer's state, float32: the one momentum of
+    "sgd", or the two moments and one step count per tensor of others.
     """
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
-    state = 2 * sum(trainable) + len(trainable) if optimizer == "adamw" else sum(trainable)
+    state = sum(trainable) if optimizer == "sgd" else 2 * sum(trainable) + len(trainable)
     return Memory(FLOAT32 * params(model), FLOAT32 * sum(trainable), FLOAT32 * state)
 
 
@@ -437,7 +437,7 @@ def training_macs(spec: RunSpec) -> int:
 
 def run_state(spec: RunSpec) -> Memory:
     """What a run holds whatever the batch: no activations. LAMB holds what AdamW does."""
-    return _state(spec.model, spec.strategy, "sgd" if spec.recipe.optimizer == "sgd" else "adamw", _per_patch(spec))
+    return _state(spec.model, spec.strategy, spec.recipe.optimizer, _per_patch(spec))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import csv
 import functools
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -141,12 +142,11 @@ def measured_rate(device: str) -> Rate | None:
 
     The median over process restarts; of equal steps this checkout's before the reference's.
     """
-    steps = defaultdict(list)
+    steps, name = defaultdict(list), re.sub(r"(\d+)", r" ?\1", device)  # "GeForce RTX 4090"
     for path in [path for at in (paths.outputs(), paths.REFERENCE) for path in at.glob("*/bench/finetune.csv")]:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                named = device in row["device"].lower().replace(" ", "")
-                if named and (row["arm"], row.get("kind")) == ("full", "cuda"):
+                if re.search(rf"\b{name}\b", row["device"], re.I) and (row["arm"], row.get("kind")) == ("full", "cuda"):
                     steps[path, row["case"]].append(row)
     if not steps:
         return None

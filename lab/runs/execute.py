@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import pickle
 import platform
+import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -185,29 +184,20 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    named = re.search(r"^model name\s*: (.+?)\s*$", info.read_text(), re.M) if info.is_file() else None
+    return f"{named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def now_and_then(act: Callable[[int, int], None], every_s: float) -> Callable[[int, int], None]:
-    """For `on_step`: `act(step, steps)` at most once in `every_s` seconds, at the first step too."""
-    last = -math.inf
-
-    def on_step(step: int, steps: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > every_s:
-            last = time.monotonic()
-            act(step, steps)
-
-    return on_step
+def each_percent(act: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """For `on_step`: `act(step, steps)` where another hundredth of the run is done."""
+    return lambda step, steps: act(step, steps) if 100 * step // steps > 100 * (step - 1) // steps else None
 
 
 def main(order: Path) -> None:
     """One of the processes that `launch.distributed` started through torchrun: train the run with the others."""
     end_with(os.getppid(), int(os.environ.get("VITLIB_PARENT", 0)))
     spec, options = pickle.loads(order.read_bytes())
-    tell = now_and_then(lambda step, steps: print(f"step {step} of {steps}", flush=True), every_s=10)
+    tell = each_percent(lambda step, steps: print(f"step {step} of {steps}", flush=True))
     try:
         with joined(resolve(spec.device)) as shard:
             execute(spec, on_step=(lambda *_: None) if shard.rank else tell, **options)

@@ -122,15 +122,14 @@ def _train(
             done, _ = wait(going, timeout=0.5, return_when=FIRST_COMPLETED)
             while not steps.empty():
                 name, share = steps.get()
-                shares[name] = max(shares[name], share)
+                shares[name] = share
             for future in done:
                 spec = going.pop(future)
                 shares[spec.hash] = 1.0
                 try:
                     future.result()
                 except BrokenProcessPool:
-                    what = "a training process was killed from outside (out of memory?); finished runs are kept"
-                    raise RunsFailed(what) from None
+                    raise RunsFailed("a training process was killed from outside (out of memory?)") from None
                 except UsageError:  # damaged data, say: every other run would meet it too
                     raise
                 except Exception as fault:
@@ -184,10 +183,8 @@ def _work(spec: RunSpec, stamps: Mapping[str, str]) -> None:
     def report(step: int, steps: int) -> None:
         _steps.put((spec.hash, step / steps))
 
-    execute.execute(spec, execute.now_and_then(report, every_s=0.5), stamps=stamps)
+    execute.execute(spec, execute.each_percent(report), stamps=stamps)
 
-
-# ---------------------------------------------------------------------------------------------------- one run, shared
 
 LAST_LINES = 80  # of the log, in the message of a run that failed: a traceback and torchrun's summary
 
@@ -225,8 +222,6 @@ def _until_it_ends(words: list[str], log: Path, threads: int) -> int:
         streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
         return subprocess.run([sys.executable, *words], env=MEMORY | os.environ | named, **streams).returncode
 
-
-# ---------------------------------------------------------------------------------------------------- a job per run
 
 TIME_LIMITS = 1000  # how often a job is put back into the queue: until it is done
 

@@ -53,8 +53,6 @@ class Result:
         about = dict(record)
         named = {name: about.pop(name) for name in ("hash", "metrics", "ledger")}
         packed = about.pop("correct"), about.pop("correct_v2", None)
-        if absent := [name for name in ABOUT if name not in about]:
-            raise KeyError(", ".join(absent))
         numbers = [*named["metrics"].values(), *(about[name] for name in NUMBERS)]
         texts = [named["hash"], *named["ledger"].values(), *(about[name] for name in ABOUT if name not in NUMBERS)]
         if not (all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)):
@@ -93,14 +91,10 @@ def parsed(run: dict) -> tuple[dict, Result]:
 
 def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
     """Each run of a `runs.jsonl`, as `parsed`. Raises UsageError for a line that is not a run."""
-    path, written = Path(path), "a runs.jsonl is what `export` writes"
+    path = Path(path)
     if not path.is_file():
-        raise UsageError(f"there is no file {path} to read: {written}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as fault:
-        raise UsageError(f"{path.name} is no text file: {written}") from fault
-    for number, line in enumerate(lines, start=1):
+        raise UsageError(f"there is no file {path} to read: a runs.jsonl is what `export` writes")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             yield parsed(json.loads(line))
         except FAULTS as fault:
@@ -138,8 +132,8 @@ class Archive:
                 raise UsageError(f"{self.folder} has no run of arm {arm!r} of notebook {notebook} at seed {lost[0]}")
 
     @property
-    def notebooks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(notebook for notebook, _ in self._arms))
+    def notebooks(self) -> list[str]:
+        return list(dict.fromkeys(notebook for notebook, _ in self._arms))
 
     def results(self, notebook: str) -> dict[str, list[Result]]:
         """The results of each arm, in the order of its seeds; no arms for a notebook that trains nothing."""
@@ -148,8 +142,6 @@ class Archive:
 
     def record(self, name: str) -> dict:
         """What was trained under this hash: the fields of its spec, parents and tokenizers by their hashes."""
-        if name not in self._runs:
-            raise UsageError(f"{self.folder} has no run {name!r}")
         return self._runs[name][0]
 
     def family(self, name: str) -> list[Result]:
