@@ -104,9 +104,9 @@ class Planted:
         return True
 
     def ratio(self, part):
-        return None, "needs a GPU"
+        return None
 
-    def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
+    def runs(self, number: str, label: str) -> list[Evidence]:
         found, changed = [], self.changed
         record = changed["record"] or LEDGER.recipes[self.name][number][label]["record"]
         seeds = changed["seeds"] or profiles.PROFILES[self.name].seeds
@@ -120,7 +120,7 @@ class Planted:
                 about,
             )
             found.append(Evidence(result, seed, record, [result], "data"))
-        return found, ""
+        return found
 
 
 # What passes the checks of every part that is asked for: offsets in points, by arm
@@ -543,9 +543,9 @@ def test_the_stamp_of_what_a_run_began_with_counts_too():
     whole = made.runs
 
     def with_another_trunk(number, label):
-        found, note = whole(number, label)
+        found = whole(number, label)
         trunk = replace(found[0].result, ledger={})
-        return [replace(run, family=[trunk, *run.family]) if label == "attn" else run for run in found], note
+        return [replace(run, family=[trunk, *run.family]) if label == "attn" else run for run in found]
 
     made.runs = with_another_trunk
     assert (

@@ -21,6 +21,7 @@ from lab.claims import judge
 from lab.claims.judge import Verdict
 from lab.claims.ledger import CHECKED, COMMITTED, PILOT, Ledger, Part, ledger, record_hash
 from lab.claims.statistics import flat_part, middle
+from lab.data import DataAbsent
 from lab.experiments.profiles import PROFILES
 from lab.runs.results import Archive, Result
 from vitlib.errors import UsageError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # both need torch
     from lab.experiments.catalogue import Notebook
     from lab.experiments.profiles import Profile
     from lab.runs.spec import RunSpec
+
+NEEDS_GPU = "needs a GPU"
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,13 @@ def verdict(source: Stored | Archived, part: Part) -> Verdict:
         return replace(blank, label=judge.SMOKE)
     first = name == "study" and PILOT in part.n
     if name in part.n:
-        found = _measured(source, part, here, blank)
+        try:
+            found = _measured(source, part, here, blank)
+        except DataAbsent as fault:
+            found = replace(blank, note=str(fault))
         # Until the second study has runs of it, what the first one measured stands here, marked as its own. Runs that are
         # too few, or were made under another ledger, are not replaced by it.
-        if not first or found.estimate is not None or any(source.runs(part.notebook, arm)[0] for arm in here.arms):
+        if not first or found.estimate is not None or any(source.runs(part.notebook, arm) for arm in here.arms):
             return found
     return pilot(part) if first else replace(blank, note=_elsewhere(part))
 
@@ -83,16 +89,15 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
     """The verdict on a part of this profile, or why there is none."""
     name, fixed, found = source.name, source.ledger, {}
     if part.kind == "ratio":
-        estimate, said = source.ratio(part)
-        needs = "needs a GPU" if part.device == "cuda" else ""
-        return judge.ratio(here, name, estimate, said) if estimate else replace(blank, note=said or needs)
+        if timed := source.ratio(part):
+            return judge.ratio(here, name, *timed)
+        return replace(blank, note=NEEDS_GPU if part.device == "cuda" else "")
     recipes = {arm: fixed.recipe(part, name, arm) for arm in here.arms}
     for arm, recipe in recipes.items():
         n = part.n[name] if arm in here.contrast else min(part.n[name], recipe["n"])
-        runs, absent = source.runs(part.notebook, arm)
-        if said := absent or _fault(source, part, arm, runs[:n], n):
+        found[arm] = source.runs(part.notebook, arm)[:n]
+        if said := _fault(source, part, arm, found[arm], n):
             return replace(blank, note=said)
-        found[arm] = runs[:n]
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
     rates = {arm: recipes[arm]["rates"] for arm in here.contrast if name in CHECKED}
     inside = {arm: bracketed(of_arm, source.tried) for arm, of_arm in rates.items()}
@@ -119,7 +124,7 @@ def _fault(source: Stored | Archived, part: Part, arm: str, runs: Sequence[Evide
 
 def _elsewhere(part: Part) -> str:
     places = " and ".join(name for name in part.n if name != PILOT)
-    return "needs a GPU" if part.device == "cuda" else f"measured at profile {places}"
+    return NEEDS_GPU if part.device == "cuda" else f"measured at profile {places}"
 
 
 def pilot(part: Part) -> Verdict:
@@ -174,7 +179,7 @@ class Stored:
 
     profile: Profile
     ledger: Ledger = field(default_factory=ledger)
-    _runs: dict[tuple[str, str], tuple[list[Evidence], str]] = field(default_factory=dict, repr=False)
+    _runs: dict[tuple[str, str], list[Evidence]] = field(default_factory=dict, repr=False)
     _files: dict[RunSpec, Mapping[str, str]] = field(default_factory=dict, repr=False)  # that runs on files have read
 
     @property
@@ -190,22 +195,17 @@ class Stored:
 
         return exact.holds(part)
 
-    def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
-        """The finished runs of an arm up to the first seed that is missing, and why there can be none; read once."""
+    def runs(self, number: str, label: str) -> list[Evidence]:
+        """The finished runs of an arm up to the first seed that is missing, read once. Raises DataAbsent."""
         if (number, label) not in self._runs:
             self._runs[number, label] = self._read(number, label)
         return self._runs[number, label]
 
-    def _read(self, number: str, label: str) -> tuple[list[Evidence], str]:
-        from lab.data.published import DataAbsent
+    def _read(self, number: str, label: str) -> list[Evidence]:
         from lab.experiments.catalogue import experiment, notebook
         from lab.runs import store
 
-        try:
-            setting = experiment(notebook(number), self.profile)
-        except DataAbsent as fault:
-            return [], str(fault)
-        found = []
+        setting, found = experiment(notebook(number), self.profile), []
         for spec in setting.seeds_of(label) if label in setting.arms else ():
             family = {member: store.find(member) for member in spec.family()}
             if family[spec] is None:
@@ -214,19 +214,14 @@ class Stored:
             self._files.update({member: result.files for member, result in there.items()})
             found.append(_evidence([*there.values()], [member.record() for member in family]))
         store.warn_of_other_files(self._files)
-        return found, ""
+        return found
 
-    def ratio(self, part: Part) -> tuple[Estimate | None, str]:
-        """The estimate of the logarithm, and its device and case; or none, and why it cannot be measured."""
+    def ratio(self, part: Part) -> tuple[Estimate, str] | None:
+        """The estimate of the logarithm, and its device and case; None where it was not measured. Raises DataAbsent."""
         from lab.bench import cases
-        from lab.data.published import DataAbsent
 
-        try:
-            rows = cases.evidence(self.profile, part, self.ledger.hash(part, self.name))
-        except DataAbsent as fault:
-            return None, str(fault)
-        if not rows:
-            return None, ""
+        if not (rows := cases.evidence(self.profile, part, self.ledger.hash(part, self.name))):
+            return None
         seconds = {arm: np.log([row[part.metric] for row in rows if row["arm"] == arm]) for arm in part.contrast}
         return over_seeds(difference(seconds, part.contrast)), f"{rows[0]['device']}, {rows[0]['case']}"
 
@@ -294,14 +289,14 @@ class Archived:
         """As it was counted when the study was written."""
         return part.id in self.claims.index and self.claims.loc[part.id, "label"] == judge.EXACT
 
-    def runs(self, number: str, label: str) -> tuple[list[Evidence], str]:
+    def runs(self, number: str, label: str) -> list[Evidence]:
         families = [self.archive.family(result.hash) for result in self.archive.results(number).get(label, ())]
-        return [_evidence(of, [self.archive.record(member.hash) for member in of]) for of in families], ""
+        return [_evidence(of, [self.archive.record(member.hash) for member in of]) for of in families]
 
-    def ratio(self, part: Part) -> tuple[Estimate | None, str]:
+    def ratio(self, part: Part) -> tuple[Estimate, str] | None:
         """Timings are not kept, only their mean, standard deviation and number in the claims table: t is over those."""
         if part.id not in self.claims.index or pd.isna(self.claims.loc[part.id, "ours"]):
-            return None, ""
+            return None
         row = self.claims.loc[part.id]
         estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
         return estimate, row["note"].removeprefix("on ")
@@ -334,7 +329,7 @@ def trace(source: Stored | Archived, part: Part) -> pd.DataFrame:
     now = source.ledger.hash(part, source.name) if recipes and source.name in part.n else None
     for arm in here.arms if part.kind != "ratio" else ():  # of a ratio the benchmark's own records tell
         recipe = recipes.get(arm, {"rates": {}, "record": None})
-        for run in source.runs(part.notebook, arm)[0]:
+        for run in source.runs(part.notebook, arm):
             about, stored = run.result.about, run.result.ledger.get(part.id, "")
             rows.append({
                 "arm": arm, "top1": round(run.result.metrics["top1"], 4), "rates": " ".join(f"{lr:g}" for lr in recipe["rates"].values()),

@@ -18,15 +18,12 @@ import pyarrow as pa
 import yaml
 from torchvision import datasets
 
+from lab.data import DataAbsent
 from lab.paths import DATA_CARDS, place
 from vitlib.data import read
 from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
 from vitlib.files import first_line
-
-
-class DataAbsent(UsageError):
-    """A data set that is nowhere to be found: where it was looked for, and how to get it."""
 
 
 def places(name: str) -> list[Path]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lab.data.published import DataAbsent
+from lab.data import DataAbsent
 from lab.experiments import imagenet, small
 from lab.experiments.profiles import Arm, Profile
 from lab.runs import store
