@@ -439,7 +439,7 @@ def about(name: str) -> dict:
 @pytest.fixture
 def opened(root, monkeypatch):
     """A split of a stand-in, opened as the data set of the paper that it stands for, whatever its size."""
-    monkeypatch.setenv("VITLIB_DATA", str(root))
+    monkeypatch.setattr(published, "locate", lambda name: root / name)
     monkeypatch.setattr(published, "check_counts", lambda *of: None)
 
     def open_(name, split="train"):

@@ -14,7 +14,6 @@ from scipy import stats
 
 from vitlib.stats import Estimate
 
-UNREACHABLE = "not reachable with this test set"
 MOST_SEEDS = 2**40
 CHART_ERROR = 0.1  # points; how far a value read off one of the paper's charts may be wrong
 
@@ -94,6 +93,6 @@ def seeds_needed(estimate: Estimate, paper: float) -> int | str:
     def visible(n: int) -> bool:
         return smallest_visible(estimate.with_seeds(n)) <= abs(paper)
 
-    if not visible(MOST_SEEDS):  # the image term is left
-        return UNREACHABLE
+    if not visible(MOST_SEEDS):  # the image term alone is too large
+        return "not reachable with this test set"
     return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=visible)

@@ -28,9 +28,8 @@ from vitlib.files import first_line
 
 def places(name: str) -> list[Path]:
     """Where the folder of a data set may be: in $VITLIB_DATA, or `data` here, under its name or those that its card gives."""
-    path = DATA_CARDS / f"{name}.md"
-    about = read_card(path)["vitlib"] if path.is_file() else {}
-    return [place("VITLIB_DATA", "data") / folder for folder in about.get("folders", [name])]
+    folders = read_card(DATA_CARDS / f"{name}.md")["vitlib"].get("folders", [name])
+    return [place("VITLIB_DATA", "data") / folder for folder in folders]
 
 
 def locate(name: str) -> Path | None:
@@ -39,9 +38,8 @@ def locate(name: str) -> Path | None:
 
 
 def absent(name: str, hub: str = "") -> DataAbsent:
-    card = f"; data_cards/{name}.md says how to get it" if (DATA_CARDS / f"{name}.md").is_file() else ""
     looked = f"looked for {' or '.join(map(str, places(name)))} (VITLIB_DATA names the folder above)"
-    return DataAbsent(f"data set {name!r} is not there: {looked}{hub}{card}")
+    return DataAbsent(f"data set {name!r} is not there: {looked}{hub}; data_cards/{name}.md says how to get it")
 
 
 def read_card(path: Path) -> dict:

@@ -142,14 +142,14 @@ def resolution(p: Profile) -> list[Arm]:
     trunk = _form(p, p.pairs, 1, LAYER_SCALE)
     larger = at_image_size(trunk.model, p.finetune_size)
 
-    def tuned(strategy: str, share: int = 1) -> RunSpec:
+    def tuned(strategy: str, images: int | None = p.finetune_images) -> RunSpec:
         recipe = Recipe(epochs=1, batch_size=64, lr=p.rate(strategy))
-        images = p.finetune_images if share == 1 else p.control_images
         return _spec(p, "finetune", larger, recipe, images=images, parent=trunk, strategy=strategy)
 
     strategies = STRATEGIES if p.exploratory else PAPER_STRATEGIES[:3] if p.judged else PAPER_STRATEGIES
     arms = [Arm("trunk", trunk, "", "trunk"), *(Arm(s, tuned(s), "", s) for s in strategies)]
-    return arms + ([Arm("full, fewer steps", tuned("full", 2), "", "full, fewer steps")] if p.controls else [])
+    fewer = Arm("full, fewer steps", tuned("full", p.control_images), "", "full, fewer steps")
+    return [*arms, fewer] if p.controls else arms
 
 
 # Table 6, transfer to other data, of which the paper states no hyper-parameter. Up to this number of images: epochs. The
