@@ -143,13 +143,8 @@ def words(spec: RunSpec) -> dict[str, object]:
 
 def toml(value: object) -> str:
     if isinstance(value, dict):
-        return (
-            "{}"
-            if not value
-            else "{ "
-            + ", ".join(f"{json.dumps(k) if ' ' in k or '+' in k else k} = {toml(v)}" for k, v in value.items())
-            + " }"
-        )
+        pairs = (f"{json.dumps(k) if ' ' in k or '+' in k else k} = {toml(v)}" for k, v in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     return repr(value) if isinstance(value, float) else json.dumps(value)
