@@ -87,16 +87,16 @@ def verdict(source: Stored | Archived, part: Part) -> Verdict:
 
 def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict) -> Verdict:
     """The verdict on a part of this profile, or why there is none."""
-    name, fixed, found = source.name, source.ledger, {}
+    name = source.name
     if part.kind == "ratio":
         if timed := source.ratio(part):
             return judge.ratio(here, name, *timed)
         return replace(blank, note=NEEDS_GPU if part.device == "cuda" else "")
-    recipes = {arm: fixed.recipe(part, name, arm) for arm in here.arms}
-    for arm, recipe in recipes.items():
-        n = part.n[name] if arm in here.contrast else min(part.n[name], recipe["n"])
-        found[arm] = source.runs(part.notebook, arm)[:n]
-        if said := _fault(source, part, arm, found[arm], n):
+    recipes = {arm: source.ledger.recipe(part, name, arm) for arm in here.arms}
+    n = {arm: part.n[name] if arm in here.contrast else min(part.n[name], recipes[arm]["n"]) for arm in recipes}
+    found = {arm: source.runs(part.notebook, arm)[: n[arm]] for arm in recipes}
+    for arm, runs in found.items():
+        if said := _fault(source, part, arm, runs, n[arm]):
             return replace(blank, note=said)
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
     rates = {arm: recipes[arm]["rates"] for arm in here.contrast if name in CHECKED}
