@@ -31,6 +31,8 @@ RULES = (
     Rule(r"^top1|points$", "2 points", absolute=2.0),
     # Of a tokenizer, a result of training that is not an accuracy.
     Rule(r"^tokens used|^perplexity|grey levels$", "relative 10 %", relative=0.1),
+    # The best of several that are nearly as good.
+    Rule(r"^lr, searched", "any number", absolute=float("inf")),
     # Depends on the machine; it must still be there, and a number.
     Rule(r"seconds|time|_s$", "any number", absolute=float("inf")),
 )

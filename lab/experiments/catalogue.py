@@ -52,6 +52,7 @@ NOTEBOOKS: tuple[Notebook, ...] = (
     Notebook("51", "51_fig5_stem_and_masking"),
     Notebook("52", "52_tab7_masked_pretraining", small.stems, imagenet.stems),
     Notebook("61", "61_regrouping", small.regrouping),
+    Notebook("62", "62_own_images"),
 )
 
 

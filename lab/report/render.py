@@ -84,7 +84,7 @@ def reproduce(
     def one(notebook: Notebook) -> str:
         """Render one notebook where it is not current; what went wrong, or nothing."""
         target, given = folder / source(notebook).name, parameters[notebook]
-        key = _content_key(source(notebook), given, evidence)
+        key = _content_key(source(notebook), given | {"files": _own_files(given)}, evidence)
         if _is_current(target, key):
             print(f"{target.name}: unchanged")
             return ""
@@ -139,6 +139,13 @@ def _evidence(p: Profile) -> str:
     results = sorted([spec.hash, result.record()] for spec in specs if (result := store.find(spec)) is not None)
     timings = [runner.read(runner.path_of(name, p)) for name in cases.BENCHES]
     return hashlib.sha256(json.dumps([results, timings]).encode()).hexdigest()
+
+
+def _own_files(parameters: dict[str, object]) -> list:
+    """Sizes and times of the files that a reader has named: images and weights that may change under the same name."""
+    named = [paths.named(str(parameters[name])) for name in ("folder", "weights") if parameters.get(name)]
+    files = sorted(file for path in named for file in (path, *path.rglob("*")) if file.is_file())
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _content_key(notebook: Path, parameters: dict[str, object], evidence: str) -> str:
