@@ -19,7 +19,7 @@ from lab.runs.spec import RunSpec
 from vitlib.data import Batch, DataSet, subset
 from vitlib.model import ViT, set_execution
 from vitlib.train import finetune, loop, masked, tokenizers
-from vitlib.train.supervised import LOSSES
+from vitlib.train.supervised import loss_of
 
 
 def cases(profile: Profile, device: str) -> list[Case]:
@@ -71,7 +71,7 @@ def measure(task: dict, device: str, dtype: torch.dtype) -> dict[str, Reading]:
     def step(given: tuple) -> None:
         batch, mask, target = given
         if drawn is None:
-            loss = LOSSES[spec.recipe.loss](model, batch)
+            loss = loss_of(spec.recipe)(model, batch, None)
         else:
             loss = drawn.targets.loss(model(batch.images, mask), target)
         optimizer.zero_grad()

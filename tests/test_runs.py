@@ -317,7 +317,7 @@ def test_a_trunk_of_another_data_set_gets_a_fresh_head_though_it_has_as_many_cla
     execute.execute(TINY)
     trunk = store.weights(TINY)
     for data, kept in (("digits", True), ("fashion-mnist", False)):
-        model, _ = execute.prepare(replace(TUNED, model=MODEL, data=data), None, None)
+        model, _ = execute.prepare(replace(TUNED, model=MODEL, data=data), None)
         assert torch.equal(model.state_dict()["pos_embed"], trunk["pos_embed"])
         assert torch.equal(model.head.weight, trunk["head.weight"]) == kept
 
@@ -684,7 +684,7 @@ def test_a_target_gets_a_fresh_head_though_it_may_have_as_many_classes_as_the_tr
     parent = replace(spec.parent, data=trunk_data, model=replace(spec.parent.model, num_classes=classes))
     trunk = {name: torch.full_like(w, 0.5) for name, w in ViT(parent.model).state_dict().items()}
     monkeypatch.setattr(execute, "weights", lambda _: trunk)
-    model, _ = execute.prepare(replace(spec, parent=parent), None, None)
+    model, _ = execute.prepare(replace(spec, parent=parent), None)
     fresh = ViT(spec.model, 10).state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, fresh[name] if name.startswith("head.") else trunk[name])

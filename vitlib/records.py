@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, unknown
+
+Test = Callable[[object], bool]
+
+
+def check(record: object, choices: Mapping[str, Iterable], rules: Iterable[tuple[str, Test, str]]) -> None:
+    """Raises UsageError for a value that is none of its field's `choices`, or that its rule refuses.
+
+    rules: fields, which values they allow, and the same in words.
+    """
+    for name, allowed in choices.items():
+        if getattr(record, name) not in tuple(allowed):
+            raise unknown(name, getattr(record, name), allowed)
+    for names, allows, words in rules:
+        for name in names.split():
+            if not allows(getattr(record, name)):
+                raise UsageError(f"{name} is {getattr(record, name)!r}: allowed {words}")
+
+
+def whole(least: int) -> Test:
+    return lambda value: type(value) is int and value >= least
+
+
+def number(least: float, below: float = sys.float_info.max) -> Test:
+    """Neither infinite nor NaN; `floats` has made whole numbers floats."""
+    return lambda value: isinstance(value, float) and least <= value < below
+
+
+def or_none(allows: Test) -> Test:
+    return lambda value: value is None or allows(value)
+
+
+def two(allows: Test) -> Test:
+    return lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(allows, value))
+
+
+def truth(value: object) -> bool:
+    return type(value) is bool
 
 
 def floats(record: object) -> None:

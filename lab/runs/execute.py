@@ -73,7 +73,7 @@ def execute(
         if few := [f"one {what}" for what, n in (("image", len(rows)), ("class", len(data.classes))) if n == 1]:
             warnings.warn(f"the {spec} trains on {' of '.join(few)}", stacklevel=2)
         # train
-        model, loss_function = prepare(spec, data, rows)
+        model, loss_function = prepare(spec, data)
         ema = None if spec.recipe.ema is None else ModelEmaV3(model, spec.recipe.ema)
         if engine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -134,14 +134,14 @@ def second_test(spec: RunSpec) -> DataSet | None:
     return _open(spec, second, "test") if judged and second and locate(second) else None
 
 
-def prepare(spec: RunSpec, data: DataSet, rows: np.ndarray) -> tuple[torch.nn.Module, LossFunction]:
+def prepare(spec: RunSpec, data: DataSet) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
     parent, tokenizer = spec.parent, spec.tokenizer
     start = parent and weights(parent)
     if parent and parent.model.branches != spec.model.branches:  # its pairs in the branches that this spec names
         start = regrouped(start, spec.model.branches)
     setting = Setting(
-        model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, rows=rows, steps=spec.steps,
+        model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, steps=spec.steps,
         weights=start, new_head=parent is not None and parent.data != spec.data,
         strategy=spec.strategy, targets=spec.targets, tokenizer=tokenizer and trained_tokenizer(tokenizer),
         masked=spec.masked, blank=spec.blank, execution=spec.execution, device=resolve(spec.device),

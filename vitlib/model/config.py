@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model.stems import STEMS
-from vitlib.records import floats
+from vitlib.records import check, floats, number, or_none, truth, whole
 
 # name -> (width, heads). Paper: Table 1, columns "width" and "heads".
 WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
@@ -129,45 +130,30 @@ def vit_config(name: str, **overrides: object) -> ViTConfig:
     return ViTConfig(**sizes | {"patch_size": int(patch or 16), "init_std": std} | overrides)
 
 
-def _whole(value: object, least: int = 1) -> bool:
-    return type(value) is int and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)  # `floats` has made whole numbers floats
-
-
-# fields, which values are allowed, and the same in words
-_VALUES = [
-    ("width depth branches heads patch_size image_size in_chans", _whole, "a whole number from 1"),
-    ("num_classes", lambda value: _whole(value, 0), "a whole number from 0"),
-    ("inner ffn_width stem_width", lambda value: value is None or _whole(value), "None or a whole number from 1"),
-    # timm reads init_values=0 as "no LayerScale"; here that is said with None.
-    ("layer_scale", lambda value: value is None or (_number(value) and value > 0), "None (off) or a positive initial value"),
-    ("drop_path", lambda value: _number(value) and 0 <= value < 1, "a rate from 0 up to, not including, 1"),
-    ("init_std", lambda value: _number(value) and value > 0, "a positive standard deviation"),
-    ("head_scale", lambda value: _number(value) and value > 0, "a positive factor"),
-    ("shrink_deep key_bias", lambda value: type(value) is bool, "True and False"),
-]  # fmt: skip
-_CHOICES = {
+SMALLEST = sys.float_info.min  # above 0
+CHOICES = {
     "stem": STEMS,  # looked up when asked: a stem may be added
-    "stem_norm": ("none", "bn", "ln"),
-    "stem_act": ("none", "gelu"),
+    "stem_norm": (None, "none", "bn", "ln"),
+    "stem_act": (None, "none", "gelu"),
     "pool": ("cls", "mean"),
     "pos": ("patches", "all", "relative"),
 }
+RULES = [
+    ("width depth branches heads patch_size image_size in_chans", whole(1), "is a whole number from 1"),
+    ("num_classes", whole(0), "is a whole number from 0"),
+    ("inner ffn_width stem_width", or_none(whole(1)), "is None or a whole number from 1"),
+    # timm reads init_values=0 as "no LayerScale"; here that is said with None.
+    ("layer_scale", or_none(number(SMALLEST)), "is None (off) or a positive initial value"),
+    ("drop_path", number(0, 1), "is a rate from 0 up to, not including, 1"),
+    ("init_std", number(SMALLEST), "is a positive standard deviation"),
+    ("head_scale", number(SMALLEST), "is a positive factor"),
+    ("shrink_deep key_bias", truth, "are True and False"),
+]
 
 
 def _check(config: ViTConfig) -> None:
     """Each field by itself, then what must fit together."""
-    for names, allows, words in _VALUES:
-        for name in names.split():
-            if not allows(getattr(config, name)):
-                raise UsageError(f"{name} is {getattr(config, name)!r}: allowed is {words}")
-    for name, allowed in _CHOICES.items():
-        value = getattr(config, name)
-        if value not in tuple(allowed) and not (value is None and name in ("stem_norm", "stem_act")):
-            raise unknown(name, value, allowed)
+    check(config, CHOICES, RULES)
     image_size, patch_size, inner = config.image_size, config.patch_size, config.inner or config.width
     if image_size % patch_size:
         below = image_size // patch_size * patch_size

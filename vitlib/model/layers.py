@@ -73,6 +73,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, reads: Reads = ALL) -> T
     return heard.transpose(1, 2).flatten(2)
 
 
+def kept(draws: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """Stochastic depth: 0 where a uniform draw is below the rate, else 1 / (1 - rate)."""
+    return (draws >= rate).to(dtype) / (1 - rate)
+
+
 class MHSA(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, M, D). `inner` = heads x head size, D unless branches are fused.
 
@@ -132,14 +137,13 @@ class Residual(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, draw: Tensor | None = None, reads: Reads | None = None) -> Tensor:
-        """(B, N, D) -> (B, M, D). `draw` (B,) is uniform in [0, 1): the samples below the rate are dropped.
+        """(B, N, D) -> (B, M, D). `draw` (B,) decides which samples are dropped; None: none of them.
 
         `reads` is for attention alone; an FFN is handed the tokens that are read.
         """
         y = self.f(self.norm(x)) if reads is None else self.f(self.norm(x), reads)
         if self.gamma is not None:
             y = y * self.gamma
-        if self.training and self.drop_path > 0:
-            keep = (draw >= self.drop_path).to(y.dtype) / (1 - self.drop_path)
-            y = y * keep[:, None, None]
+        if draw is not None:
+            y = y * kept(draw, self.drop_path, y.dtype)[:, None, None]
         return y

@@ -29,16 +29,13 @@ K branches, B batch, N tokens, M of them read, D width, F = 4D, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model.config import ViTConfig
-from vitlib.model.layers import ALL, EPS, FFN, MHSA, Reads, Residual, attend, is_plain, project, take
+from vitlib.model.layers import ALL, EPS, FFN, MHSA, Reads, Residual, attend, is_plain, kept, project, take
 
 EXECUTIONS = ("seq", "par")
 
@@ -61,21 +58,18 @@ class ParallelLayer(nn.Module):
 
     def forward(self, x: Tensor, draws: Tensor | None = None, reads: Reads = ALL) -> Tensor:
         """`draws` (K, 2, B): stochastic depth, uniform in [0, 1), [:, 0] for mhsa and [:, 1] for ffn."""
-        if draws is None and self.training and self.drop_path > 0:
+        if not self.training or self.drop_path == 0:
+            draws = None
+        elif draws is None:
             draws = torch.rand(len(self.mhsa), 2, x.shape[0], device=x.device)
         if self.execution == "par" and len(self.mhsa) > 1 and obstacle(self) is None:
             return at_once(self, x, draws, reads)
-        # What each branch is told besides x is bound first; then eq. (2).
-        mhsa = [partial(r, draw=draw, reads=reads) for r, draw in _drawn(self.mhsa, draws, 0)]
-        ffn = [partial(r, draw=draw) for r, draw in _drawn(self.ffn, draws, 1)]
-        heard = [r(x) for r in mhsa]
-        x = take(x, reads.rows) + sum(heard)
-        return x + sum(r(x) for r in ffn)
-
-
-def _drawn(branches: nn.ModuleList, draws: Tensor | None, part: int) -> Iterator[tuple[nn.Module, Tensor | None]]:
-    """Each branch with its draws (B,)."""
-    return zip(branches, [None] * len(branches) if draws is None else draws[:, part].unbind(), strict=True)
+        # each branch has draws of its own, (B,)
+        of_mhsa, of_ffn = ([None] * len(r) for r in (self.mhsa, self.ffn)) if draws is None else draws.unbind(1)
+        # eq. (2)
+        heard = sum(r(x, draw, reads) for r, draw in zip(self.mhsa, of_mhsa, strict=True))
+        x = take(x, reads.rows) + heard
+        return x + sum(r(x, draw) for r, draw in zip(self.ffn, of_ffn, strict=True))
 
 
 def set_execution(model: nn.Module, execution: str) -> nn.Module:
@@ -95,13 +89,15 @@ def set_execution(model: nn.Module, execution: str) -> nn.Module:
 def at_once(layer: ParallelLayer, x: Tensor, draws: Tensor | None, reads: Reads) -> Tensor:
     """`par`: eq. (2), all branches at once. (B, N, D) -> (B, M, D), arguments as in `ParallelLayer.forward`."""
     K, wide = len(layer.mhsa), side_by_side(layer)
+    # stochastic depth: 0 or 1 / (1 - rate) for each sample and branch, (B, K), of mhsa and of ffn
+    keep = [None, None] if draws is None else [kept(u, layer.drop_path, x.dtype).T for u in draws.unbind(1)]
     if reads.relative is not None:  # the same for the heads of every branch
         reads = reads._replace(relative=reads.relative.repeat(K, 1, 1))
     q, k, v = project(_normalised(x), *wide["qkv"], reads.rows)  # (B, N, K D) each
     heard = attend(q, k, v, K * layer.mhsa[0].f.heads, reads)
-    x = take(x, reads.rows) + _sum(heard, *wide["proj"], _keep(layer.mhsa[0], draws, 0, x))
+    x = take(x, reads.rows) + _sum(heard, *wide["proj"], keep[0])
     hidden = F.gelu(F.linear(_normalised(x), *wide["fc1"]))  # (B, M, K F)
-    return x + _sum(hidden, *wide["fc2"], _keep(layer.ffn[0], draws, 1, x))
+    return x + _sum(hidden, *wide["fc2"], keep[1])
 
 
 def side_by_side(layer: ParallelLayer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -149,13 +145,6 @@ def _sum(hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tensor | None) -> T
     return F.linear(hidden.flatten(-2), weight) + (keep @ bias)[:, None]
 
 
-def _keep(branch: Residual, draws: Tensor | None, part: int, x: Tensor) -> Tensor | None:
-    """0 or 1 / (1 - rate) for each sample and branch, (B, K); None where nothing is dropped."""
-    if draws is None or not branch.training or branch.drop_path == 0:
-        return None
-    return ((draws[:, part] >= branch.drop_path).to(x.dtype) / (1 - branch.drop_path)).T
-
-
 PLAIN = (nn.LayerNorm, MHSA, FFN, nn.Linear)
 
 
@@ -166,20 +155,21 @@ def obstacle(layer: ParallelLayer) -> str | None:
     """
     for part, branches in (("mhsa", layer.mhsa), ("ffn", layer.ffn)):
         for k, r in enumerate(branches):
-            inside = {"": r} if not is_plain(r, Residual) else {"norm": r.norm, "f": r.f} | r.f._modules
+            inside = {"": r}
+            if is_plain(r, Residual):
+                inside = {".norm": r.norm, ".f": r.f} | {f".f.{name}": m for name, m in r.f._modules.items()}
             for name, module in inside.items():
                 if not is_plain(module, *PLAIN):
-                    at = f"{part}.{k}" + (f".{name}" if name in ("norm", "f") else f".f.{name}" if name else "")
                     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-                    return f"{at} is an adapter, a quantized layer or one with hooks ({kind})"
+                    return f"{part}.{k}{name} is an adapter, a quantized layer or one with hooks ({kind})"
             no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f._modules.values())
             if no_bias or r.norm.bias is None or r.norm.eps != EPS:
                 return "a bias is missing or a norm is another one"
-        if any(_form(r) != _form(branches[0]) for r in branches):
+        if any(_form(r) != _form(branches[0]) for r in branches[1:]):
             return "the branches are not alike"
     return None
 
 
 def _form(r: Residual) -> tuple:
     sizes = [tuple(p.shape) for m in (r.norm, *r.f._modules.values()) for p in m._parameters.values() if p is not None]
-    return sizes, getattr(r.f, "heads", None), r.gamma is None, r.drop_path, r.training
+    return sizes, getattr(r.f, "heads", None), r.gamma is None, r.drop_path

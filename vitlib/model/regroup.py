@@ -6,16 +6,17 @@ forms from the start. `regroup` puts the weights of one form into the other; `co
 
 from __future__ import annotations
 
-import copy
+import functools
 import re
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlib.errors import UsageError
-from vitlib.model.parallel import ParallelLayer
+from vitlib.model.parallel import set_execution
 from vitlib.model.vit import ViT
+from vitlib.model.weights import assemble
 
 LAYER = re.compile(r"layers\.(\d+)\.(mhsa|ffn)\.(\d+)\.")
 
@@ -30,18 +31,10 @@ def regroup(model: ViT, branches: int) -> ViT:
         raise UsageError(
             f"{pairs} pairs cannot be regrouped into layers of {branches!r} branches: allowed are its divisors"
         )
-    model = copy.deepcopy(model)
-    old, execution = list(model.layers), model.layers[0].execution
-    model.config = replace(model.config, depth=pairs // branches, branches=branches)
-    mhsa, ffn = ([r for layer in old for r in getattr(layer, part)] for part in ("mhsa", "ffn"))
-    with torch.device("meta"):  # no initial values: every branch is replaced
-        layers = [ParallelLayer(model.config) for _ in range(model.config.depth)]
-    for i, layer in enumerate(layers):
-        own = slice(i * branches, (i + 1) * branches)
-        layer.mhsa, layer.ffn = nn.ModuleList(mhsa[own]), nn.ModuleList(ffn[own])
-        layer.execution = execution
-    model.layers = nn.ModuleList(layers).train(model.training)
-    return model
+    config = replace(model.config, depth=pairs // branches, branches=branches)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    there = assemble(config, regrouped(state, branches), "this model")
+    return set_execution(there, model.layers[0].execution).train(model.training)
 
 
 def regrouped(state: dict[str, Tensor], branches: int) -> dict[str, Tensor]:
@@ -67,25 +60,17 @@ def commutation_gap(model: ViT, images: Tensor) -> dict[str, Tensor]:
     """
     if model.config.branches != 1:
         raise UsageError(f"the gap is that of a sequential model, not of {model.config.name}: regroup(model, 1)")
-    was, whole = model.training, model.skip_unread
-    model.eval()
-    reads: dict[str, list[Tensor]] = {"mhsa": [], "ffn": []}
-    parts = [(part, getattr(layer, part)[0]) for layer in model.layers for part in reads]
-    hooks = [
-        r.register_forward_pre_hook(lambda _, given, part=part: reads[part].append(given[0])) for part, r in parts
-    ]  # fmt: skip
-    try:
-        model.skip_unread = False
-        model.encode(model.embed(images))
-    finally:
-        model.skip_unread = whole
-        for hook in hooks:
-            hook.remove()
-    gaps = {part: [] for part in reads}
-    for part, seen in reads.items():
-        functions = [getattr(layer, part)[0] for layer in model.layers]
-        for r, x, y in zip(functions[1:], seen, seen[1:], strict=False):
-            there = r(x)
-            gaps[part].append((r(y) - there).norm() / there.norm())
+    was = model.training
+    reads = model.eval().reads()
+    x, before = model.tokens(model.embed(images)), {}
+    gaps: dict[str, list[Tensor]] = {"mhsa": [], "ffn": []}
+    for layer in model.layers:
+        for part, of_part in gaps.items():
+            r = functools.partial(getattr(layer, part)[0], reads=reads if part == "mhsa" else None)
+            y = r(x)
+            if part in before:
+                there = r(before[part])
+                of_part.append((y - there).norm() / there.norm())
+            before[part], x = x, x + y  # eq. (1)
     model.train(was)
     return {part: torch.stack(values) for part, values in gaps.items()}

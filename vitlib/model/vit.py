@@ -80,21 +80,25 @@ class ViT(nn.Module):
             x = x + self.pos_embed
         return x
 
+    def reads(self) -> Reads:
+        """What attention is told besides x: one table of relative positions for all layers."""
+        return Reads(None if self.relative is None else self.relative())
+
     def encode(self, x: Tensor, draws: Tensor | None = None, rows: Rows = None) -> Tensor:
         """Class token, positions, layers, last norm: (B, patches, D) -> (B, 1 + patches, D).
 
         `rows`: the tokens that will be read, all by default; (B, M, D) then.
         """
         x = self.tokens(x)  # N = 1 + patches from here on
-        # one table of relative positions for all layers; what is not read is skipped in the last one
-        reads = Reads(self.relative() if self.relative is not None else None)
-        last_reads = reads._replace(rows=rows) if self.skip_unread else reads
-        K, last = self.config.branches, len(self.layers) - 1
+        reads, K = self.reads(), self.config.branches
         for i, layer in enumerate(self.layers):
+            # what is not read after the last layer is skipped there
+            if self.skip_unread and i == len(self.layers) - 1:
+                reads = reads._replace(rows=rows)
             # this layer's draws, (K, 2, B) of (pairs, 2, B)
             drawn = None if draws is None else draws[i * K : (i + 1) * K]
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self.checkpointing else layer
-            x = run(x, drawn, last_reads if i == last else reads)
+            x = run(x, drawn, reads)
         x = self.norm(x)  # (B, M, D)
         return x if self.skip_unread else take(x, rows)
 
@@ -148,8 +152,10 @@ class RelativeBias(nn.Module):
 
 @torch.no_grad()
 def initialise(model: ViT, seed: int) -> None:
-    """Fill every parameter of `model` in place; each tensor has its generator."""
+    """Fill every parameter of `model` in place; each tensor has its generator. On the meta device there is nothing to fill."""
     config = model.config
+    if model.cls_token.is_meta:
+        return
 
     def generator(role: str, pair: int) -> torch.Generator:
         return torch.Generator().manual_seed(key(seed, "init", role, pair) >> 1)
@@ -161,13 +167,10 @@ def initialise(model: ViT, seed: int) -> None:
 
     def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
         """Truncated at +-2 (absolute), which cuts nothing: the real standard deviation is the nominal one."""
-        if not tensor.is_meta:
-            nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
+        nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
 
     def convolution(module: nn.Conv2d, role: str) -> None:
         """As PyTorch starts them: uniform between +-1 / sqrt(fan in)."""
-        if module.weight.is_meta:
-            return
         draws = generator(role, 0)
         nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=draws)
         if module.bias is not None:

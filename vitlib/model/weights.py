@@ -2,7 +2,7 @@
 
 `save` and `load` keep a model and its configuration in one safetensors file. `fuse` makes the branches of a parallel
 model one. `to_timm` builds timm's VisionTransformer with the same weights and the same logits (a fused 18x2 model is an
-18-layer ViT with twice the heads and a twice wider FFN), `from_timm` is the way back, `save_timm` writes timm's names.
+18-layer ViT with twice the heads and a twice wider FFN), `from_timm` is the way back.
 
 The paper's checkpoints were never released. The nearest are DeiT III's, vanilla ViTs with LayerScale. Attention-only
 fine-tuning at 384 starts from one with
@@ -19,10 +19,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,104 +37,65 @@ State = Mapping[str, Tensor]
 Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
 
 
-class Savable(NamedTuple):
-    """A class of models that `save` and `load` know. Its models have a `config`, a dataclass of numbers and names."""
-
-    model: type[nn.Module]
-    config: type
-    make: Callable[[object, State], nn.Module]  # sizes that the configuration does not name are those of the tensors
-
-
-KINDS = {"vit": Savable(ViT, ViTConfig, lambda config, state: ViT(config))}  # vitlib.train adds its own
-
-
-def save(model: nn.Module, path: str | Path, notes: Mapping[str, str] = {}) -> None:
+def save(model: ViT, path: str | Path, notes: Mapping[str, str] = {}) -> None:
     """Weights and configuration in one safetensors file, with `notes` in its metadata.
 
     Raises UsageError for a model that `load` would refuse: of another class, changed since its configuration, or with
     values that are not finite.
     """
-    kind = next((name for name, kind in KINDS.items() if type(model) is kind.model), None)
-    if kind is None:
-        raise UsageError(f"{type(model).__name__} cannot be saved: known are {', '.join(KINDS)}")
-    about = {"format": "pt", "kind": kind, "vitlib": json.dumps(asdict(model.config)), **notes}
-    _check_values(state := _state(model, kind), "this model")
-    write_safetensors(path, state, about)
+    if not isinstance(model, ViT):
+        raise UsageError(f"{type(model).__name__} cannot be saved: allowed is a ViT")
+    state = _state(model)
+    _check_values(state, "this model")
+    about = {"format": "pt", "kind": "vit", "vitlib": json.dumps(asdict(model.config))}
+    write_safetensors(path, state, about | notes)
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path) -> ViT:
     """The model that `save` wrote, in its precision.
 
     Raises UsageError for a file that is none, and for weights that do not fit, with the keys that differ, or are not
     finite. Before memory is taken: what a file asks for is compared with what it holds.
     """
     state, metadata = read_safetensors(path)
-    kind = metadata.get("kind", "vit")
     if "vitlib" not in metadata:
         raise UsageError(f"{path} was not written by vitlib.model.weights.save: it names no configuration")
-    if kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise UsageError(f"{path} holds a model of kind {kind!r}: known are {known}; import vitlib.train first")
-    config = read_config(metadata, path, KINDS[kind].config)
+    if (kind := metadata.get("kind", "vit")) != "vit":
+        raise UsageError(f"{path} holds a model of kind {kind!r}: allowed is 'vit'")
+    config = read_config(metadata, path)
     if config.pairs > len(state):
         raise UsageError(f"{path} asks for {config.pairs:,} pairs of functions and holds {len(state)} tensors")
     try:
-        empty = _empty(config, kind, state)
+        return assemble(config, state, str(path))
     except (RuntimeError, OverflowError, TypeError) as fault:  # sizes that no tensor has
         raise UsageError(f"{path} asks for a model that cannot be ({first_line(fault)})") from fault
-    return _fill(empty, state, {}, str(path))
 
 
-def read_config(metadata: Mapping[str, str], path: str | Path, kind: type = ViTConfig) -> object:
+def read_config(metadata: Mapping[str, str], path: str | Path) -> ViTConfig:
     """The configuration in a file's metadata."""
     try:
-        values = json.loads(metadata["vitlib"])
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except (TypeError, AttributeError, ValueError, RecursionError) as fault:  # UsageError is a ValueError
+        return ViTConfig(**json.loads(metadata["vitlib"]))
+    except (TypeError, ValueError, RecursionError) as fault:  # UsageError is a ValueError
         raise UsageError(f"{path} names a configuration that cannot be read ({first_line(fault)})") from fault
 
 
-def assemble(config: ViTConfig, state: State, what: str) -> ViT:
-    """A ViT whose tensors are those of `state`, shared with whoever has them. Raises UsageError with the keys that differ."""
-    return _fill(_empty(config), state, {}, what)
+def assemble(config: ViTConfig, state: State, what: str, names: Names | None = None) -> ViT:
+    """A ViT whose tensors are those of `state`, shared with whoever has them; under our names, or under theirs by `names`.
 
-
-def _state(model: nn.Module, kind: str = "vit") -> dict[str, Tensor]:
-    """The model's tensors. Raises UsageError where they are not those of its configuration, e.g. with an adapter."""
-    state = model.state_dict()
-    if differ := _differ(_empty(model.config, kind, state).state_dict(), state):
-        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
-    return state
-
-
-def _empty(config: object, kind: str = "vit", state: State = {}) -> nn.Module:  # noqa: B006
-    """A model without values: no time is spent on an initialisation that is overwritten."""
-    with torch.device("meta"):
-        return KINDS[kind].make(config, state)
-
-
-def _fill(model: nn.Module, state: State, names: Names, what: str) -> nn.Module:
-    """The model with the tensors of `state`, not copied; without `names` they are called as ours.
-
-    Raises UsageError with the keys that differ.
+    Raises UsageError, with the keys, for tensors that differ from the configuration's or are not finite.
     """
-    theirs = {name: their_name(name, names) if names else name for name in model.state_dict()}
-    if differ := _differ({theirs[name]: tensor for name, tensor in model.state_dict().items()}, state):
-        raise UsageError(f"{what} does not fit {model.config.name}: {differ}; nothing was loaded")
+    model = _empty(config)
+    ours = model.state_dict()
+    theirs = {name: their_name(name, names) if names else name for name in ours}
+    if differ := differences({theirs[name]: tensor for name, tensor in ours.items()}, state):
+        raise UsageError(f"{what} does not fit {config.name}: {differ}; nothing was loaded")
     _check_values(state, what)
     model.load_state_dict({name: state[other] for name, other in theirs.items()}, assign=True)
     return model
 
 
-def _check_values(state: State, what: str) -> None:
-    """Raises UsageError, with the keys, for values that are not finite."""
-    there = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
-    if odd := [name for name, tensor in there.items() if not tensor.float().isfinite().all()]:
-        raise UsageError(f"{what} has values that are not finite: {', '.join(odd[:8])}{', ...' * (len(odd) > 8)}")
-
-
-def _differ(wanted: State, given: State) -> str:
-    """The keys that differ, with shapes."""
+def differences(wanted: State, given: State) -> str:
+    """The keys that differ, with shapes; empty where none do."""
     a, b = ({name: _shape(tensor) for name, tensor in state.items()} for state in (given, wanted))
     names = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     return ", ".join(f"{name} ({a.get(name, 'missing')}, not {b.get(name, 'known')})" for name in names)
@@ -145,6 +105,26 @@ def _shape(tensor: Tensor) -> str:
     """Shape, and the type if it is no floating-point one, whose precision may differ: 64x3x4x4."""
     shape = "x".join(map(str, tensor.shape)) or "one number"
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_values(state: State, what: str) -> None:
+    odd = [name for name, tensor in state.items() if not (tensor.is_meta or tensor.float().isfinite().all())]
+    if odd:
+        raise UsageError(f"{what} has values that are not finite: {', '.join(odd[:8])}{', ...' * (len(odd) > 8)}")
+
+
+def _empty(config: ViTConfig) -> ViT:
+    """Without values: no time is spent on an initialisation that is overwritten."""
+    with torch.device("meta"):
+        return ViT(config)
+
+
+def _state(model: ViT) -> dict[str, Tensor]:
+    """The model's tensors. Raises UsageError where they are not those of its configuration, e.g. with an adapter."""
+    state = model.state_dict()
+    if differ := differences(_empty(model.config).state_dict(), state):
+        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
+    return state
 
 
 @torch.no_grad()
@@ -180,7 +160,7 @@ def fuse(model: ViT) -> ViT:
             state |= {f"{at}.f.{name}.weight": weight, f"{at}.f.{name}.bias": bias.sum(0) if bias.ndim > 1 else bias}
             norm = layer.mhsa[0].norm
             state |= {f"{at}.norm.weight": torch.ones_like(norm.weight), f"{at}.norm.bias": torch.zeros_like(norm.bias)}
-    return _fill(_empty(wide), state, {}, "this model").eval().requires_grad_(False)
+    return assemble(wide, state, "this model").eval().requires_grad_(False)
 
 
 def _layout(*branches: str) -> Names:
@@ -257,11 +237,6 @@ def timm_state(model: ViT) -> dict[str, Tensor]:
                 state[f"{prefix}.qkv.bias"] = module.qkv_bias.detach()
                 del state[f"{prefix}.q_bias"], state[f"{prefix}.v_bias"]
     return {their_name(name, names): tensor.clone() for name, tensor in state.items()}
-
-
-def save_timm(model: ViT, path: str | Path) -> None:
-    """The weights under timm's names in one safetensors file, for `timm.create_model(..., checkpoint_path=path)`."""
-    write_safetensors(path, timm_state(model), {"format": "pt"})
 
 
 def from_timm(model: nn.Module) -> ViT:
@@ -354,11 +329,10 @@ _UNUSED = re.compile(r"mask_token|pooler\.")  # of pre-training, and a layer tha
 
 def plain_names(state: State) -> dict[str, Tensor]:
     """A state under DeiT's or timm's names where it has others; what a classifier does not read is left out."""
-    renamed, others = {}, any("encoder." in name for name in state)
+    renamed = {}
     for name, tensor in state.items():
-        if others:
-            for theirs, ours in _RENAMED:
-                name = re.sub(theirs, ours, name)
+        for theirs, ours in _RENAMED:
+            name = re.sub(theirs, ours, name)
         renamed[name] = tensor
     q, k, v = (f"attention.attention.{part}." for part in ("query", "key", "value"))
     for name in [name for name in renamed if q in name]:
@@ -382,9 +356,8 @@ def _download(name: str) -> nn.Module:
     if not timm.is_model(name):
         allowed = "allowed are such a file and timm's names, for example deit3_small_patch16_224.fb_in1k"
         raise UsageError(f"{name} is no file in .safetensors, .pth, .pt or .bin and no model of timm: {allowed}")
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # without a network it says of each retry that there is none
+    # without a network it says of each retry that there is none
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as fault:  # no network, an unknown tag, no such weights
@@ -447,4 +420,4 @@ def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: fl
         pos="all" if positions[1] > grid * grid else "patches",
         inner=inner if inner != width else None, ffn_width=fc1[0] if fc1[0] != 4 * width else None,
     )  # fmt: skip
-    return _fill(_empty(config), state, names, what)
+    return assemble(config, state, what, names)

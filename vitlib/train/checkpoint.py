@@ -8,10 +8,8 @@ draw is a function of names (`vitlib.draws`). Written whole or not at all, and r
 from __future__ import annotations
 
 import os
-import pickle
 import time
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any
 
 import torch
 
-from vitlib.files import no_room, write_whole
-
-FAULTS = (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+from vitlib.files import no_room, read_pth, write_whole
+from vitlib.model.weights import differences
 
 
 @dataclass(frozen=True)
@@ -101,26 +98,23 @@ class Checkpoints:
         return history
 
     def _load(self, parts: Mapping[str, Any]) -> dict | None:
+        if not self.path.is_file():
+            return None
         try:
-            if (part := zipfile.ZipFile(self.path).testzip()) is not None:  # torch does not look at the checksums
-                raise ValueError(f"the checksum of {part} is wrong")
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = read_pth(self.path)
             if lost := {*parts, "run", "history", "notes", "wall_s", "cpu_s"} - set(state):
                 raise ValueError(f"{', '.join(sorted(lost))} is missing")
-            ours, theirs = ({k: v.shape for k, v in s.items()} for s in (parts["model"].state_dict(), state["model"]))
-            if state["run"] != self.run or ours != theirs:
-                raise ValueError(
-                    f"it belongs to the run {state['run']}" if ours == theirs else "its model is another one"
-                )
+            if state["run"] != self.run:
+                raise ValueError(f"it belongs to the run {state['run']}")
+            if differences(parts["model"].state_dict(), state["model"]):
+                raise ValueError("its model is another one")
             return state
-        except FileNotFoundError:
-            return None
-        except FAULTS as fault:
+        except (ValueError, TypeError, AttributeError) as fault:  # UsageError is a ValueError
             if self.writes:
                 os.replace(self.path, self.path.with_suffix(".damaged"))
             warnings.warn(
-                f"the checkpoint {self.path} is damaged ({fault or type(fault).__name__}): it is set aside as "
-                f"{self.path.stem}.damaged and the run starts anew",
+                f"the checkpoint {self.path} is damaged ({fault}): it is set aside as {self.path.stem}.damaged and the run "
+                "starts anew",
                 stacklevel=4,
             )
             return None

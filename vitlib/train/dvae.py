@@ -23,14 +23,19 @@ from vitlib import draws
 from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
-from vitlib.model.weights import KINDS, Savable
-from vitlib.records import check_types, floats
+from vitlib.records import check, floats, number, two, whole
 from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import codebook_use
 
 CHUNK = 2**24  # numbers drawn at a time: 128 MiB in 64 bits
 SMALLEST = 2.0**-54  # in place of a uniform number that is 0
+RULES = [
+    ("image_size patch_size in_chans", whole(1), "are whole numbers from 1"),
+    ("vocabulary width", whole(2), "are whole numbers from 2"),
+    ("temperature", two(number(SMALLEST)), "are two above 0"),
+    ("kl_weight", number(0), "are numbers from 0"),
+]
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,9 @@ class DVAEConfig:
 
     def __post_init__(self) -> None:
         floats(self)
-        check_types(self)
-        if min(self.image_size, self.patch_size, self.in_chans) < 1:
-            raise UsageError("a dVAE needs image_size, patch_size and in_chans from 1")
+        check(self, {}, RULES)
         if self.image_size % self.patch_size:
             raise UsageError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if min(self.vocabulary, self.width) < 2 or min(self.temperature) <= 0 or self.kl_weight < 0:
-            raise UsageError("a dVAE needs vocabulary and width from 2, temperatures above 0 and kl_weight from 0")
 
     @property
     def grid(self) -> int:
@@ -191,4 +192,3 @@ def start(setting: Setting) -> tuple[DVAE, LossFunction]:
 
 
 PROTOCOL = Protocol("tokenizer", start, evaluate, DVAEConfig, classifies=False)
-KINDS["dvae"] = Savable(DVAE, DVAEConfig, lambda config, state: DVAE(config))

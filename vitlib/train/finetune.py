@@ -10,19 +10,19 @@ norm       every norm, head, position embedding
 bias       every bias, head, position embedding
 last-k     the last k layers, whole, head, position embedding
 
-The last four are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py
---attn-only keeps every name that contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks
-is called `attn1`, so that it trains half of their attention. Here a module's role counts, not its name, in our models
-in timm's and in Hugging Face's; a model with attention of a class that is not known is refused, not trained in part.
+The last four are not the paper's: what else is enough shows whether attention is special. Paper: "MHSA weights", with
+padlocks on FFN, LayerNorms and patch projection in Figure 4. Released code: main.py --attn-only keeps every name that
+contains `.attn.`, then head and pos_embed; the second branch of its parallel blocks is called `attn1`, so that it trains
+half of their attention. Here a module's role counts, not its name, in our models, in timm's and in Hugging Face's; a
+model with attention of a class that is not known is refused, not trained in part.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -31,6 +31,7 @@ from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.vit import RelativeBias
+from vitlib.model.weights import differences
 from vitlib.train import supervised
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 
@@ -63,7 +64,7 @@ ROLES = {  # strategy -> what it trains beside head and positions
 }
 PAPER_STRATEGIES = ("full", *ROLES, "head")  # the columns of Tables 5 and 6, and the head alone
 STRATEGIES = (*PAPER_STRATEGIES, "fc1", "norm", "bias")
-LAST = re.compile(r"last-(\d+)")
+LAST = re.compile(r"last-([1-9]\d*)")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
 POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
@@ -83,67 +84,57 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     last = LAST.fullmatch(str(strategy))
     if strategy not in STRATEGIES and not last:
         raise unknown("strategy", strategy, (*STRATEGIES, "last-1, last-2, ..."))
-    names = [name for name, _ in model.named_parameters()]
+    named, kind = dict(model.named_parameters()), type(unwrapped(model)).__name__
     if strategy == "full":
-        return names
-    # head: parameters are told apart by identity, because torch.compile and DataParallel change their names
-    kept = {id(p) for head in heads(model, needed=strategy == "head") for p in head.parameters()}
-    # positions: timm's tables by their names, ours of relative positions by its class
-    kept |= {id(p) for name, p in model.named_parameters() if POSITIONS.search(name)}
-    kept |= {id(p) for m in model.modules() if isinstance(m, RelativeBias) for p in m.parameters()}
-    kind = type(unwrapped(model)).__name__
-    # attention or feed-forward networks of every branch: all of their parameters, or their first matrix
-    if role := ROLES.get("ffn" if strategy == "fc1" else strategy):
-        layers = list(filter(role.is_of, model.modules()))
-        whole = kept | {id(p) for layer in layers for p in layer.parameters()}
-        # what cannot be told apart is refused
-        known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
-        known += f" and those of transformers that end in {role.ending}"
-        if not layers:
-            raise UsageError(f"{kind} has no {strategy} layers that can be told apart: known are {known}")
-        if unseen := left_out(unwrapped(model), role, whole):
-            raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
-        kept = kept | {id(p) for m in layers for p in m.fc1.parameters()} if strategy == "fc1" else whole
-    if strategy in ("norm", "bias"):
-        there = (
-            norms(model) if strategy == "norm" else {id(p) for name, p in model.named_parameters() if BIAS.search(name)}
-        )
-        if not there:
+        return list(named)
+    # head and positions: timm's tables by their names, ours of relative positions by its class
+    kept = ids(heads(model, needed=strategy == "head"))
+    kept |= {id(p) for name, p in named.items() if POSITIONS.search(name)}
+    kept |= ids(m for m in model.modules() if isinstance(m, RelativeBias))
+    # what the strategy is called after
+    if strategy in ("attn", "ffn", "fc1"):
+        kept |= of_role(model, strategy, kept)
+    elif last:
+        layers = getattr(unwrapped(model), "layers", None) or getattr(unwrapped(model), "blocks", ())  # ours or timm's
+        if len(layers) < (k := int(last[1])):
+            raise UsageError(
+                f"strategy {strategy!r} is for models of {k} layers and more: this {kind} has {len(layers)}"
+            )
+        kept |= ids(layers[-k:])
+    elif strategy in ("norm", "bias"):
+        biases = {id(p) for name, p in named.items() if BIAS.search(name)}
+        if not (there := norms(model) if strategy == "norm" else biases):
             raise UsageError(f"{kind} has no {strategy} parameters that could be trained")
         kept |= there
-    if last:
-        layers = layers_of(model)
-        if not 0 < (k := int(last[1])) <= len(layers):
-            raise UsageError(
-                f"strategy {strategy!r} is for models of {last[1]} layers and more: this {kind} has {len(layers)}"
-            )
-        kept |= {id(p) for layer in layers[-k:] for p in layer.parameters()}
-    return [name for name, p in model.named_parameters() if id(p) in kept]
+    return [name for name, p in named.items() if id(p) in kept]
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a ViT in their order: ours, timm's blocks. Raises UsageError where there are none."""
-    plain = unwrapped(model)
-    layers = getattr(plain, "layers", None) or getattr(plain, "blocks", None)
-    if layers is None:
-        raise UsageError(f"{type(plain).__name__} has no layers that can be counted: known are layers and blocks")
-    return list(layers)
+def ids(modules: Iterable[nn.Module]) -> set[int]:
+    """Their parameters, told apart by identity, because torch.compile and DataParallel change their names."""
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+def of_role(model: nn.Module, strategy: str, kept: set[int]) -> set[int]:
+    """Attention or feed-forward networks of every branch: all of their parameters, for fc1 those of their first matrix."""
+    role, kind = ROLES["ffn" if strategy == "fc1" else strategy], type(unwrapped(model)).__name__
+    known = " and ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in role.classes)
+    known += f" and those of transformers that end in {role.ending}"
+    layers = list(filter(role.is_of, model.modules()))
+    if not layers:
+        raise UsageError(f"{kind} has no {strategy} layers that can be told apart: known are {known}")
+    # what cannot be told apart is refused; norms do not count
+    seen = kept | ids(layers) | norms(model)
+    for name, module in unwrapped(model).named_modules():
+        if name and role.suspects(name, module) and not ids([module]) <= seen:
+            unseen = f"{name} ({type(module).__name__})"
+            raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
+    return ids(layer.fc1 for layer in layers) if strategy == "fc1" else ids(layers)
 
 
 def norms(model: nn.Module) -> set[int]:
-    """The parameters of every norm, told by the name of its class, by identity."""
+    """The parameters of every norm, told by the name of its class."""
     found = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     return {id(p) for m in found for p in m.parameters(recurse=False)}
-
-
-def left_out(model: nn.Module, role: Role, kept: set[int]) -> str | None:
-    """The first module that has this role by its name or class, but parameters that are not kept; norms do not count."""
-    seen = kept | norms(model)
-    for name, module in model.named_modules():
-        suspect = module is not model and role.suspects(name, module)
-        if suspect and any(id(p) not in seen for p in module.parameters()):
-            return f"{name} ({type(module).__name__})"
-    return None
 
 
 def heads(model: nn.Module, needed: bool) -> list[nn.Module]:
@@ -185,25 +176,20 @@ def start_from(weights: Mapping[str, Tensor], config: ViTConfig, seed: int = 0, 
     Raises UsageError with the list of keys if anything else differs; nothing is loaded loosely.
     """
     if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UsageError(
-            f"a trunk's weights are tensors by name, as state_dict() gives them, and no {type(weights).__name__}"
-        )
+        kind = type(weights).__name__
+        raise UsageError(f"a trunk's weights are tensors by name, as state_dict() gives them, and no {kind}")
     model = ViT(config, seed)
-    fresh = model.state_dict()
-    weights = dict(weights)
+    fresh, weights = model.state_dict(), dict(weights)
     # positions: (1, n * n, D) -> (1, grid * grid, D)
     if "pos_embed" in weights:
         weights["pos_embed"] = resize_positions(weights["pos_embed"], config.grid)
-    # a fresh head where the classes are others
-    head = {
-        name: tensor for name, tensor in fresh.items() if name.startswith("head.")
-    }  # none where there are no classes
-    if new_head or any(weights.get(name, torch.empty(0)).shape != tensor.shape for name, tensor in head.items()):
+    # a fresh head where the classes are others; a model without classes has none
+    head = {name: tensor for name, tensor in fresh.items() if name.startswith("head.")}
+    if new_head or any(name not in weights or weights[name].shape != tensor.shape for name, tensor in head.items()):
         weights |= head
     # every other tensor has the same name and shape
-    shapes, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (fresh, weights))
-    if differ := sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)):
-        raise UsageError(f"the trunk does not fit {config.name}: {', '.join(differ)}; nothing was loaded")
+    if differ := differences(fresh, weights):
+        raise UsageError(f"the trunk does not fit {config.name}: {differ}; nothing was loaded")
     model.load_state_dict(weights)
     return model
 

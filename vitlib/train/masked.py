@@ -17,7 +17,6 @@ from vitlib.data import Batch
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model import ViT, ViTConfig, set_execution
-from vitlib.model.weights import KINDS, Savable
 from vitlib.train.protocol import LossFunction, Protocol, Setting
 from vitlib.train.tokenizers import Targets, make_targets
 
@@ -106,10 +105,8 @@ class MaskedViT(nn.Module):
         # the mask token takes the place of masked patches
         x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         # layers; of the last one only masked tokens are computed: (B, M, D)
-        tokens = (
-            mask.nonzero()[:, 1].view(len(mask), int(counts[0]) if len(mask) else 1) + 1
-        )  # the class token is token 0
-        x = self.vit.encode(x, draws, tokens)
+        places = mask.nonzero()[:, 1].view(len(mask), int(counts[0]) if len(mask) else 1)
+        x = self.vit.encode(x, draws, places + 1)  # the class token is token 0
         # one prediction per masked patch: (B * M, outputs)
         return self.predictor(x).flatten(0, 1)
 
@@ -154,6 +151,3 @@ def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
 
 # Not evaluated: a pre-trained model is judged by what its fine-tuned classifier reaches.
 PROTOCOL = Protocol("masked", start, lambda *_: ({}, None), classifies=False, keeps=lambda model: model.vit)
-KINDS["masked"] = Savable(
-    MaskedViT, ViTConfig, lambda config, state: MaskedViT(config, len(state.get("predictor.bias", ())))
-)

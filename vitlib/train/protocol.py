@@ -28,7 +28,6 @@ class Setting:
     recipe: Recipe
     seed: int
     data: DataSet  # training images
-    rows: np.ndarray  # indices of the training images that are used, int64
     steps: int
     weights: dict[str, Tensor] | None = None  # of the pretrained backbone; fine-tuning alone has them
     new_head: bool = False  # the backbone's classes are others

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitlib.data.augment import Augment
-from vitlib.errors import UsageError, unknown
-from vitlib.records import floats
+from vitlib.errors import UsageError
+from vitlib.records import check, floats, number, or_none, truth, two, whole
 
-OPTIMIZERS = ("adamw", "lamb", "sgd")  # timm's names; sgd has Nesterov momentum 0.9
-LOSSES = ("cross_entropy", "bce")
-
-
-def _number(least: float, below: float = sys.float_info.max, kind: type = float) -> Callable[[object], bool]:
-    """Numbers from `least` and less than `below`: neither infinite nor NaN."""
-    return lambda v: isinstance(v, (int, kind)) and not isinstance(v, bool) and least <= v < below
-
-
+CHOICES = {
+    "optimizer": ("adamw", "lamb", "sgd"),  # timm's names; sgd has Nesterov momentum 0.9
+    "loss": ("cross_entropy", "bce"),
+}
 AFTER_0, AFTER_1 = sys.float_info.min, math.nextafter(1, 2)  # no denormal number: runs flush those to 0
-RULES = (  # fields, which values are allowed, in words and as a test; None too where that is the field's default
-    ("epochs batch_size repeats", "whole numbers from 1", _number(1, kind=int)),
-    ("lr clip", "numbers above 0", _number(AFTER_0)),
-    ("weight_decay min_lr mixup cutmix", "numbers from 0", _number(0)),
-    ("warmup smoothing", "shares in [0, 1)", _number(0, 1)),
-    ("layer_decay", "factors in (0, 1]", _number(AFTER_0, AFTER_1)),
-    ("ema", "decays in (0, 1)", _number(AFTER_0, 1)),
-    ("betas", "two numbers in [0, 1)", lambda b: isinstance(b, tuple) and len(b) == 2 and all(map(_number(0, 1), b))),
-    ("flip", "True and False", lambda value: isinstance(value, bool)),
-)
-OPTIONAL = ("clip", "layer_decay", "ema")
+RULES = [
+    ("epochs batch_size repeats", whole(1), "are whole numbers from 1"),
+    ("lr", number(AFTER_0), "are numbers above 0"),
+    ("clip", or_none(number(AFTER_0)), "are None (off) or numbers above 0"),
+    ("weight_decay min_lr mixup cutmix", number(0), "are numbers from 0"),
+    ("warmup smoothing", number(0, 1), "are shares in [0, 1)"),
+    ("layer_decay", or_none(number(AFTER_0, AFTER_1)), "are None (off) or factors in (0, 1]"),
+    ("ema", or_none(number(AFTER_0, 1)), "are None (off) or decays in (0, 1)"),
+    ("betas", two(number(0, 1)), "are two numbers in [0, 1)"),
+    ("flip", truth, "are True and False"),
+]
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         floats(self)
-        for field, allowed in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
-            if getattr(self, field) not in allowed:
-                raise unknown(field, getattr(self, field), allowed)
-        for names, words, holds in RULES:
-            for field in names.split():
-                value, off = getattr(self, field), "None (off) or " * (field in OPTIONAL)
-                if not (holds(value) or (off and value is None)):
-                    raise UsageError(f"{field} is {value!r}: allowed are {off}{words}")
+        check(self, CHOICES, RULES)
         if self.smoothing and self.loss == "bce":  # Released code: targets.gt(0) would make every class positive
             raise UsageError(f"smoothing is {self.smoothing!r} with loss 'bce': allowed is 0, or cross_entropy")

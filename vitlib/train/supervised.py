@@ -33,12 +33,9 @@ def bce(model: torch.nn.Module, batch: Batch, draws: Tensor | None = None) -> Te
     return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))
 
 
-LOSSES = {"cross_entropy": cross_entropy, "bce": bce}
-
-
 def loss_of(recipe: Recipe) -> LossFunction:
     """The loss function of supervised training and fine-tuning."""
-    return functools.partial(cross_entropy, smoothing=recipe.smoothing) if recipe.smoothing else LOSSES[recipe.loss]
+    return bce if recipe.loss == "bce" else functools.partial(cross_entropy, smoothing=recipe.smoothing)
 
 
 def start(setting: Setting) -> tuple[ViT, LossFunction]:
