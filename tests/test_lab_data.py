@@ -36,7 +36,7 @@ from vitlib.errors import UsageError
 from vitlib.model import ViT, vit_config
 from vitlib.train import loop
 from vitlib.train.recipe import Recipe
-from vitlib.train.supervised import loss_of
+from vitlib.train.supervised import evaluate, loss_of
 
 NAME = "fashion-mnist"
 WILD = Augment(policy="rand-m7-mstd0.5-inc1", erasing=0.5, view_size=8)
@@ -480,8 +480,8 @@ def test_an_epoch_of_training_from_every_layout(name, opened):
     wild = recipe(4, augment=WILD, mixup=0.8, cutmix=1.0, repeats=3, loss="bce")
     history = loop.train(model, wild, data, np.arange(7), 0, loss_of(wild))
     assert [step.step for step in history] == [1, 2]
-    correct, loss = loop.evaluate(model, opened(name, "test"), batch_size=2)
-    assert correct.shape == (3,) and np.isfinite(loss)
+    reached, correct = evaluate(model, opened(name, "test"), batch_size=2)
+    assert correct.shape == (3,) and np.isfinite(reached["loss"])
 
 
 def test_labels_and_checksum_are_read_without_decoding_and_no_image_is_kept(opened, monkeypatch):

@@ -32,7 +32,7 @@ from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.dvae import DVAE
 from vitlib.train.engine import Engine, joined, resolve, this_shard
-from vitlib.train.protocol import LossFunction, Setting
+from vitlib.train.protocol import LossFunction
 
 try:
     import resource
@@ -136,17 +136,12 @@ def second_test(spec: RunSpec) -> DataSet | None:
 
 def prepare(spec: RunSpec, data: DataSet) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
-    parent, tokenizer = spec.parent, spec.tokenizer
-    start = parent and weights(parent)
+    parent = spec.parent
+    state = parent and weights(parent)
     if parent and parent.model.branches != spec.model.branches:  # its pairs in the branches that this spec names
-        start = regrouped(start, spec.model.branches)
-    setting = Setting(
-        model=spec.model, recipe=spec.recipe, seed=spec.seed, data=data, steps=spec.steps,
-        weights=start, new_head=parent is not None and parent.data != spec.data,
-        strategy=spec.strategy, targets=spec.targets, tokenizer=tokenizer and trained_tokenizer(tokenizer),
-        masked=spec.masked, blank=spec.blank, execution=spec.execution, device=resolve(spec.device),
-    )  # fmt: skip
-    return PROTOCOLS[spec.protocol].start(setting)
+        state = regrouped(state, spec.model.branches)
+    tokenizer = spec.tokenizer and trained_tokenizer(spec.tokenizer).to(resolve(spec.device))
+    return PROTOCOLS[spec.protocol].start(spec, data, state, tokenizer)
 
 
 def trained_tokenizer(spec: RunSpec) -> DVAE:

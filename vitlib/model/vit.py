@@ -157,31 +157,22 @@ def initialise(model: ViT, seed: int) -> None:
     if model.cls_token.is_meta:
         return
 
-    def generator(role: str, pair: int) -> torch.Generator:
+    def generator(role: str, pair: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(key(seed, "init", role, pair) >> 1)
+
+    def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
+        """Truncated at +-2 (absolute), which cuts nothing: the real standard deviation is the nominal one."""
+        nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
 
     def linear(module: nn.Linear, role: str, pair: int = 0) -> None:
         normal(module.weight, role, pair)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def normal(tensor: Tensor, role: str, pair: int = 0) -> None:
-        """Truncated at +-2 (absolute), which cuts nothing: the real standard deviation is the nominal one."""
-        nn.init.trunc_normal_(tensor, std=config.init_std, generator=generator(role, pair))
-
-    def convolution(module: nn.Conv2d, role: str) -> None:
-        """As PyTorch starts them: uniform between +-1 / sqrt(fan in)."""
-        draws = generator(role, 0)
-        nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=draws)
-        if module.bias is not None:
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            nn.init.uniform_(module.bias, -bound, bound, generator=draws)
-
     # qkv, proj, fc1, fc2 of every pair
     for i, layer in enumerate(model.layers):
-        for k in range(config.branches):
-            pair = i * config.branches + k
-            for kind, residual in (("mhsa", layer.mhsa[k]), ("ffn", layer.ffn[k])):
+        for kind in ("mhsa", "ffn"):
+            for pair, residual in enumerate(getattr(layer, kind), start=i * config.branches):
                 for name, module in residual.f.named_children():
                     linear(module, f"{kind}.{name}", pair)
                     if config.shrink_deep and name in ("proj", "fc2"):  # by pair, so that 12x1 and 6x2 start equal
@@ -197,8 +188,11 @@ def initialise(model: ViT, seed: int) -> None:
     for prefix, module in model.stem.named_modules(prefix="stem"):
         if isinstance(module, nn.Linear):
             linear(module, prefix)
-        elif isinstance(module, nn.Conv2d):
-            convolution(module, prefix)
+        elif isinstance(module, nn.Conv2d):  # as PyTorch starts them: uniform between +-1 / sqrt(fan in)
+            draws, bound = generator(prefix), 1 / math.sqrt(module.weight[0].numel())
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=draws)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound, generator=draws)
         elif not hasattr(module, "reset_parameters"):  # e.g. positions; other layers of PyTorch start by themselves
             for name, tensor in module.named_parameters(prefix, recurse=False):
                 normal(tensor, name)

@@ -281,17 +281,14 @@ def from_timm(model: nn.Module) -> ViT:
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 
 
-def read_checkpoint(
-    source: str | Path, heads: int | None = None, pool: str = "cls", layer_scale: float = 1e-4, key: str = "model"
-) -> ViT:
+def read_checkpoint(source: str | Path, heads: int | None = None, pool: str = "cls", key: str = "model") -> ViT:
     """Our ViT with the weights of a checkpoint file in DeiT's, DeiT III's or timm's layout, or of a timm model by name.
 
-    source       a file of tensors (.safetensors or .pth, .pt, .bin, .ckpt); else a timm name, which is downloaded
+    source  a file of tensors (.safetensors or .pth, .pt, .bin, .ckpt); else a timm name, which is downloaded
     and for a file, what its tensors do not show:
-    heads        None: the paper's head size, 64, at the paper's widths; to be given at any other width
-    pool         what the head reads, "cls" or "mean": DeiT's class token unless told otherwise
-    layer_scale  the initial value that the configuration names where the file has LayerScale. Released code: 1e-4
-    key          which of a .pth file's states is read, e.g. "model_ema"; a file may also be a bare state
+    heads   None: the paper's head size, 64, at the paper's widths; to be given at any other width
+    pool    what the head reads, "cls" or "mean": DeiT's class token unless told otherwise
+    key     which of a .pth file's states is read, e.g. "model_ema"; a file may also be a bare state
 
     In float32. LayerNorm's eps 1e-6 and GELU are DeiT's and timm's. Stochastic depth is off; fine-tuning sets it with
     `dataclasses.replace(config, drop_path=...)`. Raises UsageError for a file that is damaged, holds code, or is of
@@ -305,7 +302,7 @@ def read_checkpoint(
         # half precision is for storage; what DistributedDataParallel and torch.compile put before a name goes
         exact = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
         state[re.sub(r"^((module|_orig_mod|model)\.)+", "", name)] = tensor.to(exact)
-    return _ours(plain_names(state), str(source), heads, pool, layer_scale)
+    return _ours(plain_names(state), str(source), heads, pool)
 
 
 # -> DeiT's and timm's names
@@ -384,16 +381,17 @@ def _is_plain(name: object, tensor: object) -> bool:
     return isinstance(name, str) and dense and not tensor.is_quantized
 
 
-def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: float | None) -> ViT:
+def _ours(state: State, what: str, heads: int | None, pool: str, layer_scale: float | None = 1e-4) -> ViT:
     """Our ViT with the tensors of a checkpoint; its configuration is what their shapes say, and the three values.
+
+    layer_scale: the initial value, which a file with LayerScale does not show. Released code: 1e-4.
 
     Raises UsageError for another kind of model, with `what` it is, and where heads are not given at a width that is not
     the paper's.
     """
     if distilled := sorted({"dist_token", "head_dist.weight"} & state.keys()):
-        raise UsageError(
-            f"{what} is a distilled model ({distilled[0]}): allowed are those with one class token and head"
-        )
+        allowed = "allowed are those with one class token and head"
+        raise UsageError(f"{what} is a distilled model ({distilled[0]}): {allowed}")
     for word, part in _FOREIGN.items():
         if key := next((name for name in state if re.search(word, name)), None):
             raise UsageError(f"{what} has {part} ({key}), which this ViT has not: give a checkpoint without them")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.records import check, floats, number, two, whole
 from vitlib.train.engine import CPU, Engine
-from vitlib.train.protocol import LossFunction, Protocol, Setting
+from vitlib.train.protocol import LossFunction, Protocol
 from vitlib.train.tokenizers import codebook_use
 
 CHUNK = 2**24  # numbers drawn at a time: 128 MiB in 64 bits
@@ -186,9 +186,9 @@ def evaluate(model: DVAE, data: DataSet, engine: Engine = CPU) -> tuple[dict[str
     return {"recon_mse": error / pixels} | codebook_use(torch.cat(seen), model.config.vocabulary), None
 
 
-def start(setting: Setting) -> tuple[DVAE, LossFunction]:
+def start(spec: Any, *_: object) -> tuple[DVAE, LossFunction]:
     """A tokenizer with fresh weights, and its loss."""
-    return DVAE(setting.model, setting.seed), DVAELoss(setting.seed, setting.steps)
+    return DVAE(spec.model, spec.seed), DVAELoss(spec.seed, spec.steps)
 
 
 PROTOCOL = Protocol("tokenizer", start, evaluate, DVAEConfig, classifies=False)

@@ -22,18 +22,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from vitlib.data import DataSet
 from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT, ViTConfig, resize_positions, set_execution
 from vitlib.model.layers import FFN, MHSA
 from vitlib.model.vit import RelativeBias
 from vitlib.model.weights import differences
 from vitlib.train import supervised
-from vitlib.train.protocol import LossFunction, Protocol, Setting
+from vitlib.train.protocol import LossFunction, Protocol, State
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,11 @@ def at_image_size(config: ViTConfig, image_size: int) -> ViTConfig:
     return replace(config, image_size=image_size)
 
 
-def start(setting: Setting) -> tuple[ViT, LossFunction]:
+def start(spec: Any, data: DataSet, weights: State, *_: object) -> tuple[ViT, LossFunction]:
     """The backbone's weights with the strategy's parameters trainable, and the supervised loss of the recipe."""
-    model = start_from(setting.weights, setting.model, setting.seed, setting.new_head)
-    freeze(model, setting.strategy)
-    return set_execution(model, setting.execution), supervised.loss_of(setting.recipe)
+    model = start_from(weights, spec.model, spec.seed, new_head=spec.parent.data != spec.data)
+    freeze(model, spec.strategy)
+    return set_execution(model, spec.execution), supervised.loss_of(spec.recipe)
 
 
 PROTOCOL = Protocol("finetune", start, supervised.evaluate, needs_parent=True)

@@ -144,24 +144,3 @@ def drop_path_draws(model: nn.Module, seed: int, batch: Batch) -> Tensor | None:
     u = draws.uniform(seed, "drop-path", batch.epoch, batch.index, 2 * config.pairs)  # (B, 2 pairs)
     draw = torch.from_numpy(u.T.reshape(config.pairs, 2, len(batch.index)).astype(np.float32))
     return draw.to(batch.images.device, non_blocking=True)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: DataSet, batch_size: int = 500, engine: Engine = CPU) -> tuple[np.ndarray, float]:
-    """Which images are classified correctly, bool (N,) in the split's order, and the mean cross entropy.
-
-    Every process classifies its part, and all know the whole.
-    """
-    model.eval()
-    correct, total = [np.zeros(0, bool)], 0.0
-    for batch in data.evaluation_batches(batch_size, engine.shard):
-        batch = engine.move(batch)
-        # images (B, C, H, W) -> logits (B, classes)
-        with engine.forward():
-            logits = model(batch.images)
-        # right or wrong for each image, and the sum of the losses
-        correct.append((logits.argmax(dim=1) == batch.targets).cpu().numpy())
-        total += nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
-    # all processes' parts in order
-    everyones = engine.gather((np.concatenate(correct), total))
-    return np.concatenate([correct for correct, _ in everyones]), sum(total for _, total in everyones) / len(data)

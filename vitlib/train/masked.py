@@ -7,17 +7,18 @@ Block-wise masks; the mask token takes a patch's place after the stem; the loss 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitlib import draws
-from vitlib.data import Batch
+from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
 from vitlib.model import ViT, ViTConfig, set_execution
-from vitlib.train.protocol import LossFunction, Protocol, Setting
+from vitlib.train.protocol import LossFunction, Protocol
 from vitlib.train.tokenizers import Targets, make_targets
 
 MIN_BLOCK = 16 / 196  # Released code (BEiT): blocks of at least 16 of 196 patches, aspect ratio 0.3 to 1 / 0.3
@@ -140,13 +141,12 @@ class MaskedLoss:
         return self.targets.loss(predicted, targets)
 
 
-def start(setting: Setting) -> tuple[MaskedViT, LossFunction]:
+def start(spec: Any, data: DataSet, _: None, tokenizer: nn.Module | None) -> tuple[MaskedViT, LossFunction]:
     """A model with fresh weights, and the loss on masked patches."""
-    tokenizer = setting.tokenizer and setting.tokenizer.to(setting.device)
-    targets = make_targets(setting.targets, setting.data, setting.model.patch_size, setting.seed, tokenizer)
-    model = MaskedViT(setting.model, targets.outputs, setting.seed, setting.blank)
-    set_execution(model.vit, setting.execution)
-    return model, MaskedLoss(targets, setting.seed, setting.masked)
+    targets = make_targets(spec.targets, data, spec.model.patch_size, spec.seed, tokenizer)
+    model = MaskedViT(spec.model, targets.outputs, spec.seed, spec.blank)
+    set_execution(model.vit, spec.execution)
+    return model, MaskedLoss(targets, spec.seed, spec.masked)
 
 
 # Not evaluated: a pre-trained model is judged by what its fine-tuned classifier reaches.

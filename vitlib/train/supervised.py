@@ -1,8 +1,9 @@
-"""Losses of supervised training and fine-tuning; masked pre-training brings its own (`masked.py`)."""
+"""Losses and evaluation of supervised training and fine-tuning; masked pre-training brings a loss of its own (`masked.py`)."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from vitlib.data import Batch, DataSet
 from vitlib.model import ViT, set_execution
-from vitlib.train import loop
 from vitlib.train.engine import CPU, Engine
-from vitlib.train.protocol import LossFunction, Protocol, Setting
+from vitlib.train.protocol import LossFunction, Protocol
 from vitlib.train.recipe import Recipe
 
 
@@ -38,15 +38,33 @@ def loss_of(recipe: Recipe) -> LossFunction:
     return bce if recipe.loss == "bce" else functools.partial(cross_entropy, smoothing=recipe.smoothing)
 
 
-def start(setting: Setting) -> tuple[ViT, LossFunction]:
+def start(spec: Any, *_: object) -> tuple[ViT, LossFunction]:
     """A model with fresh weights, and its recipe's loss."""
-    return set_execution(ViT(setting.model, setting.seed), setting.execution), loss_of(setting.recipe)
+    return set_execution(ViT(spec.model, spec.seed), spec.execution), loss_of(spec.recipe)
 
 
-def evaluate(model: torch.nn.Module, data: DataSet, engine: Engine = CPU) -> tuple[dict[str, float], np.ndarray]:
-    """Top-1 accuracy in percent and mean cross entropy, and which images are classified correctly."""
-    correct, loss = loop.evaluate(model, data, engine=engine)
-    return {"top1": 100 * float(correct.mean()), "loss": loss}, correct
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, data: DataSet, engine: Engine = CPU, batch_size: int = 500
+) -> tuple[dict[str, float], np.ndarray]:
+    """Top-1 accuracy in percent and mean cross entropy; which images are correctly classified, bool (N,) in the split's order.
+
+    Every process classifies its part, and all know the whole.
+    """
+    model.eval()
+    correct, total = [np.zeros(0, bool)], 0.0
+    for batch in data.evaluation_batches(batch_size, engine.shard):
+        batch = engine.move(batch)
+        # images (B, C, H, W) -> logits (B, classes)
+        with engine.forward():
+            logits = model(batch.images)
+        # right or wrong for each image, and the sum of the losses
+        correct.append((logits.argmax(dim=1) == batch.targets).cpu().numpy())
+        total += F.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
+    # all processes' parts in order
+    everyones = engine.gather((np.concatenate(correct), total))
+    whole = np.concatenate([correct for correct, _ in everyones])
+    return {"top1": 100 * float(whole.mean()), "loss": sum(total for _, total in everyones) / len(data)}, whole
 
 
 PROTOCOL = Protocol("supervised", start, evaluate)

@@ -124,17 +124,15 @@ def make_targets(kind: str, data: DataSet, patch_size: int, seed: int, tokenizer
         raise unknown("targets", kind, TARGETS)
     if kind == "pixels":
         return NormalisedPixels(data, patch_size)
-    if kind == "tokens":
+    if kind == "dvae":
+        if tokenizer is None:
+            raise UsageError("targets 'dvae' need a tokenizer")
         if data.streamed:
-            raise UsageError(
-                f"targets 'tokens' need images in memory, {data.name} is streamed: allowed are dvae, pixels"
-            )
-        return PatchTokens(data, patch_size, seed)
-    if tokenizer is None:
-        raise UsageError(f"targets {kind!r} need a tokenizer")
+            return FreshTokens(data, tokenizer)
+        return Tokens(data, lambda images: tokenizer.look_up(images, data), tokenizer.outputs)
     if data.streamed:
-        return FreshTokens(data, tokenizer)
-    return Tokens(data, lambda images: tokenizer.look_up(images, data), tokenizer.outputs)
+        raise UsageError(f"targets 'tokens' need images in memory, {data.name} is streamed: allowed are dvae, pixels")
+    return PatchTokens(data, patch_size, seed)
 
 
 def nearest(points: Tensor, prototypes: Tensor) -> Tensor:
