@@ -283,7 +283,9 @@ def test_a_device_that_is_not_there_is_refused_and_auto_is_what_there_is(monkeyp
 
 @pytest.mark.parametrize("parts", [0, 17, 1.5])
 def test_parts_that_a_batch_does_not_have_are_refused(parts):
-    with pytest.raises(UsageError, match="allowed are 1 to 16 parts"):
+    with pytest.raises(
+        UsageError, match=rf"accumulate is {parts}: allowed (is int|are whole numbers from 1|are 1 to 16 parts)"
+    ):
         replace(TINY, accumulate=parts)
 
 

@@ -1016,3 +1016,11 @@ def test_a_broken_card_is_one_sentence(text, tmp_path):
     with pytest.raises(UsageError, match=r"odd\.md is no data card") as error:
         published.read_card(tmp_path / "odd.md")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [16, 28])
+def test_a_batch_of_grey_images_is_not_taken_for_channels_last(size):
+    """With one channel its strides alone decide, and kernels for channels-last round in another way."""
+    images = cards.source("fashion-mnist").open("train", size)
+    batch = next(images.epoch_batches(np.arange(8), 0, 0, recipe(8)))
+    assert batch.images.stride() == torch.empty(batch.images.shape).stride()

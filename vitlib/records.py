@@ -27,7 +27,7 @@ def check(record: object, choices: Mapping[str, Iterable], rules: Iterable[tuple
 
 
 def whole(least: int) -> Test:
-    return lambda value: type(value) is int and value >= least
+    return lambda value: type(value) is int and least <= value <= sys.maxsize
 
 
 def number(least: float, below: float = sys.float_info.max) -> Test:

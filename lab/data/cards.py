@@ -260,7 +260,8 @@ def _stack(found: Found, name: str, channels: int) -> np.ndarray:
         some = ", ".join(f"{w}x{h}" for h, w in sorted(shapes)[:3])
         raise UsageError(f"the images of {name} have {len(shapes)} sizes ({some}, ...): allowed is one size throughout")
     images = np.stack(pixels)
-    return np.ascontiguousarray(images.reshape(*images.shape[:3], channels).transpose(0, 3, 1, 2))
+    # grey: never strides as of channels-last, by which PyTorch would choose other kernels, of other rounding
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if channels == 3 else images[:, None]
 
 
 @functools.lru_cache(maxsize=16)
