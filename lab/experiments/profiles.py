@@ -109,10 +109,11 @@ _EMBEDDED = Profile(
 )  # fmt: skip
 _PRIMARY = {"controls": False, "exploratory": False, "targets": "tokens"}
 PROFILES = {
-    # The code runs: a few steps of every kind.
+    # The code runs: a few steps of every kind, at rates that do not move with the study's.
     "smoke": replace(
         _EMBEDDED, name="smoke", seeds=(1000,), width=32, images=500, finetune_images=500, **_PRIMARY, transfer_widths=(32,),
         stems=Stems(32, 8, hidden=32, masked_epochs=1, supervised_epochs=1, finetune_epochs=1, few_labels=100, few_labels_epochs=8, pairs=2),
+        rates=started(500),
     ),
     # A1, F1 and F2 by the study's recipes; Thing 3 at a quarter of the length, shown and not judged.
     "cpu": replace(
