@@ -98,7 +98,12 @@ def started(few_labels: int) -> dict[str, float]:
 
 # The learning rate of every arm: where the search began, and over it what `python -m lab tune` chose, once it is done
 # (outputs/reference/<profile>/tuning.csv).
-RATES = started(500) | {}
+RATES = started(500) | {
+    "6x2+LS": 0.0015, "linear masked": 0.004, "linear pretrained": 0.002, "linear supervised": 0.001, "hmlp pretrained": 0.002,
+    "conv supervised": 0.002, "ffn": 0.016, "head": 0.032, "fc1": 0.032, "norm": 0.032,
+    "bias": 0.032, "36x1+LS": 0.0015, "12x1": 0.002, "36x1": 0.001, "digits 100 full": 0.006,
+    "digits 100 attn": 0.012,
+}  # fmt: skip
 PHOTOS_RATES = started(2000) | {}
 
 _EMBEDDED = Profile(
