@@ -10,6 +10,7 @@ from dataclasses import fields
 from vitlib.errors import UsageError, unknown
 
 Test = Callable[[object], bool]
+ABOVE_0 = sys.float_info.min  # no denormal number: runs flush those to 0
 
 
 def check(record: object, choices: Mapping[str, Iterable], rules: Iterable[tuple[str, Test, str]]) -> None:

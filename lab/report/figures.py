@@ -5,7 +5,7 @@ Below `imagenet` a figure plots differences to the reference arm, since accuraci
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,8 +39,8 @@ def with_columns(table: pd.DataFrame, *names: str) -> pd.DataFrame:
     return table.reindex(columns=list(dict.fromkeys([*table, *names])))
 
 
-def pictures(rows: Mapping[str, np.ndarray], figsize: tuple[float, float]) -> Figure:
-    """Images (N, H, W, C) from 0 to 1 side by side, a named row each."""
+def pictures(rows: Mapping[str, Sequence[np.ndarray]], figsize: tuple[float, float]) -> Figure:
+    """Images (H, W, C) from 0 to 1 side by side, a named row each."""
     figure, axes = plt.subplots(
         len(rows), len(next(iter(rows.values()))), figsize=figsize, squeeze=False, layout="constrained"
     )

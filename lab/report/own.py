@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -23,6 +22,7 @@ from lab import paths
 from lab.data.cards import card
 from lab.experiments.catalogue import notebook
 from lab.experiments.profiles import profile
+from lab.report.figures import pictures
 from lab.report.notebook import Page, say
 from lab.report.tables import bounds, columns, framed, spread, spread_of
 from vitlib.data.read import decode
@@ -57,12 +57,10 @@ class Question:
     def images(self, count: int = 8) -> None:
         """Some images, evenly over the folder, with their classes."""
         found, _, _ = in_folders(self.folder)
-        drawn, panels = plt.subplots(1, count, figsize=(8, 1.3), layout="constrained")
         rows = np.linspace(0, len(found.labels) - 1, count).round().astype(int).tolist()
         names = [found.classes[found.labels[i]] for i in rows]
-        for panel, i, name in zip(panels, rows, names, strict=True):
-            panel.imshow(decode(found.rows, i))
-            panel.set_axis_off()
+        drawn = pictures({"": [np.asarray(decode(found.rows, i)) / 255 for i in rows]}, (8, 1.3))
+        for panel, name in zip(drawn.axes, names, strict=True):
             panel.set_title(name, fontsize="x-small")
         self.page.figure(drawn, alt=f"Images of {self.folder.name}: {', '.join(names)}", name="images")
 

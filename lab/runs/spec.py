@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from lab.data.cards import Facts, source
 from lab.runs.results import hash_of
-from vitlib.errors import UsageError, unknown
+from vitlib.errors import UsageError
 from vitlib.model import ViTConfig
-from vitlib.records import check_types
+from vitlib.records import check, check_types
 from vitlib.train import PROTOCOLS, finetune, loop, tokenizers
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.recipe import Recipe
@@ -61,9 +61,7 @@ class RunSpec:
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be, and for a run that would train nothing."""
         check_types(self)
-        for field, allowed in ALLOWED.items():
-            if getattr(self, field) not in allowed:
-                raise unknown(field, getattr(self, field), allowed)
+        check(self, ALLOWED, ())
         for field, least in LEAST.items():
             if (value := getattr(self, field)) is not None and value < least:
                 raise UsageError(f"{field} is {value}: allowed are whole numbers from {least}")

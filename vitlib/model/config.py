@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from vitlib.errors import UsageError, unknown
 from vitlib.model.stems import STEMS
-from vitlib.records import check, floats, number, or_none, truth, whole
+from vitlib.records import ABOVE_0, check, floats, number, or_none, truth, whole
 
 # name -> (width, heads). Paper: Table 1, columns "width" and "heads".
 WIDTHS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12), "L": (1024, 16)}
@@ -130,7 +129,6 @@ def vit_config(name: str, **overrides: object) -> ViTConfig:
     return ViTConfig(**sizes | {"patch_size": int(patch or 16), "init_std": std} | overrides)
 
 
-SMALLEST = sys.float_info.min  # above 0
 CHOICES = {
     "stem": STEMS,  # looked up when asked: a stem may be added
     "stem_norm": (None, "none", "bn", "ln"),
@@ -143,10 +141,10 @@ RULES = [
     ("num_classes", whole(0), "is a whole number from 0"),
     ("inner ffn_width stem_width", or_none(whole(1)), "is None or a whole number from 1"),
     # timm reads init_values=0 as "no LayerScale"; here that is said with None.
-    ("layer_scale", or_none(number(SMALLEST)), "is None (off) or a positive initial value"),
+    ("layer_scale", or_none(number(ABOVE_0)), "is None (off) or a positive initial value"),
     ("drop_path", number(0, 1), "is a rate from 0 up to, not including, 1"),
-    ("init_std", number(SMALLEST), "is a positive standard deviation"),
-    ("head_scale", number(SMALLEST), "is a positive factor"),
+    ("init_std", number(ABOVE_0), "is a positive standard deviation"),
+    ("head_scale", number(ABOVE_0), "is a positive factor"),
     ("shrink_deep key_bias", truth, "are True and False"),
 ]
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vitlib.errors import UsageError, unknown
+from vitlib.errors import UsageError
 from vitlib.model.stems import Stem, act, hmlp_kernels, hmlp_refuses, hmlp_stem, norm
+from vitlib.records import check
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class HMLP:
     stem_width: int | None = None  # hidden channels; None = width / 4
 
     def __post_init__(self) -> None:
-        for name, allowed in {"dims": (1, 2, 3), "norm": ("none", "bn", "ln"), "act": ("none", "gelu")}.items():
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
+        check(self, {"dims": (1, 2, 3), "norm": ("none", "bn", "ln"), "act": ("none", "gelu")}, ())
         if reason := hmlp_refuses(self):
             raise UsageError(reason)
 

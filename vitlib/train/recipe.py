@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 
 from vitlib.data.augment import Augment
 from vitlib.errors import UsageError
-from vitlib.records import check, floats, number, or_none, truth, two, whole
+from vitlib.records import ABOVE_0, check, floats, number, or_none, truth, two, whole
 
 CHOICES = {
     "optimizer": ("adamw", "lamb", "sgd"),  # timm's names; sgd has Nesterov momentum 0.9
     "loss": ("cross_entropy", "bce"),
 }
-AFTER_0, AFTER_1 = sys.float_info.min, math.nextafter(1, 2)  # no denormal number: runs flush those to 0
+AFTER_1 = math.nextafter(1, 2)
 RULES = [
     ("epochs batch_size repeats", whole(1), "are whole numbers from 1"),
-    ("lr", number(AFTER_0), "are numbers above 0"),
-    ("clip", or_none(number(AFTER_0)), "are None (off) or numbers above 0"),
+    ("lr", number(ABOVE_0), "are numbers above 0"),
+    ("clip", or_none(number(ABOVE_0)), "are None (off) or numbers above 0"),
     ("weight_decay min_lr mixup cutmix", number(0), "are numbers from 0"),
     ("warmup smoothing", number(0, 1), "are shares in [0, 1)"),
-    ("layer_decay", or_none(number(AFTER_0, AFTER_1)), "are None (off) or factors in (0, 1]"),
-    ("ema", or_none(number(AFTER_0, 1)), "are None (off) or decays in (0, 1)"),
+    ("layer_decay", or_none(number(ABOVE_0, AFTER_1)), "are None (off) or factors in (0, 1]"),
+    ("ema", or_none(number(ABOVE_0, 1)), "are None (off) or decays in (0, 1)"),
     ("betas", two(number(0, 1)), "are two numbers in [0, 1)"),
     ("flip", truth, "are True and False"),
 ]
