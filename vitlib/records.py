@@ -27,8 +27,8 @@ def check(record: object, choices: Mapping[str, Iterable], rules: Iterable[tuple
                 raise UsageError(f"{name} is {getattr(record, name)!r}: allowed {words}")
 
 
-def whole(least: int) -> Test:
-    return lambda value: type(value) is int and least <= value <= sys.maxsize
+def whole(least: int, most: float = math.inf) -> Test:
+    return lambda value: type(value) is int and least <= value <= most
 
 
 def number(least: float, below: float = sys.float_info.max) -> Test:

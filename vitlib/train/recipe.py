@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from vitlib.data.augment import Augment
@@ -15,7 +16,7 @@ CHOICES = {
 }
 AFTER_1 = math.nextafter(1, 2)
 RULES = [
-    ("epochs batch_size repeats", whole(1), "are whole numbers from 1"),
+    ("epochs batch_size repeats", whole(1, sys.maxsize), "are whole numbers from 1"),
     ("lr", number(ABOVE_0), "are numbers above 0"),
     ("clip", or_none(number(ABOVE_0)), "are None (off) or numbers above 0"),
     ("weight_decay min_lr mixup cutmix", number(0), "are numbers from 0"),
