@@ -380,7 +380,7 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     shown = []
     monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
     notebook.open_page("52", "cpu").tokenizers(stems_at("cpu", {}))
-    legend = {name: tables.legend(profiles.PROFILES[name], notebook.reference_text()) for name in ("cpu", "study")}
+    legend = {name: tables.legend(profiles.PROFILES[name], notebook.reference_text(catalogue.notebook("52"))) for name in ("cpu", "study")}
     assert shown == [legend["cpu"], "No discrete VAE at this profile: the targets are k-means tokens."]
     assert shown[0].startswith("**Profile `cpu`**: Fashion-MNIST") and "width 64, 12 pairs" in shown[0]
     shown.clear()
@@ -389,6 +389,20 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     notebook.open_page("52", "study").tokenizers(stems_at("study", {}))
     assert len(shown) == 2 and shown[0] == legend["study"]
     assert shown[1].count("dVAE-128x64/8") == 20 and "| 64 " in shown[1] and "| 25.5 " in shown[1]
+
+
+def test_a_page_shows_the_second_study_where_that_has_runs_of_it_and_the_pilot_elsewhere(monkeypatch):
+    from lab.report import notebook
+
+    second = evidence.Archived(evidence.committed("pilot").folder, "study")  # the pilot's files under another name
+    shown = {"31": second.archive.results("31")}
+    monkeypatch.setattr(second.archive, "results", lambda number: shown.get(number, {}))
+    monkeypatch.setattr(evidence, "reference", lambda: second)
+    studies = {number: notebook.study_of(catalogue.notebook(number)).name for number in ("00", "31", "41")}
+    assert studies == {"00": "study", "31": "study", "41": "pilot"}
+    assert set(notebook.committed(catalogue.notebook("31")).results) == set(shown["31"])
+    monkeypatch.setattr(evidence, "reference", lambda: None)
+    assert notebook.study_of(catalogue.notebook("31")).name == "pilot"
 
 
 # ---- Rendering

@@ -6,7 +6,6 @@ each goes to outputs/<profile>/tables (numbers as CSV, as printed in Markdown) a
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import textwrap
@@ -21,8 +20,9 @@ from matplotlib.figure import Figure
 
 from lab import paths
 from lab.claims import evidence
+from lab.claims.evidence import Archived
 from lab.claims.judge import Verdict
-from lab.claims.ledger import stamps
+from lab.claims.ledger import PILOT, stamps
 from lab.cost.plan import cpu_seconds
 from lab.data.cards import source
 from lab.experiments import small
@@ -143,24 +143,28 @@ class Page:
         return paths.outputs() / self.profile.name / folder / f"{self.notebook.file}{'_' if name else ''}{name}"
 
 
-# The committed reference that pages show beside their runs: the first study, until there is a second.
-STUDY = "study" if (paths.REFERENCE / "study" / "runs.jsonl").is_file() else "pilot"
+def study_of(shown: Notebook) -> Archived:
+    """The committed study that a page shows beside its runs: the second one where it has runs of the notebook, else the pilot."""
+    second = evidence.reference()
+    if second and (second.archive.results(shown.number) or not shown.has_runs):
+        return second
+    return evidence.committed(PILOT)
 
 
-@functools.cache
-def reference_text() -> str:
-    """What the committed reference is, in a few words."""
-    known = evidence.committed(STUDY).archive
-    days = {r.about["date"] for n in known.notebooks for results in known.results(n).values() for r in results}
-    return f"{STUDY}, {len(known.seeds)} seeds at most, made {tables.span(days)}"
+def reference_text(shown: Notebook) -> str:
+    """What the committed reference of a page is, in a few words."""
+    study = study_of(shown)
+    days = {r.about["date"] for results in study.archive.results(shown.number).values() for r in results}
+    made = f", made {tables.span(days)}" if days else ""
+    return f"{study.name}, {len(study.archive.seeds)} seeds at most{made}"
 
 
 def committed(shown: Notebook) -> Runs:
     """What the reference has of a notebook; nothing of the pilot's stems, which were others."""
-    study, known = profile("study"), evidence.committed(STUDY).archive
-    setting = experiment(shown, study) if shown.arms_at(study) else Experiment(shown, study, {})
-    results = known.results(shown.number) if STUDY == "study" or shown.small is not small.stems else {}
-    return Runs(setting, results, {label: known.record(of_arm[0].hash) for label, of_arm in results.items()})
+    p, study = profile("study"), study_of(shown)
+    setting = experiment(shown, p) if shown.arms_at(p) else Experiment(shown, p, {})
+    results = {} if study.name == PILOT and shown.small is small.stems else study.archive.results(shown.number)
+    return Runs(setting, results, {label: study.archive.record(of_arm[0].hash) for label, of_arm in results.items()})
 
 
 def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> Page:
@@ -172,7 +176,7 @@ def open_page(name: str, profile_name: str, only: str = "", **knobs: float) -> P
     answer.theme()
     shown, p = notebook(name), changed(profile(profile_name), **knobs)
     said = [f"{key} = {value:g}" for key, value in knobs.items() if value] + ([f"only {only}"] if only else [])
-    say(tables.legend(p, reference_text()))
+    say(tables.legend(p, reference_text(shown)))
     if not shown.has_runs:
         return Page(shown, p)
     setting = experiment(shown, p)
