@@ -281,7 +281,3 @@ if __name__ == "__main__":
 
     end_cleanly()
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    sys.exit(main())
