@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -489,12 +490,14 @@ def test_without_room_on_disk_a_run_is_one_sentence_and_nothing_half_written_sta
 # ---- the launcher
 
 
-def test_parents_are_trained_first_and_once():
+def test_parents_are_trained_first_and_once_and_the_finished_bar_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("VITLIB_PROGRESS", raising=False)
     specs = [replace(TUNED, strategy=s) for s in ("full", "attn", "ffn")] + [TINY]
     todo = store.missing(specs)
     assert todo[0] == TINY and len(todo) == 4
     found = launch.launch(specs, jobs=2)
     assert list(found) == specs and all(found.values())
+    assert re.search(r"4 of 4 runs 100%.*\s*$", capsys.readouterr().err)
 
 
 def test_workers_give_the_numbers_that_one_process_gives(monkeypatch, tmp_path):

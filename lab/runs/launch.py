@@ -117,8 +117,6 @@ def _train(
                 elif len(going) < jobs and not {*spec.needs} & {*waiting, *going.values()}:
                     going[pool.submit(_work, spec, stamps)] = spec
                     waiting.remove(spec)
-            finished = len(todo) - len(waiting) - len(going)
-            bar.set_description_str(f"{finished} of {len(todo)} runs, {len(going)} going", refresh=False)
             done, _ = wait(going, timeout=0.5, return_when=FIRST_COMPLETED)
             while not steps.empty():
                 name, share = steps.get()
@@ -134,6 +132,8 @@ def _train(
                     raise
                 except Exception as fault:
                     failed[spec] = str(fault) if spec.hash in str(fault) else f"{spec}: {type(fault).__name__}: {fault}"
+            finished, now = len(todo) - len(waiting) - len(going), f", {len(going)} going" if going else ""
+            bar.set_description_str(f"{finished} of {len(todo)} runs{now}", refresh=False)
             bar.n = min(bar.total, sum(cost[name] * share for name, share in shares.items()))
             bar.update(0)
     except BaseException:  # Ctrl-C, or a worker that was killed: do not wait for the runs that are going
