@@ -380,7 +380,10 @@ def test_a_page_without_a_tokenizer_says_so_and_imported_ones_have_their_table_a
     shown = []
     monkeypatch.setattr(notebook, "display", lambda what: shown.append(what.data))
     notebook.open_page("52", "cpu").tokenizers(stems_at("cpu", {}))
-    legend = {name: tables.legend(profiles.PROFILES[name], notebook.reference_text(catalogue.notebook("52"))) for name in ("cpu", "study")}
+    legend = {
+        name: tables.legend(profiles.PROFILES[name], notebook.reference_text(catalogue.notebook("52")))
+        for name in ("cpu", "study")
+    }
     assert shown == [legend["cpu"], "No discrete VAE at this profile: the targets are k-means tokens."]
     assert shown[0].startswith("**Profile `cpu`**: Fashion-MNIST") and "width 64, 12 pairs" in shown[0]
     shown.clear()
