@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import lab
-from vitlib.__main__ import Parser
+from vitlib.__main__ import Parser, whole
 from vitlib.errors import UsageError, unknown
+from vitlib.files import check_target
 
 
 def main(words: list[str] | None = None) -> int:
@@ -39,18 +39,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 SLURM = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # what is said of its jobs
-MOST = 10_000  # of anything that is counted
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number from `least` to MOST."""
-
-    def read(text: str) -> int:
-        if not (text.lstrip("-").isdecimal() and len(text) < 10 and least <= int(text) <= MOST):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} given, allowed are whole numbers from {least} to {MOST:,}")
-        return int(text)
-
-    return read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,6 +109,8 @@ def look_up(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{given[0].replace('_', '-')} says nothing without --{needed}: give both or neither")
     if arguments.command is run_ and arguments.slurm and (arguments.processes, arguments.jobs) != (1, 0):
         raise UsageError("--processes and --jobs are of this machine: SLURM jobs have --gpus and --nodes")
+    if arguments.command is claims_ and (arguments.margin is not None if arguments.part else arguments.trace):
+        raise UsageError("--trace is of one part, --margin of all: name a part for the first, none for the second")
     if "profile" in arguments:
         from lab.experiments.profiles import profile
 
@@ -257,6 +247,8 @@ def claims_(arguments) -> None:
 def show_(arguments) -> None:
     from lab.report import answer
 
+    if arguments.figure:
+        check_target(arguments.figure, (".png", ".svg"))
     rows = answer.chosen(arguments.name, arguments.study)
     print(f"{answer.plain(rows)}\n\n{answer.where(arguments.study)}")
     if arguments.figure and (drawn := answer.figure(rows)) is not None:

@@ -61,6 +61,16 @@ BAD = {
     "a part of a claim": (["run", "--part", "H99"], "unknown part of a claim 'H99'"),
     "a part without runs": (["run", "--profile", "study", "--part", "P1"], "part P1 has no runs at profile study"),
     "a part of another profile": (["run", "--profile", "study", "--part", "F5-flowers-102"], "part F5-flowers-102 has no runs"),
+    "an empty profile": (["plan", "--profile="], "--profile= is empty: give a value, or leave it out"),
+    "an empty part": (["claims", ""], "a word is empty: give a value, or leave it out"),
+    "a trace of no part": (["claims", "--trace"], "--trace is of one part, --margin of all: name a part"),
+    "a margin of one part": (["claims", "F1", "--margin", "1"], "--trace is of one part, --margin of all"),
+    "a picture of another kind": (["show", "F1", "--figure", "x.xyz"], "allowed is a file that ends in .png or .svg"),
+    "a picture under a file": (["show", "F1", "--figure", f"{__file__}/x.png"], "x.png' cannot be written in "),
+    "a study that is none": (["show", "F1", "--study", "../study"], "there is no claims.csv of ../study in outputs/reference"),
+    "a setting without a name": (["reproduce", "--notebook", "31", "--set", "=5"], "unknown parameter of 31_fig1_branches ''"),
+    "a setting without a value": (["reproduce", "--notebook", "31", "--set", "seeds"], "is of type int, which '' is not"),
+    "text that is no study": (["import", __file__], "line 1 of test_commands.py is not a run"),
     "a profile of a plan": (["plan", "--profile", "imagnet"], "unknown profile 'imagnet'"),
 }  # fmt: skip
 

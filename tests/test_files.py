@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vitlib.files import draft_name, sweep, write_whole
+from vitlib.errors import UsageError
+from vitlib.files import check_target, draft_name, sweep, write_whole
 
 
 def test_a_file_appears_when_it_is_complete_and_its_folder_is_made(tmp_path):
@@ -73,3 +74,14 @@ with write_whole(os.path.join({str(tmp_path)!r}, "kept.json")) as draft:
     sweep(tmp_path)
     left = [name.rsplit(".", 1)[-1] for name in os.listdir(tmp_path)]
     assert sorted(left) == ["draft-of-something-else", "mine"]
+
+
+@pytest.mark.parametrize("what", ["a folder", "a pipe"])
+def test_what_is_no_file_is_not_replaced_by_one(what, tmp_path):
+    """Root could put a file in the place of a device."""
+    (tmp_path / "x").mkdir() if what == "a folder" else os.mkfifo(tmp_path / "x")
+    with pytest.raises(UsageError, match=r"x is there and is no file"), write_whole(tmp_path / "x") as draft:
+        draft.write_text("new")
+    with pytest.raises(UsageError, match=r"x' is there and is no file: allowed is a file$"):
+        check_target(tmp_path / "x")
+    assert os.listdir(tmp_path) == ["x"] and not (tmp_path / "x").is_file()

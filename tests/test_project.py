@@ -273,3 +273,51 @@ def test_no_tracked_file_is_larger_than_it_should_be():
     kept = "outputs/reference/pilot/runs.jsonl"  # a whole study: 4.5 kB a run
     assert large.pop(kept, 0) < 4_000_000 and large.pop("vitlib/tasks/trunk.safetensors") < 3_000_000
     assert all(name.startswith("lab/data/embedded/") for name in large)
+
+
+UNPICKLED = {  # what one process of this project hands to another; embed.py calls nothing that a pickle names
+    "lab/runs/launch.py", "lab/runs/execute.py", "lab/bench/runner.py", "tools/kill.py", "tools/embed.py",
+    "benchmarks/train.py",
+}  # fmt: skip
+
+
+def runs_code(node: ast.AST) -> bool:
+    """Whether a piece of code may run what it reads: a pickle, an expression, a shell's command, YAML with tags."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        names = {alias.name for alias in node.names}
+        names |= {getattr(node, "module", None)} if names != {"UnpicklingError"} else set()
+        return bool(names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "code"})
+    if not isinstance(node, ast.Call):
+        return False
+    called, given = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+    if called == "torch.load":
+        return given.get("weights_only") != "True"
+    unsafe = (
+        "eval",
+        "exec",
+        "os.system",
+        "os.popen",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "pd.read_pickle",
+    )
+    return called in unsafe or "shell" in given or "allow_pickle" in given
+
+
+def test_nothing_that_comes_from_outside_is_run():
+    """Where a pickle is read at all is listed; CIFAR's are read by torchvision, by their MD5 sums."""
+    found = {
+        path.relative_to(paths.ROOT).as_posix()
+        for room in ("vitlib", "lab", "tools", "benchmarks") for path in (paths.ROOT / room).rglob("*.py")
+        if any(map(runs_code, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+    }  # fmt: skip
+    assert found == UNPICKLED
+    for bad in (
+        "from pickle import loads",
+        "np.load(f, allow_pickle=True)",
+        "torch.load(f)",
+        "eval(x)",
+        "run(x, shell=True)",
+    ):
+        assert any(map(runs_code, ast.walk(ast.parse(bad)))), bad

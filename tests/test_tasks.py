@@ -2,9 +2,10 @@
 
 import csv
 import json
+import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
@@ -343,6 +344,93 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(sentence, monkeypa
     with pytest.raises(UsageError, match=sentence):
         finetune(**given)
     assert not (tmp_path / "out").exists()
+
+
+WORDS = {
+    "a word is empty: give a value, or leave it out": ["predict", "", "x.png"],
+    "--csv= is empty": ["predict", "{0}/model", "{0}/x.png", "--csv="],
+    "--seed: '-1' given, allowed are whole numbers from 0 to 2,147,483,647": ["finetune", "{0}", "--out", "{0}/out", "--seed", "-1"],
+    "--image-size: '0' given, allowed are whole numbers from 1 to 10,000": ["pretrain", "{0}", "--out", "{0}/out", "--image-size", "0"],
+    "--seeds: '1000000000000' given": ["compare", "{0}", "--out", "{0}/out", "--seeds", "1" + "0" * 12],
+    "--epochs: '1e3' given": ["plan", "{0}", "--epochs", "1e3"],
+    "--lr: 'fast' given, allowed are auto and numbers above 0": ["finetune", "{0}", "--out", "{0}/out", "--lr", "fast"],
+    "margin inf cannot be compared": ["compare", "{0}", "--out", "{0}/out", "--margin", "inf"],
+    "unknown device 'tpu': allowed are auto, cpu, cuda": ["finetune", "{0}", "--out", "{0}/out", "--device", "tpu"],
+    "unknown strategy 'last-9": ["finetune", "{0}", "--out", "{0}/out", "--strategy", "last-" + "9" * 5000],
+    "File name too long (nnn": ["predict", "n" * 5000, "{0}/x.png"],
+    "/file/out (": ["finetune", "{0}", "--out", "{0}/file/out"],
+    "allowed is a file that ends in .png or .svg or .pdf": ["evaluate", "{0}/model", "{0}", "--picture", "{0}/x.xyz"],
+    "allowed is a file that ends in .pt2": ["export-model", "{0}/model", "--torch-export", "{0}/x.onnx"],
+    "/pets' is there and is no file: allowed is a file": ["export-model", "{0}/model", "--onnx", "{0}/pets"],
+    "/said.csv' cannot be written in ": ["predict", "{0}/model", "{0}/x.png", "--csv", "{0}/file/said.csv"],
+    "' cannot be a name (File name too long): allowed is a file": ["predict", "{0}/model", "x.png", "--csv", "{0}/" + "n" * 300],
+    "8 pixels are one patch of W128-6x1/8: allowed are 2x2 patches and more": ["pretrain", "{0}", "--out", "{0}/out", "--image-size", "8"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", WORDS)
+def test_wrong_words_are_one_sentence_before_anything_is_read_or_written(sentence, pets, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main([word.replace("{0}", str(tmp_path)) for word in WORDS[sentence]]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+NOTES = {
+    "no JSON": "{",
+    "a list": "[]",
+    "nested without end": "[" * 99_999,
+    "a mean that is none": {"mean": None},
+    "a mean of texts": {"mean": ["a", "b", "c"]},
+    "a mean that is not a number": {"mean": [math.nan] * 3},
+    "a deviation of 0": {"std": [0.5, 0, 0.5]},
+    "a short deviation": {"std": [0.5]},
+    "no classes": {"classes": None},
+    "classes that are numbers": {"classes": [0, 1, 2]},
+    "a text for classes": {"classes": "abc"},
+    "a class twice": {"classes": ["a", "a", "b"]},
+}
+
+
+@pytest.mark.parametrize("what", NOTES)
+def test_odd_notes_in_a_file_of_weights_are_one_sentence(what, pets, tmp_path, capsys):
+    notes, path = write_notes(VIEW, ("cat", "dog", "owl")), tmp_path / "odd.safetensors"
+    odd = NOTES[what] if isinstance(NOTES[what], str) else json.dumps(json.loads(notes["task"]) | NOTES[what])
+    save(ViT(vit_config("W32-1x1/4", image_size=16, num_classes=3)), path, {"task": odd})
+    assert main(["predict", str(path), str(pets)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is damaged and cannot be read" in said and said.count("\n") == 1
+
+
+class Code:
+    """Unpickling an instance would set `ran`."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Code, "ran", True)
+
+
+def test_what_a_command_has_written_and_something_has_damaged_is_named(pets, tmp_path, trunk_file):
+    out, path = tmp_path / "out", tmp_path / "out" / "result.json"
+    whole = asdict(short(pets, out, trunk_file, lr=1e-3, epochs=1))
+    for damage in ("", "null", "[]", "{}", "[" * 99_999, json.dumps(whole | {"test_top1": "x"})):
+        path.write_text(damage)
+        with pytest.raises(UsageError, match=r"result\.json is damaged and cannot be read"):
+            short(pets, out, trunk_file, lr=1e-3, epochs=1)
+    for damage in (b"", b"a,b\n1,2\n", b"\xff\xfe", b"path,label,part,group,content\nx\n"):
+        (out / "split.csv").write_bytes(damage)
+        with pytest.raises(UsageError, match=r"split\.csv is damaged and cannot be read"):
+            evaluate(out, pets)
+    job = SimpleNamespace(data={"test": range(2)})
+    run = SimpleNamespace(place=lambda job: tmp_path)
+    for array in (np.array([Code(), Code()]), np.zeros(2), np.zeros(3, bool)):
+        np.save(tmp_path / "test.npy", array)
+        with pytest.raises(UsageError, match=r"test\.npy is damaged and cannot be read"):
+            right_on_test(run, job)
+    assert not Code.ran
 
 
 def test_a_folder_of_something_else_is_not_written_into(pets, trunk_file):

@@ -4,6 +4,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -460,10 +461,17 @@ class Code:
         return setattr, (Code, "ran", True)
 
 
-def test_pickled_code_is_never_run(tmp_path):
-    torch.save({"model": Code()}, tmp_path / "evil.pth")
-    with pytest.raises(UsageError, match=r"needs pickled code \(.*setattr\), which is never run"):
-        read_checkpoint(tmp_path / "evil.pth")
+@pytest.mark.parametrize("form", ["evil.pth", "evil.npz", "evil.npy", "evil.pkl"])
+def test_pickled_code_is_never_run(form, tmp_path):
+    code, path = np.array([Code()], object), tmp_path / form
+    if form == "evil.pth":
+        torch.save({"model": Code()}, path)
+    elif form == "evil.pkl":
+        path.write_bytes(pickle.dumps({"model": Code()}))
+    else:
+        np.savez(path, model=code) if form == "evil.npz" else np.save(path, code)
+    with pytest.raises(UsageError, match=r"needs pickled code \(.*setattr\), which is never run|is damaged or was not"):
+        read_checkpoint(path)
     assert not Code.ran
 
 

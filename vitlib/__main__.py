@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import vitlib
 from vitlib.errors import UsageError
-from vitlib.files import no_room
+from vitlib.files import first_line, no_room
 
+MOST = 10_000  # of anything that is counted
 BESIDE = ("numpy", "pillow", "pyarrow", "safetensors", "pyyaml", "filelock", "tqdm")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Reads a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        if not (text.lstrip("-").isdecimal() and len(text) < 12 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} given, allowed are whole numbers from {least} to {most:,}")
+        return int(text)
+
+    return read
 
 
 def rate(text: str) -> float | None:
     """A learning rate; None for auto."""
-    return None if text == "auto" else float(text)
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} given, allowed are auto and numbers above 0") from fault
 
 
 def words(text: str) -> list[str]:
@@ -27,6 +44,7 @@ def option(names: str, text: str, **settings: object) -> tuple[str, dict[str, ob
     return names, {"help": text, **settings}
 
 
+SEED = whole(0, 2**31 - 1)
 MODEL = option("model", "folder or file that finetune wrote", metavar="MODEL")
 FOLDER = option("folder", "class folders of images, <folder>/<class>/*.jpg", metavar="DIR")
 LABELS = option("--labels", "a CSV with columns path and label, in the place of class folders", metavar="FILE.csv")
@@ -36,9 +54,9 @@ TASK = [
            "small trunk that ships", dest="weights", metavar="WEIGHTS"),
     LABELS,
     option("--group", "column of that CSV: images of one group stay in one part", metavar="COLUMN"),
-    option("--epochs", "passes over the training part (%(default)s)", type=int, default=10),
-    option("--batch-size", "images per step (%(default)s)", type=int, default=32),
-    option("--image-size", "pixels per side; else the trunk's, at most 224", type=int),
+    option("--epochs", "passes over the training part (%(default)s)", type=whole(1), default=10),
+    option("--batch-size", "images per step (%(default)s)", type=whole(1), default=32),
+    option("--image-size", "pixels per side; else the trunk's, at most 224", type=whole(1)),
 ]  # fmt: skip
 DEVICE = option("--device", "auto, cpu or cuda (%(default)s)", default="auto")
 OUT = option("--out", "folder of what comes of it", required=True)
@@ -47,12 +65,12 @@ COMMANDS = {
         *TASK, DEVICE, OUT,
         option("--strategy", "what is trained: full, attn, ffn, head, fc1, norm, bias, last-2 (%(default)s)", default="attn"),
         option("--lr", "peak learning rate, or auto: searched on the validation part (%(default)s)", type=rate, default="auto"),
-        option("--seed", "of the head and the order of images (%(default)s)", type=int, default=0),
+        option("--seed", "of the head and the order of images (%(default)s)", type=SEED, default=0),
     ]),
     "compare": ("is tuning attention alone enough on these images? Strategies side by side", [
         *TASK, DEVICE, OUT,
         option("--strategies", "%(default)s, last-2 and the like, lora", type=words, default="full,attn,ffn,norm,bias,head"),
-        option("--seeds", "runs of each strategy (%(default)s)", type=int, default=5),
+        option("--seeds", "runs of each strategy (%(default)s)", type=whole(1), default=5),
         option("--margin", "points that do not matter (%(default)s)", type=float, default=1.0),
     ]),
     "predict": ("the class of each image, by a fine-tuned model", [
@@ -75,11 +93,11 @@ COMMANDS = {
         option("--model", "width, layers, patch size (%(default)s)", default="W128-6/8"),
         option("--stem", "linear, hmlp, conv or local (%(default)s)", default="hmlp"),
         option("--targets", "tokens (k-means) or pixels (%(default)s)", default="tokens"),
-        option("--image-size", "pixels per side (%(default)s)", type=int, default=64),
-        option("--epochs", "passes over the images (%(default)s)", type=int, default=50),
-        option("--batch-size", "images per step (%(default)s)", type=int, default=64),
+        option("--image-size", "pixels per side (%(default)s)", type=whole(1), default=64),
+        option("--epochs", "passes over the images (%(default)s)", type=whole(1), default=50),
+        option("--batch-size", "images per step (%(default)s)", type=whole(1), default=64),
         option("--lr", "peak learning rate (%(default)s)", type=float, default=1e-3),
-        option("--seed", "of all draws (%(default)s)", type=int, default=0),
+        option("--seed", "of all draws (%(default)s)", type=SEED, default=0),
     ]),
     "export-model": ("a fine-tuned model as ONNX or torch.export, branches fused, checked against the model", [
         MODEL,
@@ -90,7 +108,13 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """One sentence for a wrong word, like every other mistake."""
+    """One sentence for a wrong word, like every other mistake, and for an empty one, which would be the folder one is in."""
+
+    def parse_args(self, words: Sequence[str] | None = None):
+        words = sys.argv[1:] if words is None else words
+        if empty := [word for word in words if re.fullmatch(r"(--[\w-]+=)?", word)]:
+            raise UsageError(f"{empty[0] or 'a word'} is empty: give a value, or leave it out")
+        return super().parse_args(words)
 
     def error(self, message: str):
         raise UsageError(message)
@@ -113,6 +137,10 @@ def main(words: list[str] | None = None) -> int:
             given.pop("command")(**given)
     except UsageError as fault:
         print(f"vitlib: {fault}", file=sys.stderr)
+        return 2
+    except OSError as fault:  # a folder that cannot be written, a name that is too long
+        named = f" ({str(fault.filename)[:200]})" if fault.filename else ""
+        print(f"vitlib: {fault.strerror or first_line(fault)}{named}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vitlib: interrupted: the same command goes on where it was", file=sys.stderr)

@@ -37,9 +37,12 @@ def write_whole(path: Path | str) -> Iterator[Path]:
     """A draft beside `path`, which takes its place when the block ends, and is removed when the block fails.
 
     `with write_whole(path) as draft: draft.write_text(...)`. Makes the folder; another process sees the old file or the
-    new one. The draft's suffix is that of `path`; a link at `path` is followed. `sweep` removes what a kill leaves.
+    new one. The draft's suffix is that of `path`; a link at `path` is followed. `sweep` removes what a kill leaves. Raises
+    UsageError where a folder, a device or a pipe is at `path`, which would be lost.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is there and is no file: it is not replaced by one")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{draft_name()}.{path.name}")
     try:
@@ -111,6 +114,33 @@ def no_room(what: str) -> Iterator[None]:
         if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UsageError(f"no room on disk {what}") from fault
+
+
+@contextlib.contextmanager
+def intact(path: Path | str) -> Iterator[None]:
+    """Inside, a file is read: raises UsageError, which names it, where it is not as its writer left it."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as fault:  # damaged bytes end in exceptions of every kind
+        raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault
+
+
+def check_target(path: Path | str, suffixes: Sequence[str] = ()) -> None:
+    """Raises UsageError where no file can be written at `path`, or where it has none of these suffixes."""
+    path, fault = Path(path), ""
+    try:
+        above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+        if path.exists() and not path.is_file():
+            fault = "is there and is no file"
+        elif not (above.is_dir() and os.access(above, os.W_OK)):
+            fault = f"cannot be written in {above}"
+    except OSError as error:
+        fault = f"cannot be a name ({error.strerror})"
+    if fault or (suffixes and path.suffix.lower() not in suffixes):
+        allowed = f" that ends in {' or '.join(suffixes)}" if suffixes else ""
+        raise UsageError(f"{str(path)[:200]!r} {fault or 'is of another kind'}: allowed is a file{allowed}")
 
 
 def sha256(path: Path | str) -> str:

@@ -191,6 +191,7 @@ def each_percent(act: Callable[[int, int], None]) -> Callable[[int, int], None]:
 def main(order: Path) -> None:
     """One of the processes that `launch.distributed` started through torchrun: train the run with the others."""
     end_with(os.getppid(), int(os.environ.get("VITLIB_PARENT", 0)))
+    # a pickle, as between all processes of Python, in a private folder: whoever writes there can change this code as well
     spec, options = pickle.loads(order.read_bytes())
     tell = each_percent(lambda step, steps: print(f"step {step} of {steps}", flush=True))
     try:

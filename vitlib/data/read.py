@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 
 from vitlib.data.memory import held_out
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import intact, write_whole
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}  # names on disk
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
@@ -356,7 +356,7 @@ def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
 def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     """Images and labels of parquet files. Class names are in the files, as `datasets` writes them, or `known`, or numbers."""
     source = f"{shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
-    with _damage(shards[0]):
+    with intact(shards[0]):
         schema = pq.read_schema(shards[0])
     image, label = image_and_label(schema.names, source)
     names = _class_names(schema.metadata, label, source) or known
@@ -450,12 +450,12 @@ def labelled(column: pa.ChunkedArray, names: Sequence[str], what: str) -> tuple[
 def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
     """One column of all files. In parts: a row group of images may be more than Arrow can hold in one piece."""
     for path in shards:
-        with _damage(path):
+        with intact(path):
             yield from pq.ParquetFile(path).iter_batches(1000, columns=[name])
 
 
 def _column(shards: Sequence[Path], name: str) -> pa.ChunkedArray:
-    with _damage(shards[0]):
+    with intact(shards[0]):
         schema = pa.schema([pq.read_schema(shards[0]).field(name)])
         return pa.Table.from_batches(_batches(shards, name), schema)[name]
 
@@ -478,13 +478,3 @@ def _cells(stamps: tuple[tuple[str, int, int], ...], name: str) -> pa.ChunkedArr
             for batch in _batches(paths, name):
                 out.write_batch(batch)
     return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()[name]
-
-
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, KeyError) as fault:
-        if isinstance(fault, UsageError):
-            raise
-        raise UsageError(f"{path} is damaged and cannot be read ({type(fault).__name__})") from fault

@@ -7,6 +7,7 @@ interval over seeds and test images, both random. What was trained is kept, so t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from vitlib.errors import UsageError, need
-from vitlib.files import write_table, write_whole
+from vitlib.files import intact, write_table, write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
 from vitlib.tasks.finetune import prepare
@@ -134,7 +135,7 @@ def compare(
     margin that is not above 0.
     """
     out, strategies = Path(out), list(dict.fromkeys(strategies))
-    if len(strategies) < 2 or seeds < 1 or not margin > 0:
+    if len(strategies) < 2 or seeds < 1 or not 0 < margin < math.inf:
         given = f"{len(strategies)} strategies, {seeds} seeds and margin {margin:g}"
         raise UsageError(f"{given} cannot be compared: allowed are 2 strategies, 1 seed, a margin above 0, and more")
     need("scipy", "own")
@@ -190,7 +191,11 @@ def right_on_test(run: Run, job: Job) -> np.ndarray:
         with write_whole(place) as draft:
             np.save(draft, correct)
         forget(place.parent)
-    return np.load(place)
+    with intact(place):
+        correct = np.load(place)  # arrays alone: no pickled code is run
+        if (correct.dtype, correct.shape) != (bool, (len(job.data["test"]),)):
+            raise ValueError
+    return correct
 
 
 def measure(job: Job, strategy: str) -> Cost:

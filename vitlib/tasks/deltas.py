@@ -44,8 +44,8 @@ def load_delta(path: Path | str, trunk: ViT) -> ViT:
     if about.get("kind") != "delta":
         raise UsageError(f"{path} is no delta: allowed is a file that save_delta or finetune wrote")
     base = dict(trunk.named_parameters()) | dict(trunk.named_buffers())
-    if (given := hash_of(base)) != about["trunk"]:
-        raise UsageError(f"{path} belongs to another trunk: its hash is {about['trunk']}, this one's {given}")
+    if (given := hash_of(base)) != about.get("trunk"):
+        raise UsageError(f"{path} belongs to another trunk: its hash is {about.get('trunk')}, this one's {given}")
     config = read_config(about, path)
     delta = {name: tensor.to(trunk.cls_token.device) for name, tensor in delta.items()}
     shared = {n: t for n, t in base.items() if config.num_classes or not n.startswith("head.")}
@@ -63,7 +63,7 @@ class TaskBank:
     def add(self, name: str, path: Path | str) -> None:
         """Raises UsageError as `load_delta`."""
         self.models[name] = load_delta(path, self.trunk)
-        self.classes[name] = tuple(read_notes(read_metadata(path)).get("classes", ()))
+        self.classes[name] = tuple(read_notes(read_metadata(path), path).get("classes", ()))
 
     def remove(self, name: str) -> None:
         self[name]  # refuses a task that is not there

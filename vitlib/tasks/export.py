@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vitlib.errors import UsageError, need
-from vitlib.files import write_whole
+from vitlib.files import check_target, write_whole
 from vitlib.model import fuse
 from vitlib.tasks.predict import classifier
 from vitlib.tasks.trunk import write_notes
@@ -25,9 +25,10 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
     """
     if (onnx is None) == (torch_export is None):
         raise UsageError("export-model writes one file: give --onnx FILE or --torch-export FILE")
+    check_target(path := Path(onnx or torch_export), () if onnx else (".pt2",))
     for package in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
         need(package, "export")
-    tuned, path = classifier(model), Path(onnx or torch_export)
+    tuned = classifier(model)
     fused, config = fuse(tuned.model), tuned.model.config
     images = torch.randn(3, config.in_chans, config.image_size, config.image_size)
     sizes = ({0: torch.export.Dim("batch")},)

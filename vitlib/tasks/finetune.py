@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from vitlib.model import ViT
 from vitlib.stats import wilson
 from vitlib.tasks.deltas import save_delta
 from vitlib.tasks.images import read_task
-from vitlib.tasks.runs import Job, Run, alone, best_of, check_place, execute, say, search
+from vitlib.tasks.runs import Job, Run, alone, best_of, check_place, execute, read_record, say, search
 from vitlib.tasks.trunk import read_trunk, write_notes
 from vitlib.train import supervised
 from vitlib.train.engine import resolve
@@ -68,10 +68,10 @@ def finetune(
     job = prepare(folder, out / "runs", weights, [strategy], epochs, batch_size, image_size, labels, group, device, lr)
     name = Run(strategy, lr or 0.0, seed).place(job).name  # 0: searched
     if finished.is_file():
-        kept = json.loads(finished.read_text())
-        if kept["job"] != name:
+        kept = read_record(Tuned, finished)
+        if kept.job != name:
             raise UsageError(f"{out} holds another model: give another place with --out")
-        return Tuned(**kept | {"out": str(out)})
+        return replace(kept, out=str(out))
     job.task.write_split(out / "split.csv")
     # the rate, chosen on the validation part
     tried = search(job, strategy, seed) if lr is None else {lr: execute(Run(strategy, lr, seed), job)}

@@ -14,6 +14,7 @@ from vitlib.errors import unknown
 from vitlib.tasks.compare import measure, step_bytes
 from vitlib.tasks.finetune import prepare
 from vitlib.train import loop
+from vitlib.train.engine import HERE
 
 
 class Device(NamedTuple):
@@ -25,7 +26,6 @@ DEVICES = {"a100": Device(312, 80), "h100": Device(989, 80), "h200": Device(989,
            "l40s": Device(362, 48), "rtx3090": Device(71, 24), "rtx4090": Device(165, 24), "t4": Device(65, 16),
            "v100": Device(125, 32)}  # fmt: skip
 SHARE = 0.3  # of the maker's rate that training reaches: assumed
-HERE = ("auto", "cpu", "cuda")
 
 
 def plan(

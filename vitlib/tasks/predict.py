@@ -15,7 +15,7 @@ import torch
 from vitlib.data import DataSet, Found
 from vitlib.data.read import Files, images_in
 from vitlib.errors import UsageError, need
-from vitlib.files import write_table, write_whole
+from vitlib.files import check_target, intact, write_table, write_whole
 from vitlib.stats import wilson
 from vitlib.tasks.images import read_images, read_test
 from vitlib.tasks.runs import say
@@ -47,6 +47,8 @@ def predict(
 
     Raises UsageError for a model without class names, and for images that are not there or cannot be read.
     """
+    if csv is not None:
+        check_target(csv)
     tuned, device = classifier(model), resolve(device)
     names = [name for path in map(Path, paths) for name in image_names(path)]
     files = Files(Path(), pa.array(map(os.fsencode, names), pa.binary()), np.arange(len(names)))
@@ -118,7 +120,9 @@ def evaluate(
     Images that are in the model's training and validation parts (`split.csv` beside it) are left out. Raises UsageError
     where the folder has classes that the model has not.
     """
+    device = resolve(device)
     if picture is not None:
+        check_target(picture, (".png", ".svg", ".pdf"))
         need("matplotlib", "own")
     tuned = classifier(model)
     data, digests = read_test(folder, tuned.seen, labels)
@@ -130,7 +134,7 @@ def evaluate(
     if not len(fresh):
         raise UsageError(f"the model was trained or chosen on every image of {folder}: give others")
     data = data.take(fresh)
-    said = shares_of(tuned, data, resolve(device)).argmax(axis=1)
+    said = shares_of(tuned, data, device).argmax(axis=1)
     truth = np.array([tuned.classes.index(name) for name in data.classes])[data.labels.numpy()]
     confusion = np.zeros((len(tuned.classes),) * 2, int)
     np.add.at(confusion, (truth, said), 1)
@@ -153,8 +157,11 @@ def seen_by(model: Path | str) -> set[str]:
     split = (Path(model) if Path(model).is_dir() else Path(model).parent) / "split.csv"
     if not split.is_file():
         return set()
-    with split.open(newline="", encoding="utf-8") as file:
-        return {line["content"] for line in tables.DictReader(file) if line["part"] != "test"}
+    with intact(split), split.open(newline="", encoding="utf-8") as file:
+        seen = {line["content"] for line in tables.DictReader(file) if line["part"] != "test"}
+        if not seen or None in seen:
+            raise ValueError
+    return seen
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ def pretrain(
     folder, out = Path(folder), Path(out)
     check_place(out, ("trunk.safetensors", "checkpoint.pth"))
     config = vit_config(model, image_size=image_size, num_classes=0, stem=stem, layer_scale=0.1)
+    if config.grid < 2:
+        raise UsageError(f"{image_size} pixels are one patch of {config.name}: allowed are 2x2 patches and more")
     view = View(image_size, config.patch_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     recipe, engine = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, min_lr=0.0), Engine(resolve(device))
     names = images_in(folder) if folder.is_dir() else []

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from vitlib.data import DataSet
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import intact, write_whole
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import save
 from vitlib.tasks.images import PARTS, Task, View
@@ -168,7 +168,7 @@ def alone(command: Callable) -> Callable:
         except Timeout as fault:
             raise UsageError(f"another process writes to {out}: wait for it, or give another --out") from fault
         except OSError as fault:
-            raise UsageError(f"nothing can be written to {out} ({fault.strerror})") from fault
+            raise UsageError(f"nothing can be written to {str(out)[:200]} ({fault.strerror})") from fault
         with held:
             try:
                 return command(folder, out, *given, **options)
@@ -184,6 +184,16 @@ def check_place(out: Path, written: Collection[str]) -> None:
         raise UsageError(f"{out} is there and holds something else: give another place with --out")
 
 
+def read_record(kind: type, path: Path) -> object:
+    """A dataclass that was written as JSON. Raises UsageError where the file is not as it was written."""
+    with intact(path):
+        record = kind(**json.loads(path.read_text(encoding="utf-8")))
+        for field in fields(kind):
+            if type(getattr(record, field.name)).__name__ not in (field.type, "int"):
+                raise TypeError
+    return record
+
+
 def execute(run: Run, job: Job) -> Outcome:
     """Train a run, go on with it, or read it where it is finished.
 
@@ -191,7 +201,7 @@ def execute(run: Run, job: Job) -> Outcome:
     """
     place = run.place(job)
     if (place / "result.json").is_file():
-        return Outcome(**json.loads((place / "result.json").read_text()))
+        return read_record(Outcome, place / "result.json")
     model, recipe, train = job.start(run.strategy, run.seed), job.recipe(run.lr), job.data["train"]
     steps = loop.count_steps(recipe, len(train))
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from vitlib.errors import UsageError
-from vitlib.files import read_metadata
+from vitlib.files import intact, read_metadata
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import load, read_checkpoint
 from vitlib.tasks.images import View
@@ -40,7 +41,7 @@ class Trunk:
     def config(self, image_size: int | None, num_classes: int) -> ViTConfig:
         """Of a model that starts from it. image_size None: the trunk's own, at most 224."""
         c = self.model.config
-        size = image_size or min(c.image_size, LARGEST // c.patch_size * c.patch_size)
+        size = min(c.image_size, LARGEST // c.patch_size * c.patch_size) if image_size is None else image_size
         return replace(c, image_size=size, num_classes=num_classes)
 
     def view(self, image_size: int | None) -> View:
@@ -62,7 +63,7 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
         path = next((p for name in ("best", "trunk") if (p := path / f"{name}.safetensors").is_file()), path)
     mean, std, notes = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, {}
     if path.suffix == ".safetensors" and path.is_file() and "vitlib" in (metadata := read_metadata(path)):
-        model, notes = load(path), read_notes(metadata)
+        model, notes = load(path), read_notes(metadata, path)
         if not isinstance(model, ViT):
             raise UsageError(f"{path} holds a {type(model).__name__}: allowed is a ViT")
         if model.config.in_chans == 1:
@@ -82,9 +83,16 @@ def read_trunk(source: str | Path | None = None) -> Trunk:
     return Trunk(model, str(source or SHIPPED), tuple(mean), tuple(std), tuple(notes.get("classes", ())))
 
 
-def read_notes(metadata: Mapping[str, str]) -> dict[str, object]:
-    """What `finetune` notes in a file: class names and preprocessing, besides."""
-    return json.loads(metadata.get("task", "{}"))
+def read_notes(metadata: Mapping[str, str], path: Path | str) -> dict[str, object]:
+    """What `finetune` notes in a file: class names and preprocessing, besides. Raises UsageError for what cannot be."""
+    with intact(path):
+        notes = json.loads(metadata.get("task", "{}"))
+        classes, mean, std = (notes.get(name, []) for name in ("classes", "mean", "std"))
+        fine = all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
+        fine = fine and all(map(math.isfinite, [*mean, *std])) and min(std, default=1) > 0 and len(mean) == len(std)
+        if not fine or isinstance(classes, str):
+            raise ValueError
+    return notes
 
 
 def write_notes(view: View, classes: tuple[str, ...], **besides: object) -> dict[str, str]:

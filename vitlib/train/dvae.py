@@ -23,7 +23,7 @@ from vitlib import draws
 from vitlib.data import Batch, DataSet
 from vitlib.draws import key
 from vitlib.errors import UsageError
-from vitlib.records import check, floats, number, two, whole
+from vitlib.records import ABOVE_0, check, floats, number, two, whole
 from vitlib.train.engine import CPU, Engine
 from vitlib.train.protocol import LossFunction, Protocol
 from vitlib.train.tokenizers import codebook_use
@@ -33,7 +33,7 @@ SMALLEST = 2.0**-54  # in place of a uniform number that is 0
 RULES = [
     ("image_size patch_size in_chans", whole(1), "are whole numbers from 1"),
     ("vocabulary width", whole(2), "are whole numbers from 2"),
-    ("temperature", two(number(SMALLEST)), "are two above 0"),
+    ("temperature", two(number(ABOVE_0)), "are two above 0"),
     ("kl_weight", number(0), "are numbers from 0"),
 ]
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.data import Batch, Shard
 from vitlib.data.memory import WHOLE
-from vitlib.errors import UsageError
+from vitlib.errors import UsageError, unknown
 from vitlib.model import ViT
 
 BACKEND = "inductor"  # of torch.compile
@@ -100,6 +100,7 @@ class Engine:
 
 
 CPU = Engine()
+HERE = ("auto", "cpu", "cuda")  # the devices that this machine may have
 
 
 class Loss(nn.Module):
@@ -131,7 +132,9 @@ def trains_batch_norm(model: nn.Module) -> bool:
 
 
 def resolve(device: str) -> str:
-    """What "cpu", "cuda" or "auto", a GPU where there is one, is here. Raises UsageError for a GPU that is not there."""
+    """What "cpu", "cuda" or "auto", a GPU where there is one, is here. Raises UsageError for another one."""
+    if device not in HERE:
+        raise unknown("device", device, HERE)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device 'cuda' needs a GPU that torch can see, and there is none: allowed are 'cpu' and 'auto'"

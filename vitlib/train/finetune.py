@@ -66,7 +66,7 @@ ROLES = {  # strategy -> what it trains beside head and positions
 }
 PAPER_STRATEGIES = ("full", *ROLES, "head")  # the columns of Tables 5 and 6, and the head alone
 STRATEGIES = (*PAPER_STRATEGIES, "fc1", "norm", "bias")
-LAST = re.compile(r"last-([1-9]\d*)")
+LAST = re.compile(r"last-([1-9]\d{0,3})")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # timm's names: `embeds.pos_embed` of naflexvit, `pos_embed_0` of crossvit, `relative_position_bias_table` of Swin
 POSITIONS = re.compile(r"(^|\.)(pos_embed|position_embed|rel_pos|relative_position)")
