@@ -79,7 +79,17 @@ def branches(p: Profile) -> list[Arm]:
         forms += [(DEEP, 1, LAYER_SCALE)]
     if p.exploratory:  # Paper: Figure 1 without LayerScale; with it 36x1 and 18x2 alone (Tables 2 and 3)
         forms += [(DEEP, 2, LAYER_SCALE), *((n, k, None) for n in (p.pairs, DEEP) for k in (1, 2))]
-    return _forms(p, forms)
+    return _forms(p, forms) + ([_at_one_rate(p)] if p.exploratory else [])
+
+
+def _at_one_rate(p: Profile) -> Arm:
+    """Two branches at the rate of one branch. Added after A1 was judged, and decides nothing.
+
+    Both rates of two branches were level in tuning, and the rule takes the lower one, half the rate of one branch.
+    """
+    spec, one = _form(p, p.pairs, 2, LAYER_SCALE), _name(p.pairs, 1, LAYER_SCALE)
+    spec = replace(spec, recipe=replace(spec.recipe, lr=p.rate(one)))
+    return Arm(f"{_name(p.pairs, 2, LAYER_SCALE)}, rate of {one}", spec, f"{p.pairs} pairs", "2+LS, one rate")
 
 
 def widths(p: Profile) -> list[Arm]:
