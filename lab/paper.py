@@ -7,6 +7,7 @@ import pandas as pd
 
 from lab import paths
 from vitlib.errors import unknown
+from vitlib.files import intact
 
 
 def paper_table(name: str) -> pd.DataFrame:
@@ -20,7 +21,8 @@ def paper_table(name: str) -> pd.DataFrame:
     files = {path.stem: path for path in paths.PAPER.glob("*.csv")}
     if name not in files:
         raise unknown("table of the paper", name, sorted(files))
-    return pd.read_csv(files[name], dtype=str, keep_default_na=False)
+    with intact(files[name]):
+        return pd.read_csv(files[name], dtype=str, keep_default_na=False)
 
 
 def paper_numbers(name: str) -> pd.DataFrame:

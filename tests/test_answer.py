@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from lab import paths
+from lab.__main__ import main
 from lab.claims import evidence, judge
 from lab.experiments.profiles import profile
 from lab.report import answer
@@ -108,6 +109,17 @@ sys.meta_path.insert(0, Blocked())
 from lab.__main__ import main
 sys.exit(main(["show", "F4"]))
 """
+
+
+@pytest.mark.parametrize("content", [b"", b"part,label\nF1,open\n", b'"part', b"\xff\xfe\x00"])
+def test_a_damaged_table_of_verdicts_is_one_sentence(content, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paths, "REFERENCE", tmp_path)
+    monkeypatch.setattr(answer, "claims", answer.claims.__wrapped__)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "claims.csv").write_bytes(content)
+    assert main(["show", "F1"]) == 2
+    said = capsys.readouterr().err
+    assert "claims.csv is damaged and cannot be read" in said and said.count("\n") == 1
 
 
 def test_show_needs_no_torch():

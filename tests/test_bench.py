@@ -318,6 +318,12 @@ def test_a_gpu_that_is_not_there_is_said_at_once(capsys, outputs):
     assert "device 'cuda' needs a GPU" in capsys.readouterr().err
 
 
+def test_damaged_rows_are_one_sentence(tmp_path):
+    (tmp_path / "branches.csv").write_text("case,time_s\na,fast\n")
+    with pytest.raises(UsageError, match=r"branches\.csv is damaged and cannot be read"):
+        runner.read(tmp_path / "branches.csv")
+
+
 def test_a_restart_that_fails_says_which_case():
     broken = Case("broken", "benchmarks.data:measure", {}, "batch", 1, threads=1)
     with pytest.raises(UsageError, match="the process for broken failed: KeyError"):

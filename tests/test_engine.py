@@ -542,6 +542,8 @@ def test_processes_that_read_different_checkpoints_are_refused(images, tmp_path)
 def test_what_several_processes_cannot_do_is_refused_before_training():
     with pytest.raises(UsageError, match="a batch of 16 images cannot be shared equally by 3 processes"):
         Engine(shard=Shard(0, 3)).place(model(), 16)
+    with pytest.raises(UsageError, match=f"a batch of {RECIPE.batch_size} images .* by 9999 processes"):
+        launch.distributed(TINY, 9999)  # before one is started
     two = Engine(shard=Shard(0, 2))
     with pytest.raises(UsageError, match="batch norm does not train on several CPU processes"):
         two.place(model(stem="hmlp", stem_norm="bn"), 16)

@@ -308,6 +308,27 @@ def test_a_damaged_file_of_the_smaller_sets_is_refused_too(copied, name):
         load(name, "train")
 
 
+BROKEN = {
+    "channels that are a word": ("digits", "channels: 1", "channels: x"),
+    "no mean": ("digits", "  mean: 0.30725\n", ""),
+    "a mean that is a list": ("digits", "mean: 0.30725", "mean: [1]"),
+    "no checksums of a split": ("digits", "    validation: 56bb", "    other: 56bb"),
+    "no names of classes": ("digits", "class_label:", "classes:"),
+    "classes that are a word": ("imagenet-1k", "num_classes: 1000", "num_classes: many"),
+    "a size that is no list": ("imagenet-1k", "train: [1281167]", "train: 1281167"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_card_with_a_broken_value_is_named(what, copied):
+    name, old, new = BROKEN[what]
+    card = copied / "DATA_CARDS" / f"{name}.md"
+    assert old in card.read_text()
+    card.write_text(card.read_text().replace(old, new))
+    with pytest.raises(UsageError, match=rf"{name}\.md is damaged and cannot be read"):
+        cards.source(name).open("validation", 8)
+
+
 def test_one_changed_pixel_is_refused(copied):
     card = copied / "DATA_CARDS" / "fashion-mnist.md"
     images, labels = load(NAME, "test").images.numpy().copy(), load(NAME, "test").labels.numpy()

@@ -31,7 +31,7 @@ from lab.runs.execute import device_name, now
 from lab.runs.launch import MEMORY
 from lab.runs.processes import cores
 from vitlib.errors import UsageError
-from vitlib.files import write_whole
+from vitlib.files import intact, write_whole
 from vitlib.train.engine import resolve
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def read(path: Path) -> list[dict]:
     """The stored rows, without empty cells; none where there is no file. Numbers are numbers."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
+    with intact(path), path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [{key: value if key in TEXTS else float(value) for key, value in row.items() if value} for row in rows]
+        return [{key: value if key in TEXTS else float(value) for key, value in row.items() if value} for row in rows]
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -25,6 +25,7 @@ from lab.data import DataAbsent
 from lab.experiments.profiles import PROFILES
 from lab.runs.results import Archive, Result
 from vitlib.errors import UsageError
+from vitlib.files import intact
 from vitlib.stats import Estimate, difference, over_seeds
 
 if TYPE_CHECKING:  # both need torch
@@ -152,9 +153,11 @@ def _inside_of_three() -> dict[str, bool]:
 def tried(folder: Path) -> dict[str, dict[float, dict[int, float]]]:
     """The curves that learning rates were chosen from: name -> rate -> seed -> validation top-1, as a study committed them."""
     path, found = folder / "tuning.csv", {}
-    for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
-        seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
-        found.setdefault(row["rate_of"], {})[row["lr"]] = {s: value for s, value in seeds.items() if not pd.isna(value)}
+    with intact(path):
+        for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
+            seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
+            tops = {seed: value for seed, value in seeds.items() if not pd.isna(value)}
+            found.setdefault(row["rate_of"], {})[row["lr"]] = tops
     return found
 
 
@@ -283,7 +286,8 @@ class Archived:
     @functools.cached_property
     def claims(self) -> pd.DataFrame:
         """The claims table as it was committed, by part."""
-        return pd.read_csv(self.folder / "claims.csv", index_col="part")
+        with intact(path := self.folder / "claims.csv"):
+            return pd.read_csv(path, index_col="part")
 
     def holds(self, part: Part) -> bool:
         """As it was counted when the study was written."""

@@ -28,6 +28,7 @@ from lab.runs import store
 from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
+from vitlib.files import intact
 from vitlib.tasks.plan import DEVICES
 from vitlib.train.engine import own_parts
 
@@ -144,7 +145,7 @@ def measured_rate(device: str) -> Rate | None:
     """
     steps, name = defaultdict(list), re.sub(r"(\d+)", r" ?\1", device)  # "GeForce RTX 4090"
     for path in [path for at in (paths.outputs(), paths.REFERENCE) for path in at.glob("*/bench/finetune.csv")]:
-        with path.open(newline="", encoding="utf-8") as file:
+        with intact(path), path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if re.search(rf"\b{name}\b", row["device"], re.I) and (row["arm"], row.get("kind")) == ("full", "cuda"):
                     steps[path, row["case"]].append(row)

@@ -34,7 +34,7 @@ from lab.paths import DATA_CARDS, EMBEDDED
 from vitlib.data import Augment, DataSet, Found, InMemory, Streamed, held_out, open_folder, resize
 from vitlib.data.read import decode, read_parquet, read_split
 from vitlib.errors import UsageError, unknown
-from vitlib.files import write_whole
+from vitlib.files import intact, write_whole
 
 SPLITS = ("train", "validation", "test")
 COLOURS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # of photographs, as pretrained models want them
@@ -101,7 +101,8 @@ def _published(name: str) -> Source:
     if "sizes" not in own:
         of_paper = [path.stem for path in DATA_CARDS.glob("*.md") if "sizes" in read_card(path)["vitlib"]]
         raise unknown("data set of the paper", name, sorted(of_paper))
-    sizes, classes = {split: max(counts) for split, counts in own["sizes"].items()}, own["num_classes"]
+    with intact(DATA_CARDS / f"{name}.md"):
+        sizes, classes = {split: max(counts) for split, counts in own["sizes"].items()}, int(own["num_classes"])
     return Source(
         name, Facts(3, classes, 0, *COLOURS, sizes), _digest([json.dumps([name, classes, sizes], sort_keys=True)]),
         lambda split, size, *how: Streamed(name, split, published.read_published(name, own, split), size, *how),
@@ -155,9 +156,11 @@ def facts(name: str) -> Facts:
         raise UsageError(f"data set {name!r} is read from its files as they are needed: no run holds it in memory")
     if "sha256" not in own:
         return _measured(name, _signature(name), str(paths.outputs()))
-    sizes = {split["name"]: split["num_examples"] for split in about["dataset_info"]["splits"]}
-    mean, std = ((own[key],) * own["channels"] for key in ("mean", "std"))
-    return Facts(own["channels"], own["num_classes"], own["image_size"], mean, std, sizes, own["sha256"])
+    with intact(DATA_CARDS / f"{name}.md"):
+        sizes = {split["name"]: int(split["num_examples"]) for split in about["dataset_info"]["splits"]}
+        channels, classes, size = (int(own[key]) for key in ("channels", "num_classes", "image_size"))
+        mean, std = ((float(own[key]),) * channels for key in ("mean", "std"))
+        return Facts(channels, classes, size, mean, std, sizes, {split: own["sha256"][split] for split in SPLITS})
 
 
 # ------------------------------------------------------------------------------------------------- held in memory
@@ -219,7 +222,8 @@ def _arrays(name: str, split: str, signature: str) -> tuple[np.ndarray, np.ndarr
             f"{own.get('view_of') or own['files'][split]} does not hold the {split} images of {name}: its decoded arrays "
             f"have SHA-256 {digest[:16]}..., data_cards/{name}.md says {wanted[:16]}...; take the file from a fresh clone"
         )
-    return images, labels, tuple(class_names(about))
+    with intact(DATA_CARDS / f"{name}.md"):
+        return images, labels, tuple(class_names(about))
 
 
 def checksum(images: np.ndarray, labels: np.ndarray) -> str:

@@ -23,13 +23,13 @@ from lab.paths import DATA_CARDS, place
 from vitlib.data import read
 from vitlib.data.read import Cells, Found, find_split, read_class_folders, read_folder, read_place
 from vitlib.errors import UsageError
-from vitlib.files import first_line
+from vitlib.files import first_line, intact
 
 
 def places(name: str) -> list[Path]:
     """Where the folder of a data set may be: in $VITLIB_DATA, or `data` here, under its name or those that its card gives."""
-    folders = read_card(DATA_CARDS / f"{name}.md")["vitlib"].get("folders", [name])
-    return [place("VITLIB_DATA", "data") / folder for folder in folders]
+    with intact(card := DATA_CARDS / f"{name}.md"):
+        return [place("VITLIB_DATA", "data") / folder for folder in read_card(card)["vitlib"].get("folders", [name])]
 
 
 def locate(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import PILOT, ledger
 from vitlib.errors import UsageError, unknown
+from vitlib.files import intact
 
 if TYPE_CHECKING:  # only figures need them
     from IPython.display import Image
@@ -38,7 +39,8 @@ def claims(study: str = "study") -> pd.DataFrame:
     path = paths.REFERENCE / study / "claims.csv"
     if not path.is_file():
         raise UsageError(f"there is no {path.name} of {study} in outputs/reference: allowed are {', '.join(studies())}")
-    table = pd.read_csv(path, dtype={"notebook": str, "runs": str})
+    with intact(path):
+        table = pd.read_csv(path, dtype={"notebook": str, "runs": str})[list(judge.COLUMNS)]
     return table.fillna(dict.fromkeys(("note", "source", "says", "contains_paper", "contrast", "power", "checks"), ""))
 
 

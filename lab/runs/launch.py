@@ -32,7 +32,7 @@ from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.files import private_folder
-from vitlib.train.engine import joined, resolve
+from vitlib.train.engine import check_shares, joined, resolve
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
@@ -197,6 +197,7 @@ def distributed(spec: RunSpec, processes: int, every_s: float = 300.0, stamps: M
     the same call goes on from the last checkpoint.
     """
     check(spec)
+    check_shares(spec.recipe.batch_size, processes)
     log = paths.runs() / ".logs" / f"{spec.hash}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with private_folder() as folder:

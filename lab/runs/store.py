@@ -24,7 +24,17 @@ from lab import paths
 from lab.runs.results import FAULTS, Result, parsed, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
-from vitlib.files import abandoned, draft_name, no_room, read_safetensors, sha256, sweep, write_safetensors, write_whole
+from vitlib.files import (
+    abandoned,
+    draft_name,
+    intact,
+    no_room,
+    read_safetensors,
+    sha256,
+    sweep,
+    write_safetensors,
+    write_whole,
+)
 from vitlib.train import PROTOCOLS, loop
 
 if TYPE_CHECKING:
@@ -75,7 +85,8 @@ def history(spec: RunSpec) -> pd.DataFrame | None:
     import pandas as pd
 
     path = weights_path(spec).with_name("history.csv")
-    return pd.read_csv(path) if path.is_file() else None
+    with intact(path):
+        return pd.read_csv(path) if path.is_file() else None
 
 
 def weights_path(spec: RunSpec) -> Path:

@@ -45,9 +45,7 @@ class Engine:
         Raises UsageError for a batch that the processes cannot share equally and for batch norm that would train on
         several CPU processes.
         """
-        world = self.shard.world
-        if batch_size % world:
-            raise UsageError(f"a batch of {batch_size} images cannot be shared equally by {world} processes")
+        check_shares(batch_size, world := self.shard.world)
         if world > 1 and self.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif world > 1 and trains_batch_norm(model):
@@ -121,6 +119,12 @@ def own_parts(accumulate: int, processes: int, batch_norm: bool) -> int:
     of batch / accumulate images whatever the number of processes.
     """
     return accumulate if batch_norm else math.ceil(accumulate / processes)
+
+
+def check_shares(batch_size: int, processes: int) -> None:
+    """Raises UsageError for a batch that so many processes cannot share equally."""
+    if batch_size % processes:
+        raise UsageError(f"a batch of {batch_size} images cannot be shared equally by {processes} processes")
 
 
 def trains(module: nn.Module) -> bool:
