@@ -46,8 +46,8 @@ unexport UV_SYSTEM_PYTHON UV_PYTHON UV_BREAK_SYSTEM_PACKAGES
 # Nor other Pythons' packages into this one.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export TOKENIZERS_PARALLELISM := false
-# Profiles of embedded data never ask a hub; photos and imagenet may.
-ifeq ($(filter photos imagenet,$(PROFILE)),)
+# Profiles of embedded data never ask a hub; photos, imagenet and public may.
+ifeq ($(filter photos imagenet public,$(PROFILE)),)
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 endif
@@ -60,7 +60,7 @@ endif
 .DEFAULT_GOAL := help
 
 help:  ## show this help
-	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|photos|imagenet] [NB=31] [JOBS=2] [TORCH=cpu] [ARGS=...]"
+	@echo "usage: make TARGET [PROFILE=smoke|cpu|study|photos|imagenet|public] [NB=31] [JOBS=2] [TORCH=cpu] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## make .venv from requirements.lock: 5.7 GB; TORCH=cpu takes the CPU-only wheels, 2 GB
@@ -115,5 +115,5 @@ audit: $(READY)  ## known vulnerabilities of what requirements.lock pins, where 
 	  [ $$code = 1 ] || echo "audit: the database of vulnerabilities cannot be read, so nothing is known ($$(grep -m1 -i 'error' $(VENV)/audit.log))" >&2; exit $$code; }
 
 clean:  ## remove .venv, caches and rendered results; finished runs in outputs/runs stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/photos outputs/imagenet outputs/site
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs/smoke outputs/cpu outputs/study outputs/photos outputs/imagenet outputs/public outputs/site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         if profile:
-            scales = "smoke, cpu, study, photos or imagenet (default: %(default)s)"
+            scales = "smoke, cpu, study, photos, imagenet or public (default: %(default)s)"
             command.add_argument("--profile", default=profile, help=scales)
         return command
 
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--margin", type=float, help="every label at this margin too, in points")
     claims.add_argument("--trace", action="store_true", help="from the part's verdict to its runs")
     show.add_argument("name", nargs="?", default="", help="e.g. F1, F2-full or 41 (default: everything)")
-    show.add_argument("--study", default="study", help="study, photos or imagenet (default: %(default)s)")
+    show.add_argument("--study", default="study", help="study, photos, imagenet or public (default: %(default)s)")
     show.add_argument("--figure", type=Path, metavar="FILE", help="draw it too, as .png or .svg")
     for command in (export, merge):
         command.add_argument("file", type=Path)
@@ -189,11 +189,14 @@ def tune_(arguments) -> None:
 
 
 def reproduce_(arguments) -> None:
-    from lab.experiments.catalogue import available
+    from lab.experiments.catalogue import available, meant_for
     from lab.report import render
 
-    p = arguments.profile
-    arguments.notebook, absent = available(p, arguments.notebook)
+    p, asked = arguments.profile, arguments.notebook
+    mine = meant_for(p, asked) or asked
+    if others := [one.number for one in asked if one not in mine]:
+        print(f"lab: notebooks without runs at profile {p.name}: {', '.join(others)}", file=sys.stderr)
+    arguments.notebook, absent = available(p, mine)
     for fault in absent:  # the other notebooks still run
         print(f"lab: {fault}", file=sys.stderr)
     if arguments.notebook:

@@ -293,7 +293,7 @@ def test_the_queue_makes_whole_verdicts_primary_ones_first_and_seeds_outermost()
     assert len(named) == len(set(named)) == 4 * 20
 
 
-@pytest.mark.parametrize("name", [*EMBEDDED, "imagenet", "photos"])
+@pytest.mark.parametrize("name", [*EMBEDDED, "imagenet", "photos", "public"])
 def test_every_arm_that_the_ledger_names_is_an_arm_of_its_notebook(name, photos):
     p, read = profile(name), 0
     for part in ledger().parts.values():
@@ -303,7 +303,7 @@ def test_every_arm_that_the_ledger_names_is_an_arm_of_its_notebook(name, photos)
             for label in part.at_profile(name).contrast:
                 assert len(p.seeds[: arms[label].n]) >= part.n[name], (part.id, label)
             read += 1
-    assert read == {"smoke": 0, "cpu": 4, "study": 17, "photos": 13, "imagenet": 33}[name]
+    assert read == {"smoke": 0, "cpu": 4, "study": 17, "photos": 13, "imagenet": 33, "public": 6}[name]
     labels = {label for arms in ledger_file.read_arms(p).values() for label in (arm.label for arm in arms)}
     assert bool(labels) == (read > 0)
 
@@ -596,7 +596,7 @@ def test_a_notebook_of_ones_own_works_or_says_why_not_at_every_profile(monkeypat
 
 
 def test_an_arm_says_its_row_and_column_and_no_two_share_a_label(monkeypatch):
-    for name in (*EMBEDDED, "imagenet"):
+    for name in (*EMBEDDED, "imagenet", "public"):
         for one in (one for one in catalogue.NOTEBOOKS if one.arms_at(profile(name))):
             arms = catalogue.experiment(one, profile(name)).arms
             assert {label: arm.label for label, arm in arms.items()} == {label: label for label in arms}
@@ -610,6 +610,6 @@ def test_an_arm_says_its_row_and_column_and_no_two_share_a_label(monkeypatch):
 
 def test_both_files_have_a_function_for_each_experiment_with_a_docstring():
     for one in catalogue.NOTEBOOKS:
-        for made in filter(None, (one.small, one.imagenet)):
+        for made in filter(None, (one.small, one.imagenet, one.public)):
             assert made.__doc__ and made.__name__ == one.small.__name__
         assert one.imagenet or one.number in ("00", "36", "51", "61", "62")  # the last two are beyond the paper

@@ -84,7 +84,8 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
         "compile": replace(TINY, compile=True),
         "checkpointing": replace(TINY, checkpointing=True), "streamed": replace(TINY, data="cifar-10", streamed=True),
     }  # fmt: skip
-    assert set(changed) == {f.name for f in fields(RunSpec)} - {"data", "precision", "execution", "device"}
+    others = {"data", "precision", "execution", "device", "weights"}  # the last: test_pretrained.py
+    assert set(changed) == {f.name for f in fields(RunSpec)} - others
     assert {"data", "data_checksum", "precision", "execution", "device", "training_version"} < set(TINY.record())
     hashes = {spec.hash for spec in changed.values()} | {TINY.hash}
     assert len(hashes) == len(changed) + 1
@@ -96,7 +97,8 @@ def test_the_hash_changes_with_every_field_and_with_the_parent():
 def test_the_record_writes_every_field_of_a_run_its_model_and_its_recipe():
     for spec in (TINY, TOKENIZER, MASKED, TUNED):
         record = spec.record()
-        assert set(record) == {f.name for f in fields(RunSpec)} | {"data_checksum", "training_version"}
+        every = {f.name for f in fields(RunSpec)} | {"data_checksum", "training_version"}
+        assert set(record) == every - {"weights"}  # left out where it is not set: older runs keep their hashes
         for part in ("model", "recipe"):
             assert set(record[part]) == {f.name for f in fields(getattr(spec, part))}
     assert MASKED.record()["tokenizer"] == TOKENIZER.hash and TUNED.record()["parent"] == TINY.hash

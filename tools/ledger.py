@@ -104,8 +104,9 @@ def entry(p: Profile, number: str, arm: Arm) -> Iterator[str]:
     }  # fmt: skip
     for key, value in values.items():
         yield f"{key} = {toml(value)}\n"
-    for member in family:
-        yield f"{member.protocol} = {toml(words(member))}\n"
+    for i, member in enumerate(family):  # fine-tuned twice: the first time it is the trunk of the second
+        again = any(member.protocol == later.protocol for later in family[i + 1 :])
+        yield f"{'trunk' if again else member.protocol} = {toml(words(member))}\n"
 
 
 def rates(p: Profile, number: str, arm: Arm) -> dict[str, float]:
@@ -127,7 +128,7 @@ def words(spec: RunSpec) -> dict[str, object]:
     """What is trained, in the fields that are not their defaults."""
     about: dict[str, object] = {"data": spec.data, "model": spec.model.name, "image_size": spec.model.image_size}
     about |= {"images": spec.images} if spec.images else {}
-    for field in ("subset", "strategy", "targets", "masked", "blank", "precision", "execution"):
+    for field in ("weights", "subset", "strategy", "targets", "masked", "blank", "precision", "execution"):
         if getattr(spec, field) != RunSpec.__dataclass_fields__[field].default:
             about[field] = getattr(spec, field)
     if isinstance(spec.model, ViTConfig):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import LEDGER, PILOT, RECIPES, ledger
-from lab.experiments.catalogue import NOTEBOOKS, available, experiments, notebook
+from lab.experiments.catalogue import NOTEBOOKS, available, experiments, meant_for, notebook
 from lab.experiments.profiles import Profile, profile
 from lab.report import answer, tables
 from lab.runs import store
@@ -57,7 +57,7 @@ def main(words: list[str] | None = None) -> int:
 def copy(p: Profile) -> list[Path]:
     """Copy what is finished of a profile into the committed reference. Raises UsageError where its data is not here."""
     made, kept = paths.outputs() / p.name, paths.REFERENCE / p.name
-    notebooks, absent = available(p, NOTEBOOKS)
+    notebooks, absent = available(p, meant_for(p, NOTEBOOKS))
     if absent:  # the names of its runs depend on the data
         raise absent[0]
     kept.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def verdicts(source: Stored | Archived, reference: Archived | None = None, numbe
 
     number: of a notebook; what others count is left out then.
     """
-    parts = [part for part in source.ledger.parts.values() if part.kind != "exact" or number in ("", part.notebook)]
+    parts = [part for part in source.ledger.shown(source.name) if part.kind != "exact" or number in ("", part.notebook)]
     found = judge.corrected([verdict(source, part) for part in parts])
     if source.name != "cpu":
         return found

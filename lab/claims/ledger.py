@@ -20,8 +20,10 @@ from lab import paths
 from vitlib.errors import UsageError, unknown
 from vitlib.files import first_line
 
-PROFILES = ("cpu", "study", "photos", "imagenet")  # where trained parts are measured; exact ones are counted everywhere
-COMMITTED = ("study", "photos", "imagenet")  # whose judged runs come from a commit
+PUBLIC = "public"  # the profile of public weights, whose parts stand in no other's tables
+# Where trained parts are measured; exact ones are counted everywhere.
+PROFILES = ("cpu", "study", "photos", "imagenet", PUBLIC)
+COMMITTED = ("study", "photos", "imagenet", PUBLIC)  # whose judged runs come from a commit
 CHECKED = ("study", "photos")  # whose parts have checks, and arms whose rates were tuned
 PILOT = "pilot"  # the first study, whose estimates stand where the second has none
 # Fixed by the hash, which a change of them voids; the others are prose, with a hash of their own that voids nothing.
@@ -97,6 +99,10 @@ class Ledger:
             raise unknown("part of a claim", name, self.parts)
         return self.parts[name]
 
+    def shown(self, profile: str) -> list[Part]:
+        """The parts that a profile's tables have."""
+        return [part for part in self.parts.values() if profile == PUBLIC or {*part.n} != {PUBLIC}]
+
     def recipe(self, part: Part, profile: str, arm: str) -> Mapping[str, object]:
         """What was fixed of an arm. Raises UsageError where nothing was."""
         arms = self.recipes.get(profile, {}).get(part.notebook, {})
@@ -131,8 +137,12 @@ def _digest(values: object) -> str:
 
 
 def record_hash(records: Sequence[Mapping[str, object]]) -> str:
-    """Of what is trained, whatever its seed: the records of a run's family, what it needs first, its own last."""
-    return _digest([{k: v for k, v in r.items() if k not in ("seed", "parent", "tokenizer")} for r in records])
+    """Of what is trained, whatever its seed: the records of a run's family, what it needs first, its own last.
+
+    Of weights by a timm name the name alone counts, so that it is fixed before they are downloaded.
+    """
+    kept = [{k: v for k, v in r.items() if k not in ("seed", "parent", "tokenizer")} for r in records]
+    return _digest([r | {"weights": r["weights"]["name"]} if "name" in r.get("weights", ()) else r for r in kept])
 
 
 def stamps(profile: str) -> dict[str, str]:

@@ -198,7 +198,7 @@ def gpu_plan(specs: Iterable[RunSpec], rate: Rate, gpus: int = 1) -> pd.DataFram
     import pandas as pd
 
     rows = [
-        (f"{spec.protocol} {spec.strategy}" if spec.parent else spec.protocol, gpu_hours(spec, rate),
+        (f"{spec.protocol} {spec.strategy}" if spec.parent or spec.weights else spec.protocol, gpu_hours(spec, rate),
          count.run_memory(spec, images_at_once(spec, gpus)).total / GB, count.run_state(spec).weights / GB)
         for spec in dict.fromkeys(specs)
     ]  # fmt: skip

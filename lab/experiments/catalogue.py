@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lab.data import DataAbsent
-from lab.experiments import imagenet, small
+from lab.experiments import imagenet, public, small
 from lab.experiments.profiles import Arm, Profile
 from lab.runs import store
 from lab.runs.results import Result
@@ -23,19 +23,20 @@ Arms = Callable[[Profile], list[Arm]]
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook and the functions that make its arms, below ImageNet's scale and at the paper's; None where it has no runs."""
+    """A notebook and the functions that make its arms: below ImageNet's scale, at the paper's, from public weights; or None."""
 
     number: str
     file: str  # in notebooks/, without .ipynb
     small: Arms | None = None
     imagenet: Arms | None = None
+    public: Arms | None = None
 
     @property
     def has_runs(self) -> bool:
-        return bool(self.small or self.imagenet)
+        return bool(self.small or self.imagenet or self.public)
 
     def arms_at(self, profile: Profile) -> Arms | None:
-        return self.imagenet if profile.paper else self.small
+        return getattr(self, profile.module)
 
 
 NOTEBOOKS: tuple[Notebook, ...] = (
@@ -47,8 +48,8 @@ NOTEBOOKS: tuple[Notebook, ...] = (
     Notebook("34", "34_tab2_layerscale", small.layer_scale, imagenet.layer_scale),
     Notebook("35", "35_tab3_depth_or_width", small.depth_or_width, imagenet.depth_or_width),
     Notebook("36", "36_tab4_throughput"),
-    Notebook("41", "41_tab5_resolution", small.resolution, imagenet.resolution),
-    Notebook("42", "42_tab6_transfer", small.transfer, imagenet.transfer),
+    Notebook("41", "41_tab5_resolution", small.resolution, imagenet.resolution, public.resolution),
+    Notebook("42", "42_tab6_transfer", small.transfer, imagenet.transfer, public.transfer),
     Notebook("51", "51_fig5_stem_and_masking"),
     Notebook("52", "52_tab7_masked_pretraining", small.stems, imagenet.stems),
     Notebook("61", "61_regrouping", small.regrouping),
@@ -108,7 +109,7 @@ def experiment(notebook: Notebook, profile: Profile) -> Experiment:
     """The experiment of a notebook. Raises UsageError where the notebook has no runs at this profile."""
     arms = notebook.arms_at(profile)
     if arms is None:
-        where = f"its record in lab/experiments/catalogue.py names no function of {'imagenet' if profile.paper else 'small'}.py"
+        where = f"its record in lab/experiments/catalogue.py names no function of {profile.module}.py"
         raise UsageError(f"notebook {notebook.file} has no runs at profile {profile.name}: {where}")
     made = arms(profile)
     by_label = {arm.label: arm for arm in made}
@@ -130,6 +131,11 @@ def available(profile: Profile, notebooks: Iterable[Notebook]) -> tuple[list[Not
                 raise
             absent[str(fault)] = fault
     return there, list(absent.values())
+
+
+def meant_for(profile: Profile, notebooks: Iterable[Notebook]) -> list[Notebook]:
+    """Those that have runs at this profile, or at none."""
+    return [one for one in notebooks if one.arms_at(profile) or not one.has_runs]
 
 
 def experiments(profile: Profile, notebooks: Iterable[Notebook]) -> list[Experiment]:
@@ -155,9 +161,9 @@ def in_order(arms: Sequence[Arm], seeds: Sequence[int]) -> list[RunSpec]:
 
 
 def arms_of(table: Arms, profile: Profile) -> dict[str, Arm]:
-    """The arms of an experiment by label, e.g. `arms_of(small.resolution, profile)`, at the paper's scale where that is it."""
-    make = getattr(imagenet, table.__name__) if profile.paper else table
-    return {arm.label: arm for arm in make(profile)}
+    """The arms of an experiment by label, e.g. `arms_of(small.resolution, profile)`, from the module of the profile."""
+    module = {"imagenet": imagenet, "public": public, "small": small}[profile.module]
+    return {arm.label: arm for arm in getattr(module, table.__name__)(profile)}
 
 
 def stem_model(profile: Profile, name: str) -> ViTConfig:

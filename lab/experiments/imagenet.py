@@ -59,7 +59,7 @@ def supervised_recipe(width: str, epochs: int = SHORT) -> Recipe:
     )  # fmt: skip
 
 
-def _spec(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
+def run_of(p: Profile, protocol: str, model: ViTConfig | DVAEConfig, recipe: Recipe, data: str = "", **more) -> RunSpec:
     classifier = protocol != "tokenizer"  # whose loss calls parts of the model, which are not what is compiled
     return RunSpec(
         protocol, model, data or p.data, recipe, execution="seq", device=p.device,
@@ -71,7 +71,7 @@ def _supervised(
     p: Profile, letter: str, depth: int, branches: int = 1, scale: float | None = None, epochs: int = SHORT
 ) -> RunSpec:
     model = vit_config(f"{letter}{depth}x{branches}", layer_scale=scale, drop_path=DROP_PATH[letter])
-    return _spec(p, "supervised", model, supervised_recipe(letter, epochs))
+    return run_of(p, "supervised", model, supervised_recipe(letter, epochs))
 
 
 def _trunk(p: Profile, letter: str) -> RunSpec:
@@ -102,7 +102,7 @@ def baselines(p: Profile) -> list[Arm]:
     specs = {f"{w}{n}": _supervised(p, w, n) for w, n in sizes.items()}
     specs |= {f"{w}{n}+LS": _supervised(p, w, n, scale=LAYER_SCALE, epochs=LONG) for w, n in sizes.items()}
     deit = {w: vit_config(f"{w}12", drop_path=DEIT_DROP_PATH) for w in ("Ti", "S", "B")}
-    specs |= {f"{w}12 DeiT": _spec(p, "supervised", model, DEIT) for w, model in deit.items()}
+    specs |= {f"{w}12 DeiT": run_of(p, "supervised", model, DEIT) for w, model in deit.items()}
     rows = {label: label.removesuffix("+LS").removesuffix(" DeiT") for label in specs}
     return [Arm(label, spec, rows[label], label.removeprefix(rows[label]).strip()) for label, spec in specs.items()]
 
@@ -191,7 +191,7 @@ def resolution(p: Profile) -> list[Arm]:
         model = at_image_size(replace(trunk.model, drop_path=RESOLUTION_DROP_PATH[letter]), p.finetune_size)
         for optimizer, recipe in (("", RESOLUTION_ADAMW), ("SGD", RESOLUTION_SGD)):
             for strategy in PAPER_STRATEGIES:
-                spec = _spec(p, "finetune", model, recipe, parent=trunk, strategy=strategy)
+                spec = run_of(p, "finetune", model, recipe, parent=trunk, strategy=strategy)
                 label, row = f"{name} {strategy} {optimizer}".strip(), f"{name} {optimizer}".strip()
                 arms.append(Arm(label, spec, row, strategy))
     return arms
@@ -223,7 +223,7 @@ def transfer(p: Profile) -> list[Arm]:
         trunk, (recipe, drop_path), row = _trunk(p, LETTERS[width]), TRANSFER[data], f"W{width} {data} {images}"
         model = replace(trunk.model, num_classes=source(data, streamed=True).facts.num_classes, drop_path=drop_path)
         for strategy in PAPER_STRATEGIES:
-            spec = _spec(p, "finetune", model, recipe, data, parent=trunk, strategy=strategy)
+            spec = run_of(p, "finetune", model, recipe, data, parent=trunk, strategy=strategy)
             arms.append(Arm(f"{row} {strategy}", spec, row, strategy))
     return arms
 
@@ -286,17 +286,17 @@ def stems(p: Profile) -> list[Arm]:
 
     Paper, supervised and pre-trained: linear 82.20 and 83.05, hMLP 82.54 and 83.43, conv 82.57 and 83.04.
     """
-    tokenizer = _spec(p, "tokenizer", DVAEConfig(in_chans=3, **TOKENIZER_MODEL), TOKENIZER)
+    tokenizer = run_of(p, "tokenizer", DVAEConfig(in_chans=3, **TOKENIZER_MODEL), TOKENIZER)
     arms = []
     for name, stem in STEM_ARMS.items():
         model = vit_config(f"B{stem_pairs(name, p.stems.pairs)}", **BEIT_MODEL, **stem)
         how = {"targets": "dvae", "tokenizer": tokenizer, "masked": BEIT_MASKED}
-        trunk = _spec(p, "masked", model, BEIT_PRETRAINING, **how)
+        trunk = run_of(p, "masked", model, BEIT_PRETRAINING, **how)
         specs = {
-            "supervised": _spec(p, "supervised", stem_model(p, name), supervised_recipe("B")),
+            "supervised": run_of(p, "supervised", stem_model(p, name), supervised_recipe("B")),
             # Without layer decay, which would leave random layers nearly as they are.
-            "scratch": _spec(p, "supervised", model, replace(BEIT_FINE_TUNING, layer_decay=None)),
-            "pretrained": _spec(p, "finetune", model, BEIT_FINE_TUNING, parent=trunk),
+            "scratch": run_of(p, "supervised", model, replace(BEIT_FINE_TUNING, layer_decay=None)),
+            "pretrained": run_of(p, "finetune", model, BEIT_FINE_TUNING, parent=trunk),
         }
         arms += [Arm(f"{name} {training}", spec, name, training) for training, spec in specs.items()]
     return arms

@@ -65,6 +65,12 @@ class Profile:
     rates: Mapping[str, float] = field(default_factory=dict, hash=False)  # arm -> learning rate: see RATES
     device: str = "cpu"
     paper: bool = False  # the paper's own protocols: `imagenet.py`
+    weights: str = ""  # a timm name, whose weights every run starts from: `public.py`
+
+    @property
+    def module(self) -> str:
+        """That of its arms."""
+        return "public" if self.weights else "imagenet" if self.paper else "small"
 
     @property
     def judged(self) -> bool:
@@ -112,6 +118,17 @@ _EMBEDDED = Profile(
     stems=Stems(32, 8, hidden=64, masked_epochs=8, supervised_epochs=8, finetune_epochs=2),
     controls=True, exploratory=True, targets="dvae", transfer_widths=(64,), transfer_images={"digits": (100,)}, rates=RATES,
 )  # fmt: skip
+_IMAGENET = Profile(
+    name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
+    finetune_size=384, patch_size=16, images=None, finetune_images=None, control_images=640_000, epochs=300,
+    stems=Stems(224, 16, hidden=192, masked_epochs=300, supervised_epochs=300, finetune_epochs=100, few_labels=0, pairs=12),
+    controls=True, exploratory=True, targets="dvae", transfer_widths=(384, 768, 1024),
+    transfer_images={  # Table 9: every label of each
+        "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,),
+        "cifar-100": (50_000,), "stanford-cars": (8144,), "flowers-102": (2040,),
+    },
+    device="cuda", paper=True,
+)  # fmt: skip
 _PRIMARY = {"controls": False, "exploratory": False, "targets": "tokens"}
 PROFILES = {
     # The code runs: a few steps of every kind, at rates that do not move with the study's.
@@ -133,16 +150,12 @@ PROFILES = {
         stems=Stems(64, 16, hidden=64, masked_epochs=8, supervised_epochs=8, finetune_epochs=2, few_labels=2000),
         controls=True, targets="dvae", rates=PHOTOS_RATES, device="auto",
     ),
-    "imagenet": Profile(
-        name="imagenet", data="imagenet-1k", seeds=(30, 31, 32, 33, 34), width=768, pairs=36, image_size=224,
-        finetune_size=384, patch_size=16, images=None, finetune_images=None, control_images=640_000, epochs=300,
-        stems=Stems(224, 16, hidden=192, masked_epochs=300, supervised_epochs=300, finetune_epochs=100, few_labels=0, pairs=12),
-        controls=True, exploratory=True, targets="dvae", transfer_widths=(384, 768, 1024),
-        transfer_images={  # Table 9: every label of each
-            "inaturalist-2018": (437_513,), "inaturalist-2019": (265_240,), "cifar-10": (50_000,),
-            "cifar-100": (50_000,), "stanford-cars": (8144,), "flowers-102": (2040,),
-        },
-        device="cuda", paper=True,
+    "imagenet": _IMAGENET,
+    # Tables 5 and 6 by fine-tuning alone, from one model that its authors published.
+    "public": replace(
+        _IMAGENET, name="public", data="stanford-cars", seeds=(35, 36, 37, 38, 39), width=384, pairs=12, epochs=1000,
+        controls=False, exploratory=False, transfer_widths=(384,), weights="deit3_small_patch16_224.fb_in1k",
+        transfer_images={"cifar-10": (50_000,), "cifar-100": (50_000,), "stanford-cars": (8144,), "flowers-102": (2040,)},
     ),
 }  # fmt: skip
 

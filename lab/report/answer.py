@@ -14,7 +14,7 @@ import pandas as pd
 
 from lab import paths
 from lab.claims import judge
-from lab.claims.ledger import PILOT, ledger
+from lab.claims.ledger import COMMITTED, PILOT, ledger
 from vitlib.errors import UsageError, unknown
 from vitlib.files import intact
 
@@ -46,7 +46,7 @@ def claims(study: str = "study") -> pd.DataFrame:
 
 def studies() -> list[str]:
     """The profiles that have a committed table of verdicts."""
-    return [name for name in ("study", "photos", "imagenet") if (paths.REFERENCE / name / "claims.csv").is_file()]
+    return [name for name in COMMITTED if (paths.REFERENCE / name / "claims.csv").is_file()]
 
 
 def chosen(name: str, study: str = "study") -> pd.DataFrame:

@@ -76,7 +76,7 @@ def reproduce(
     if train:
         launch(specs, jobs, plan.cpu_seconds, stamps(p.name))
     part = ledger().part(cases.F3)
-    if p.judged and part.notebook in {n.number for n in notebooks}:
+    if p.name in part.n and part.notebook in {n.number for n in notebooks}:
         # timed alone on the machine, before kernels start
         cases.measured_evidence(p, part, ledger().hash(part, p.name))
     folder, evidence = paths.outputs() / p.name / "notebooks", _evidence(p)

@@ -194,7 +194,7 @@ def transfer(runs: Runs, committed: Runs) -> pd.DataFrame:
         for label, results in these.results.items():
             r = these.record(label)
             by_strategy = found.setdefault((r["data"], r["images"], r["model"]["width"]), {})
-            subsets = by_strategy.setdefault(r["strategy"] if r["parent"] else "scratch", [])
+            subsets = by_strategy.setdefault(r["strategy"] if r["parent"] or r.get("weights") else "scratch", [])
             subsets.append(np.stack([result.correct for result in results]).astype(float))
         for (data, images, width), by_strategy in found.items():
             row = {"measured": measured, "data": data, "images": images, "width": width}

@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from lab import paths
 from lab.data.cards import source
 from lab.data.published import locate
+from lab.runs import pretrained
 from lab.runs.processes import cores, end_with
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
@@ -55,6 +56,7 @@ def execute(
     """
     switches = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
     engine, protocol = Engine(resolve(spec.device), **switches, shard=this_shard()), PROTOCOLS[spec.protocol]
+    pretrained.check(spec)
     first = engine.shard.rank == 0
     with held(spec.hash, wait=engine.shard.world == 1) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock
@@ -136,9 +138,13 @@ def second_test(spec: RunSpec) -> DataSet | None:
 
 def prepare(spec: RunSpec, data: DataSet) -> tuple[torch.nn.Module, LossFunction]:
     """The model at its start and the loss function of its protocol."""
-    parent = spec.parent
-    state = parent and weights(parent)
-    if parent and parent.model.branches != spec.model.branches:  # its pairs in the branches that this spec names
+    state, config = None, None
+    if spec.weights:
+        trunk = pretrained.model_of(spec.weights)
+        state, config = trunk.state_dict(), trunk.config
+    elif spec.parent:
+        state, config = weights(spec.parent), spec.parent.model
+    if config and config.branches != spec.model.branches:  # its pairs in the branches that this spec names
         state = regrouped(state, spec.model.branches)
     tokenizer = spec.tokenizer and trained_tokenizer(spec.tokenizer).to(resolve(spec.device))
     return PROTOCOLS[spec.protocol].start(spec, data, state, tokenizer)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 from lab.data.cards import Facts, source
+from lab.runs import pretrained
 from lab.runs.results import hash_of
 from vitlib.errors import UsageError
 from vitlib.model import ViTConfig
@@ -57,6 +59,8 @@ class RunSpec:
     accumulate: int = 1  # parts of a batch that go through the model one after the other, or on several GPUs at once
     compile: bool = False
     checkpointing: bool = False  # activations are computed again in the backward pass
+    # What it starts from in the place of a parent: a file of weights, or a timm name. Hashed by content, where it is set.
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be, and for a run that would train nothing."""
@@ -68,8 +72,9 @@ class RunSpec:
         protocol, batch = PROTOCOLS[self.protocol], self.recipe.batch_size
         if self.accumulate > batch:
             raise UsageError(f"accumulate is {self.accumulate}: allowed are 1 to {batch} parts of a batch of {batch}")
-        if protocol.needs_parent != (self.parent is not None):
-            raise UsageError(f"a {self.protocol} run {'needs a' if protocol.needs_parent else 'has no'} parent")
+        if [self.parent, self.weights].count(None) != (1 if protocol.needs_parent else 2):
+            allowed = "needs a parent or weights, one of them" if protocol.needs_parent else "has no parent, no weights"
+            raise UsageError(f"a {self.protocol} run {allowed}")
         if not isinstance(self.model, protocol.config):
             raise UsageError(f"a {self.protocol} run trains no {type(self.model).__name__}")
         if (self.targets == "dvae") != (self.tokenizer is not None):
@@ -86,14 +91,27 @@ class RunSpec:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hexadecimal digits over all fields, what the data is, the parent's hash and TRAINING_VERSION."""
+        """16 hexadecimal digits over all fields, what the data is, the parent's hash and TRAINING_VERSION.
+
+        Raises UsageError where the weights that it starts from are still to be downloaded.
+        """
+        if not self.ready:
+            named = ", ".join(one.weights for one in self.family() if one.weights)
+            raise UsageError(f"the weights {named} are not here, so that their runs have no hash: a run downloads them")
         return hash_of(self.record())
 
+    @property
+    def ready(self) -> bool:
+        """Whether the weights of a timm name that it, or its parent, starts from are here."""
+        return all(pretrained.identity(one.weights)["sha256"] for one in self.family() if one.weights)
+
     def record(self) -> dict:
-        """What is hashed, and what spec.json holds: every field, parents and tokenizers by their hashes."""
-        needs = {"parent": self.parent and self.parent.hash, "tokenizer": self.tokenizer and self.tokenizer.hash}
+        """What is hashed, and what spec.json holds: every field, parents and tokenizers by their hashes, weights by content."""
+        needs = {"parent": self.parent, "tokenizer": self.tokenizer}
+        needs = {name: spec.hash if spec and spec.ready else None for name, spec in needs.items()}
         data = {"data_checksum": source(self.data, self.streamed).checksum, "training_version": TRAINING_VERSION}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | needs | data | {
+        start = {} if self.weights is None else {"weights": pretrained.identity(self.weights)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"} | needs | data | start | {
             "model": asdict(self.model), "recipe": asdict(self.recipe),
         }  # fmt: skip
 
@@ -133,9 +151,11 @@ class RunSpec:
     def describe(self) -> str:
         """The run on one line, for progress and errors."""
         stem = f"stem {self.model.stem}" if isinstance(self.model, ViTConfig) else None
-        images, strategy = self.images and f"{self.images} images", self.strategy if self.parent else None
+        images = self.images and f"{self.images} images"
+        strategy = self.strategy if self.parent or self.weights else None
+        start = self.weights and f"from {Path(self.weights).name}"
         parts = (self.protocol, self.data, self.model.name, f"{self.model.image_size} px", stem, images, strategy)
-        return ", ".join([*filter(None, parts), f"seed {self.seed}"])
+        return ", ".join([*filter(None, (*parts, start)), f"seed {self.seed}"])
 
     def __str__(self) -> str:
         return f"run {self.hash} ({self.describe()})"

@@ -64,6 +64,8 @@ def read(folder: Path) -> tuple[dict, Result]:
 
 def find(spec: RunSpec) -> Result | None:
     """The result of a finished run, or None. Raises UsageError as `read`."""
+    if not spec.ready:
+        return None
     folder = paths.runs() / spec.hash
     return read(folder)[1] if (folder / "result.json").is_file() else None
 
@@ -209,7 +211,7 @@ def missing(specs: Iterable[RunSpec]) -> list[RunSpec]:
 
     def chain(spec: RunSpec) -> Iterator[RunSpec]:
         for other in spec.needs:
-            if not weights_path(other).is_file():
+            if not (other.ready and weights_path(other).is_file()):
                 yield from chain(other)
         yield spec
 

@@ -203,7 +203,8 @@ def at_image_size(config: ViTConfig, image_size: int) -> ViTConfig:
 
 def start(spec: Any, data: DataSet, weights: State, *_: object) -> tuple[ViT, LossFunction]:
     """The backbone's weights with the strategy's parameters trainable, and the supervised loss of the recipe."""
-    model = start_from(weights, spec.model, spec.seed, new_head=spec.parent.data != spec.data)
+    known_classes = spec.parent is not None and spec.parent.data == spec.data
+    model = start_from(weights, spec.model, spec.seed, new_head=not known_classes)
     freeze(model, spec.strategy)
     return set_execution(model, spec.execution), supervised.loss_of(spec.recipe)
 

@@ -26,13 +26,13 @@ class Protocol:
     """One way to train. What it needs and gives is said by attributes, so that nobody asks for its name."""
 
     name: str
-    # The model and its loss, from the run's record (`RunSpec` of lab), the training images, which are opened, the weights of
-    # its parent, which are read, and its tokenizer, which is trained.
+    # The model and its loss, from the run's record (`RunSpec` of lab), the training images, which are opened, the weights that
+    # it starts from, which are read, and its tokenizer, which is trained.
     start: Callable[[Any, DataSet, State | None, nn.Module | None], tuple[nn.Module, LossFunction]]
     # Metrics of the trained model, and which images of the split are classified correctly, bool (N,).
     evaluate: Callable[[nn.Module, DataSet, Engine], tuple[dict[str, float], np.ndarray | None]]
     config: type = ViTConfig  # of its models
     classifies: bool = True
-    needs_parent: bool = False
+    needs_parent: bool = False  # or weights that no run trained
     # The part of the model whose weights later runs start from.
     keeps: Callable[[nn.Module], nn.Module] = lambda model: model

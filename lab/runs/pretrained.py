@@ -1,0 +1,68 @@
+"""Weights that runs start from and that no run of ours trained: a file, or a timm name (`RunSpec.weights`)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.runs.results import hash_of
+from vitlib.errors import UsageError
+from vitlib.files import sha256
+from vitlib.model import ViT, ViTConfig
+from vitlib.model.weights import downloaded, names_file
+from vitlib.tasks.trunk import read_trunk
+
+if TYPE_CHECKING:
+    from lab.runs.spec import RunSpec
+
+# Fields of a model that weights leave open; of depth and branches they fix the pairs, of LayerScale whether there is one.
+OPEN = ("image_size", "num_classes", "drop_path", "init_std", "head_scale", "shrink_deep", "depth", "branches")
+
+
+def identity(source: str) -> dict[str, str | None]:
+    """What a run's hash holds of its weights: the SHA-256 of the file, wherever it is; before it the timm name, if it is one.
+
+    None in the place of the SHA-256: timm has still to download them. Raises UsageError for a file that is not there, and
+    for what is neither a file nor a timm name.
+    """
+    named = {} if names_file(source) else {"name": source}
+    file = downloaded(source) if named else Path(source)
+    if file and not file.is_file():
+        raise UsageError(f"the weights {source} are not there: allowed are a file and a timm name")
+    return named | {"sha256": file and _sha256(str(file), file.stat().st_size, file.stat().st_mtime_ns)}
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: str, size: int, modified: int) -> str:
+    return sha256(path)
+
+
+def model_of(source: str) -> ViT:
+    """The pretrained model, downloaded where it is not here. Raises UsageError for weights that cannot be had or read."""
+    return _read(source, identity(source)["sha256"])
+
+
+@functools.lru_cache(maxsize=1)
+def _read(source: str, checksum: str | None) -> ViT:
+    return read_trunk(source).model
+
+
+def check(spec: RunSpec) -> None:
+    """Raises UsageError where a run cannot start from its weights: they are absent, changed, or of another model."""
+    if spec.weights is None:
+        return
+    theirs, ours = (_fixed(config) for config in (model_of(spec.weights).config, spec.model))
+    if differ := ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]):
+        raise UsageError(f"the weights {spec.weights} are of another model than {spec.model.name}: {differ}")
+    if not spec.ready:
+        raise UsageError(f"timm keeps no file of the weights {spec.weights} on the Hub: download one and name it")
+    if hash_of(spec.record()) != spec.hash:
+        raise UsageError(f"the weights {spec.weights} have changed since the {spec} was named: name it again")
+
+
+def _fixed(config: ViTConfig) -> dict[str, object]:
+    """What weights fix of a model."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in OPEN}
+    return values | {"pairs": config.pairs, "layer_scale": "none" if config.layer_scale is None else "there"}
