@@ -69,6 +69,31 @@ def test_the_decoder_gives_the_inputs_shape_and_each_patch_from_its_token_alone(
     assert moved.sum() == patch**dims and patches_of(moved[None, None], patch)[0, 1].all()
 
 
+@pytest.mark.parametrize("patch", [2, 6, 10, 14])
+@pytest.mark.parametrize("chans", [1, 3, 4])
+def test_any_even_patch_any_channels_and_images_that_are_not_square(patch, chans):
+    """Two patches high, three wide: one patch's pixels reach its own token alone, and come back to its own place."""
+    fields = {"patch_size": patch, "width": 32, "in_chans": chans}
+    stem, decoder, images = built(HMLPStem, **fields).eval(), built(HMLPDecoder, **fields).eval(), noise(2, chans, 2 * patch, 3 * patch)  # fmt: skip
+    tokens, changed = stem(images), images.clone()
+    changed[..., :patch, 2 * patch :] += 1  # the upper right patch
+    assert tokens.shape == (2, 6, 32)
+    assert (stem(changed) != tokens).any(-1).tolist() == [[False, False, True, False, False, False]] * 2
+    back, moved = decoder(tokens, images.shape[2:]), decoder(stem(changed), images.shape[2:])
+    assert back.shape == images.shape
+    assert patches_of((back != moved).any(1, keepdim=True), patch).flatten(2).any(-1).tolist() == [[False, False, True, False, False, False]] * 2  # fmt: skip
+    assert math.prod(m.kernel_size[0] for m in stem if isinstance(m, nn.Conv2d)) == patch
+    assert not leakage(stem, patch, in_chans=chans, grid=2).any()
+
+
+@pytest.mark.parametrize("patch", [1, 3, 5, 7, 15])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_an_odd_patch_is_refused_in_one_sentence(patch, dims):
+    with pytest.raises(UsageError, match=f"has patch_size {patch}: allowed are even ones, as its last kernel is 2x2") as error:  # fmt: skip
+        HMLP(patch, 32, dims=dims)
+    assert "\n" not in str(error.value)
+
+
 def test_the_decoder_has_the_stems_kernels_and_widths_in_reverse():
     patches = HMLP(patch_size=16, width=64, in_chans=3, dims=2)
     forth = [m for m in HMLPStem(patches) if isinstance(m, nn.Conv2d)]

@@ -50,14 +50,15 @@ def pages(tmp_path):
         tmp_path / "31_fig1_branches.ipynb",
         "Figure 1",
         "$$x' = x + r_1(x)$$\n\nwhere $r$ costs 5$ or $6.",
-        "back: [all](00_claims.ipynb)",
+        "back: [all](00_claims.ipynb), [stem](../docs/own_code.md#the-hmlp-stem-of-signals), [photos](../docs/own_images.md)",
     )
     written = site.build(sorted(tmp_path.glob("*.ipynb")), tmp_path / "site")
     return {path.stem: path.read_text(encoding="utf-8") for path in written}
 
 
 def test_there_is_a_page_per_notebook_and_document_and_every_link_leads_to_one(pages):
-    assert {*pages} == {"index", "31_fig1_branches", "judging", "scaling", "speed", "execution"}
+    docs = {path.stem for path in (paths.ROOT / "docs").glob("*.md")}
+    assert {*pages} == {"index", "31_fig1_branches", "execution"} | docs
     for name, text in pages.items():
         page = Page(text)
         assert {link.partition("#")[0] for link in page.links if not link.startswith(("http", "#"))} <= {
@@ -65,6 +66,9 @@ def test_there_is_a_page_per_notebook_and_document_and_every_link_leads_to_one(p
         }
         assert page.tags.count("h1") >= 1 and page.tags.count("main") == 1 and "<html lang=" in text
         assert f'<a href="{name}.html" aria-current=page>' in text
+    assert 'href="own_images.html"' in pages["own_code"].partition("<main>")[2]
+    assert 'href="own_code.html#the-hmlp-stem-of-signals"' in pages["31_fig1_branches"]
+    assert "Own images</a>" in pages["index"] and "<h1" in pages["own_images"] and "finetune DIR" in pages["own_images"]
     assert "code" in pages["index"] and "paths.py" not in "".join(Page(pages["index"]).links)
 
 

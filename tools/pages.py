@@ -27,10 +27,10 @@ from vitlib.errors import UsageError
 from vitlib.files import write_whole
 
 TITLE = "Three things everyone should know about Vision Transformers: are they true?"
-DOCS = ("judging", "scaling", "speed")
+DOCS = ("own_images", "own_code", "judging", "scaling", "speed")
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.S)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
-LINK = re.compile(r'(<a[^>]* href=")(?!#|https?:)(?:[^"#]*/)?([^"#./]*)(?:\.\w+)?("[^>]*>(.*?)</a>)', re.S)
+LINK = re.compile(r'(<a[^>]* href=")(?!#|https?:)(?:[^"#]*/)?([^"#./]*)(?:\.\w+)?((?:#[^"]*)?"[^>]*>(.*?)</a>)', re.S)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d8d8d4; --link: #0b57a4; }
 @media (prefers-color-scheme: dark) {
@@ -74,7 +74,7 @@ def build(notebooks: Sequence[Path], folder: Path) -> list[Path]:
     if not shown:
         raise UsageError(f"there are no notebooks of this project among {', '.join(map(str, notebooks)) or 'none'}")
     menu = [("index", "Answers"), *((one.file, one.number) for one, _ in shown if one.number != "00")]
-    menu += [(name, name.capitalize()) for name in DOCS] + [("execution", "Execution")]
+    menu += [(name, name.capitalize().replace("_", " ")) for name in (*DOCS, "execution")]
     pages = {("index" if one.number == "00" else one.file): _notebook(content) for one, content in shown}
     docs = {name: (paths.ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in DOCS}
     pages |= {name: markdown2html(text) for name, text in docs.items()}
