@@ -10,7 +10,7 @@ import torch
 
 from lab import paths
 from lab.__main__ import main
-from lab.claims import evidence
+from lab.claims import evidence, judge
 from lab.claims.ledger import ledger
 from lab.cost import plan
 from lab.data.cards import source
@@ -206,10 +206,20 @@ def test_its_own_parts_stand_in_no_other_profiles_tables_and_say_their_scope():
         assert all("fine-tuning seeds and test images alone" in text for text in part.says.values())
         read = evidence.read_by(part, P)
         assert {spec.seed for spec in read} == {*P.seeds}
+        found = evidence.verdict(evidence.Stored(P), part)
+        assert (found.label, found.note) == ("not run", f"0 of 5 seeds of {next(iter(part.contrast))}")
     for name in ("cpu", "study", "photos", "imagenet"):
         assert not {part.id for part in mine} & {part.id for part in ledger().shown(name)}
     assert {part.id for part in ledger().shown("public")} == {*ledger().parts}
     assert {*ledger().stamps("public")} == {part.id for part in mine}
+
+
+def test_a_large_model_that_is_nearly_always_right_is_judged_all_the_same():
+    right = np.random.default_rng(0).random((5, 6000)) < 0.98
+    part = ledger().part("F8-flowers-102")
+    worse = right & (np.arange(6000) % 2000 > 0)
+    found = judge.judge(part, "public", dict(zip(part.contrast, (worse, right), strict=True)), 102, {})
+    assert found.label == "not worse by 0.3" and "fine-tuning seeds" in found.sentence
 
 
 def test_its_plan_needs_neither_weights_nor_data(capsys):
