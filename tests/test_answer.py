@@ -62,6 +62,16 @@ def test_the_words_are_those_of_the_label_with_number_interval_n_and_the_paper(s
     assert max(map(len, lines)) <= 100 and not any("*" in line for line in lines)
 
 
+def test_what_was_looked_at_after_a_verdict_stands_beside_it_and_changes_no_label(study, tmp_path):
+    before = list(answer.chosen("")["label"])
+    (tmp_path / "study" / "afterwards.csv").write_text("part,says\nA1,Afterwards.\n")
+    answer.claims.cache_clear()
+    assert list(answer.chosen("")["label"]) == before
+    for words in (answer.text, answer.plain):
+        assert "Afterwards." in words(answer.chosen("A1")) and "Afterwards." not in words(answer.chosen("F1"))
+    assert reference.answers_block().rstrip().endswith("\nA1: Afterwards.")
+
+
 @pytest.mark.parametrize("name, parts", [("F2-full", ["F2-full"]), ("F2", ["F2-full", "F2-attn"]), ("51", ["H1", "H2-ln", "H2-bn-eval", "H2-bn-train", "H2-conv"])])  # fmt: skip
 def test_a_claim_a_part_or_a_notebook_is_chosen_by_its_name(study, name, parts):
     assert list(answer.chosen(name)["part"]) == parts

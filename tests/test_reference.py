@@ -96,25 +96,29 @@ def test_what_is_finished_of_a_study_is_copied_and_arms_that_are_not_whole_have_
     (made / "31_x.txt").write_text("not copied", encoding="utf-8")
     setting = experiment(notebook("41"), study)
     trunks = setting.seeds_of("trunk")
-    for spec in [*trunks, *setting.seeds_of("full")[:3]]:
+    arm, (number, later, *_) = "12x1+LS", reference.AFTERWARDS["A1"]
+    for spec in [*trunks, *setting.seeds_of("full")[:3], *experiment(notebook(number), study).seeds_of(later)]:
         finished(tmp_path, spec)
     answer.claims.cache_clear()
     assert reference.main(["--profile", "study"]) == 0
     answer.claims.cache_clear()
     assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == [
-        "31_x.md", "about.txt", "accuracies.csv", "arms.csv", "claims.csv", "claims.toml", "margins.csv", "recipes.toml", "runs.jsonl",
+        "31_x.md", "about.txt", "accuracies.csv", "afterwards.csv", "arms.csv", "claims.csv", "claims.toml", "margins.csv", "recipes.toml",
+        "runs.jsonl",
     ]  # fmt: skip
     archive = Archive(kept)  # pages can read it
     assert [r.hash for r in archive.results("41")["trunk"]] == [spec.hash for spec in trunks]
     assert len(archive.results("41")["full"]) == 3 and archive.seeds == study.seeds
     whole = pd.read_csv(kept / "accuracies.csv", dtype={"notebook": str})
     assert whole[["notebook", "arm", "n"]].values.tolist() == [
-        ["31", "12x1+LS", 20],
+        ["31", arm, 20],
+        ["31", later, 20],
         ["41", "trunk", 20],
     ]  # one run, two names
-    assert (kept / "about.txt").read_text().startswith("23 runs, 23.0 CPU hours")
+    assert (kept / "about.txt").read_text().startswith("43 runs, 43.0 CPU hours")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "\nold\n" not in readme and "| A1 | Residual layers" in readme and "A1: not run" in readme
+    assert "the difference is +0.00 [+0.00, +0.00] points, n = 20." in readme
     page = reference.PAGE.read_text(encoding="utf-8")
     assert "- **A1** " in page[page.index("### Not run") :]
 

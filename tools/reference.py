@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from lab import paths
 from lab.claims import judge
 from lab.claims.ledger import LEDGER, PILOT, RECIPES, ledger
-from lab.experiments.catalogue import NOTEBOOKS, available, experiments, meant_for, notebook
+from lab.experiments.catalogue import NOTEBOOKS, available, experiment, experiments, meant_for, notebook
 from lab.experiments.profiles import Profile, profile
 from lab.report import answer, tables
 from lab.runs import store
@@ -84,6 +84,7 @@ def copy(p: Profile) -> list[Path]:
     (kept / "about.txt").write_text(about([*finished.values()]) + "\n", encoding="utf-8")
     for file in (LEDGER, RECIPES):  # as they were when these runs were judged
         shutil.copyfile(paths.PAPER / file, kept / file)
+    write_afterwards(p, kept)
     tables.save_claims(p.name, tables.judged(p))
     for file in ("claims.csv", "margins.csv", "tuning.csv", "control.csv"):
         if (made / file).is_file():
@@ -100,6 +101,28 @@ def copy(p: Profile) -> list[Path]:
                 if file.suffix in kinds:
                     shutil.copyfile(file, kept / folder / file.name)
     return [kept]
+
+
+# Arms that were added after a verdict: part -> notebook, the arm and what it is compared with, why
+AFTERWARDS = {
+    "A1": (
+        "31", "6x2+LS, rate of 12x1+LS", "12x1+LS",
+        "Afterwards, deciding nothing: in tuning two rates of two branches were level, of which the rule takes the lower, half "
+        "the rate of one branch. With the rate of one branch for both, the difference is",
+    ),
+}  # fmt: skip
+
+
+def write_afterwards(p: Profile, kept: Path) -> None:
+    """What was looked at after a verdict, a sentence per part, where all of its runs are finished."""
+    rows = []
+    for part, (number, arm, reference, why) in AFTERWARDS.items():
+        runs = experiment(notebook(number), p).finished()
+        if found := tables.gap(runs, arm, reference):
+            n, points = len(runs.results[arm]), "{points:+.2f} [{low:+.2f}, {high:+.2f}] points".format(**found)
+            rows.append({"part": part, "says": f"{why} {points}, n = {n}."})
+    if rows:
+        pd.DataFrame(rows).to_csv(kept / "afterwards.csv", index=False)
 
 
 def about(results: list[Result]) -> str:
@@ -149,7 +172,8 @@ def answers_block() -> str:
         links = [f"[{number}](notebooks/{notebook(number).file}.ipynb)" for number in notebooks]
         lines.append({"thing": thing, "the paper says": says, "we measured": "<br>".join(measured),
                       "holds here?": "<br>".join(words), "notebooks": " ".join(links)})  # fmt: skip
-    return rows_of(lines) + "\n"
+    later = [f"{row.part}: {row.afterwards}\n" for row in table.itertuples() if row.afterwards]
+    return "\n".join([f"{rows_of(lines)}\n", *later])
 
 
 def rows_of(lines: list[dict[str, str]]) -> str:

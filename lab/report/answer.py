@@ -41,6 +41,9 @@ def claims(study: str = "study") -> pd.DataFrame:
         raise UsageError(f"there is no {path.name} of {study} in outputs/reference: allowed are {', '.join(studies())}")
     with intact(path):
         table = pd.read_csv(path, dtype={"notebook": str, "runs": str})[list(judge.COLUMNS)]
+    later = path.with_name("afterwards.csv")  # part -> what was looked at after its verdict, and decides nothing
+    said = pd.read_csv(later, index_col="part")["says"] if later.is_file() else {}
+    table["afterwards"] = table["part"].map(said).fillna("")
     return table.fillna(dict.fromkeys(("note", "source", "says", "contains_paper", "contrast", "power", "checks"), ""))
 
 
@@ -97,9 +100,10 @@ def label(row) -> str:
 
 
 def details(row) -> str:
-    """In brackets: what was measured, and the note of a part that has no sentence for its outcome."""
+    """In brackets: what was measured, and the note of a part that has no sentence for its outcome. Then what came afterwards."""
     more = "; ".join(filter(None, [measured(row), "" if row.says or row.source == PILOT else row.note]))
-    return f" ({more})" if more else ""
+    later = getattr(row, "afterwards", "")  # of the committed study alone
+    return (f" ({more})" if more else "") + (f". {later}" if later else "")
 
 
 def line(row) -> str:
