@@ -58,6 +58,18 @@ def test_a_users_settings_do_not_reach_a_kernel(tmp_path, monkeypatch):
     assert dict(os.environ) == before and os.listdir(long) == []
 
 
+def test_a_home_that_is_long_and_in_which_nothing_can_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    """A file in its place: root may write into every folder."""
+    home = tmp_path / ("h" * 60)
+    home.touch()
+    for name in [name for name in os.environ if name.startswith(("XDG_", "MPL", "IPYTHON", "JUPYTER"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    figure = "import os, matplotlib.pyplot as plt\nplt.figure().savefig(os.devnull, format='png')"
+    assert rendered(tmp_path, figure, "print(os.environ['HOME'])") == f"{home}\n"
+    assert home.is_file()
+
+
 def test_a_folder_that_no_socket_fits_in_is_one_sentence(monkeypatch):
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: "/nowhere")
     monkeypatch.setattr(files.os.path, "isdir", lambda place: False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import nbformat
 import pytest
 
 from lab import paths
 from lab.report import render
-from tools import refresh
+from tools import refresh, same
 from tools.compare import agree, differences, moved, rule
 
 TABLE = """\
@@ -106,6 +108,35 @@ def test_moved_lists_every_changed_cell_within_its_tolerance_or_not():
         "top1, row 1 (W64-12x1)",
     ]
     assert moved(TABLE, TABLE) == moved("One.", "Two.") == []
+
+
+# ---- The comparison of stores
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "a time", "a metric", "a bit", "weights", "a file that is gone", "another run"]
+)
+def test_two_stores_are_the_same_where_their_numbers_are(change, tmp_path, capsys):
+    for store in ("one", "other"):
+        folder = tmp_path / store / ("beef" if (change, store) == ("another run", "other") else "cafe")
+        folder.mkdir(parents=True)
+        result = {"metrics": {"top1": 50.0}, "correct": {"images": 2, "bits": "gA=="}, "wall_s": 1.0}
+        if store == "other":
+            result |= {
+                "a time": {"wall_s": 2.0},
+                "a metric": {"metrics": {"top1": 50.5}},
+                "a bit": {"correct": None},
+            }.get(change, {})
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "weights.safetensors").write_text(store if change == "weights" else "whole")
+    if change == "a file that is gone":
+        (folder / "weights.safetensors").unlink()
+    code, said = same.main([str(tmp_path / "one"), str(tmp_path / "other")]), capsys.readouterr().out
+    assert code == int(change not in ("none", "a time"))
+    assert said.startswith(
+        f"{int(change != 'another run')} runs in both, {int(code and change != 'another run')} of them differ"
+    )
+    assert same.main([str(tmp_path / "one")]) == same.main([str(tmp_path / "one"), str(tmp_path / "nowhere")]) == 2
 
 
 # ---- Refresh
