@@ -5,6 +5,7 @@ Below `imagenet` a figure plots differences to the reference arm, since accuraci
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -46,7 +47,7 @@ def pictures(rows: Mapping[str, Sequence[np.ndarray]], figsize: tuple[float, flo
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for panel, image in zip(line, images, strict=True):
-            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+            panel.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
         line[0].set_ylabel(name)
@@ -209,20 +210,25 @@ def leak_figure() -> Figure:
 GREY = 0.55  # of what is masked
 
 
+@functools.cache
+def prototypes(data: str, image_size: int, patch_size: int, seed: int) -> tokenizers.PatchTokens:
+    """The k-means tokens of the training images."""
+    return tokenizers.make_targets("tokens", load_resized(data, "train", image_size), patch_size, seed)
+
+
 def masking_figure(p: Profile, count: int = 4) -> Figure:
     """Images, their block-wise masks, and the k-means prototypes of their patches; of `cpu` where none are in memory."""
     p = PROFILES["cpu"] if p.paper else p
     spec = arms_of(small.stems, p)["linear pretrained"].spec.parent.with_seed(p.seeds[0])
-    grid, side, channels = spec.model.grid, spec.model.patch_size, spec.model.in_chans
+    grid, side = spec.model.grid, spec.model.patch_size
     data = load_resized(spec.data, "train", spec.model.image_size)
     images = channels_last(data.images[:count]) / 255
     masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked).reshape(count, grid, grid)
     hidden = np.kron(masks, np.ones((1, side, side), dtype=bool))[..., None]
-    tokens = tokenizers.make_targets("tokens", data, side, spec.seed)
-    patches = tokens.prototypes[tokens.tokens[0, :count]].reshape(count, grid, grid, channels, side, side)
-    prototypes = patches.permute(0, 1, 4, 2, 5, 3).reshape(count, grid * side, grid * side, channels).numpy()
+    tokens = prototypes(spec.data, spec.model.image_size, side, spec.seed)
+    decoded = channels_last(tokens.decode(tokens.tokens[0, :count]))
     rows = {"image": images, f"{spec.masked} of {grid**2} masked": np.where(hidden, GREY, images)}
-    return pictures(rows | {"prototypes": prototypes}, (1.5 * count, 4.6))
+    return pictures(rows | {"prototypes": decoded}, (1.5 * count, 4.6))
 
 
 def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:

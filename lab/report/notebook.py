@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from lab.experiments.profiles import Profile, changed, profile
 from lab.report import answer, figures, tables
 from lab.runs import store
 from lab.runs.launch import launch
-from vitlib.errors import unknown
+from vitlib.errors import UsageError, unknown
 from vitlib.files import write_whole
 
 
@@ -89,6 +89,15 @@ class Page:
         display(picture)
         if caption:
             say(f"*{caption}*")
+
+    def look(self, draw: Callable[[Runs], tuple[Figure, str]], runs: Runs) -> None:
+        """A figure of `lab.report.looks` with its caption, or why it is not drawn."""
+        try:
+            drawn, caption = draw(runs)
+        except UsageError as fault:
+            say(f"Not drawn: {fault}.")
+        else:
+            self.figure(drawn, caption, draw.__name__, caption)
 
     def tokenizers(self, runs: Runs) -> None:
         """What the discrete VAEs of these runs give back, and how much of their codebooks is in use."""

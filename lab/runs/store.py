@@ -1,6 +1,6 @@
 """The store of finished runs. A run directory is written whole or not at all:
 
-    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors  [ema.safetensors]
+    <store>/<hash>/spec.json  result.json  history.csv  weights.safetensors  [ema.safetensors, predictor.safetensors]
 
 While it is trained, a run that takes long keeps a checkpoint in <store>/.checkpoints/<hash>.pt.
 """
@@ -70,13 +70,16 @@ def find(spec: RunSpec) -> Result | None:
     return read(folder)[1] if (folder / "result.json").is_file() else None
 
 
-def weights(spec: RunSpec) -> dict[str, Tensor]:
-    """The trained weights of a finished run. Raises UsageError where they are not there, or not as they were written."""
-    path, result = weights_path(spec), find(spec)
+def weights(spec: RunSpec, name: str = "weights") -> dict[str, Tensor]:
+    """The trained weights of a finished run, or its "predictor" (`Protocol.predictor`).
+
+    Raises UsageError where they are not there, or not as they were written.
+    """
+    path, result = weights_path(spec, name), find(spec)
     if not path.is_file():
-        raise UsageError(f"the run {spec.hash} has no weights in {paths.runs()} (imported runs have metrics only)")
+        raise UsageError(f"the run {spec.hash} has no {name} in {paths.runs()} (imported runs have metrics only)")
     state, _ = read_safetensors(path)
-    wanted = result and result.about.get("sha256", {}).get("weights")  # older results have none
+    wanted = result and result.about.get("sha256", {}).get(name)  # older results have none
     if wanted and sha256(path) != wanted:
         raise UsageError(f"{path} is damaged: its SHA-256 is not the one in result.json; {AGAIN}")
     return state
@@ -91,8 +94,8 @@ def history(spec: RunSpec) -> pd.DataFrame | None:
         return pd.read_csv(path) if path.is_file() else None
 
 
-def weights_path(spec: RunSpec) -> Path:
-    return paths.runs() / spec.hash / "weights.safetensors"
+def weights_path(spec: RunSpec, name: str = "weights") -> Path:
+    return paths.runs() / spec.hash / f"{name}.safetensors"
 
 
 def checkpoint_path(spec: RunSpec) -> Path:
@@ -115,7 +118,7 @@ def held(name: str, wait: bool = True) -> AbstractContextManager:
 def keep(
     spec: RunSpec, result: Result, history: list[loop.Step], model: nn.Module, ema: nn.Module | None = None
 ) -> None:
-    """Write a run into a temporary folder and move it into place. Of a masked model the backbone is kept.
+    """Write a run into a temporary folder and move it into place; of a masked model the backbone is its weights.
 
     The result gets the SHA-256 of the weights. Raises UsageError where there is no room on the disk.
     """
@@ -125,9 +128,10 @@ def keep(
             table = csv.writer(file)
             table.writerow([f.name for f in fields(loop.Step)])
             table.writerows(map(astuple, history))
-        for name, whole in (("weights", model), ("ema", ema)):
-            if whole is not None:
-                state = PROTOCOLS[spec.protocol].keeps(whole).state_dict()
+        protocol = PROTOCOLS[spec.protocol]
+        states = {"weights": protocol.keeps(model).state_dict(), "predictor": protocol.predictor(model)}
+        for name, state in (states | {"ema": ema and protocol.keeps(ema).state_dict()}).items():
+            if state:
                 write_safetensors(draft / f"{name}.safetensors", state)
                 result.about.setdefault("sha256", {})[name] = sha256(draft / f"{name}.safetensors")
 

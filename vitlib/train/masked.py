@@ -149,5 +149,12 @@ def start(spec: Any, data: DataSet, _: None, tokenizer: nn.Module | None) -> tup
     return model, MaskedLoss(targets, spec.seed, spec.masked)
 
 
+def predictor(model: MaskedViT) -> dict[str, Tensor]:
+    """Mask token and predictor: the weights that fine-tuning does without."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("vit.")}
+
+
 # Not evaluated: a pre-trained model is judged by what its fine-tuned classifier reaches.
-PROTOCOL = Protocol("masked", start, lambda *_: ({}, None), classifies=False, keeps=lambda model: model.vit)
+PROTOCOL = Protocol(
+    "masked", start, lambda *_: ({}, None), classifies=False, keeps=lambda model: model.vit, predictor=predictor
+)

@@ -36,3 +36,5 @@ class Protocol:
     needs_parent: bool = False  # or weights that no run trained
     # The part of the model whose weights later runs start from.
     keeps: Callable[[nn.Module], nn.Module] = lambda model: model
+    # The other weights, which predict in pre-training alone: kept too, in a file of their own.
+    predictor: Callable[[nn.Module], State] = lambda model: {}

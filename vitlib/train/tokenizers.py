@@ -9,6 +9,7 @@ Streamed images are cropped anew in every epoch: the dVAE then runs on each batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -74,6 +75,11 @@ class PatchTokens(Tokens):
     def look_up(self, images: Tensor) -> Tensor:
         patches = patchify(images, self.patch_size) / 255
         return nearest(patches.flatten(0, 1), self.prototypes).view(patches.shape[:2])
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Each patch as its prototype: (B, patches) -> (B, C, H, W), from 0 to 1."""
+        size = math.isqrt(tokens.shape[1]) * self.patch_size
+        return F.fold(self.prototypes[tokens].transpose(1, 2), size, self.patch_size, stride=self.patch_size)
 
 
 class FreshTokens:
