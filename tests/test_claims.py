@@ -1284,6 +1284,28 @@ def test_a_ledger_without_its_files_or_parts_is_named(tmp_path):
         ledger.ledger(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "5", "x = " + "[" * 99_999, "[claim]\n[part]\n", "part = 5", "[part]\nF1 = 5", "\0", "[part.F1]\nclaim = []"],
+)
+def test_a_broken_ledger_is_one_sentence(content, tmp_path, monkeypatch, capsys):
+    shutil.copy(paths.PAPER / "recipes.toml", tmp_path)
+    (tmp_path / "claims.toml").write_text(content)
+    monkeypatch.setattr(paths, "PAPER", tmp_path)
+    assert main(["claims", "F1"]) == 2
+    said = capsys.readouterr().err
+    assert "ledger" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["study = 5", "[study]\n41 = 5", "[study.41]\nfull = 5\nattn = 5"])
+def test_broken_recipes_are_one_sentence(content, tmp_path):
+    shutil.copy(paths.PAPER / "claims.toml", tmp_path)
+    (tmp_path / "recipes.toml").write_text(content)
+    broken = ledger.ledger(tmp_path)
+    with pytest.raises(UsageError, match=r"^recipes\.toml is damaged and cannot be read"):
+        broken.hash(broken.part("F1"), "study")
+
+
 def test_a_ledger_that_asks_for_more_seeds_than_an_arm_has_is_not_run(tmp_path):
     fixed = doctored(tmp_path, "part.P2-1", "study = 10", "study = 20")
     assert verdict("P2-1", fixed=fixed).note == "10 of 20 seeds of 18x2"

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill.translators import PythonTranslator
 
 from lab import paths
 from lab.report import render
@@ -56,6 +57,24 @@ def test_a_users_settings_do_not_reach_a_kernel(tmp_path, monkeypatch):
         assert f"lines.linewidth: {mpl.rcParams['lines.linewidth']}" in shown and "text.usetex: False" in shown
     assert sys.executable in shown and str(paths.ROOT) in shown
     assert dict(os.environ) == before and os.listdir(long) == []
+
+
+TEXTS = ('"; import os; os._exit(9) #', '"""\nimport os\nos._exit(9)\n"""', "'\\", "$(touch x)", "{x}", "\0")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_parameter_of_a_notebook_stays_text(text):
+    """papermill writes it into a cell."""
+    names: dict[str, object] = {}
+    exec(PythonTranslator.codify({"folder": text}), names)
+    assert names["folder"] == text
+
+
+def test_a_notebook_that_is_damaged_is_one_sentence(tmp_path):
+    for content in ("", "{", "[]", '{"cells": 5}', "\xff"):
+        (tmp_path / "n.ipynb").write_text(content)
+        with pytest.raises(UsageError, match=r"n\.ipynb is damaged and cannot be read"):
+            render._parameters(tmp_path / "n.ipynb", {}, [])
 
 
 def test_a_home_that_is_long_and_in_which_nothing_can_be_written_is_no_obstacle(tmp_path, monkeypatch):

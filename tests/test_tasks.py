@@ -217,6 +217,7 @@ LABELS = {
     "has no label": [("0.png", "a"), ("1.png", " ")],
     "names 9.png, which is not in": [("0.png", "a"), ("9.png", "b")],
     "2 images of .* have no label in .*, the first is 2.png": [("0.png", "a"), ("1.png", "b")],
+    "line 2 of .* has a label of 9,999 characters: allowed are 255": [("0.png", "9" * 9999), ("1.png", "1")],
     "names 0.png more than once": [("0.png", "a"), ("0.png", "b")],
 }
 
@@ -330,6 +331,8 @@ MISTAKES = {
     "unknown strategy 'atn'": {"strategy": "atn"},
     "lr is -1.0: allowed are numbers above 0": {"lr": -1.0},
     "epochs is 0": {"epochs": 0},
+    "seed is -1: allowed are whole numbers from 0": {"seed": -1},
+    "seed is 'x': allowed are whole numbers from 0": {"seed": "x"},
     "image_size 18 is not a multiple of patch_size 4": {"image_size": 18},
     "there is no folder": {"folder": "nowhere"},
     "group 'who' is a column of a labels file": {"group": "who"},
@@ -526,6 +529,8 @@ def test_a_model_says_the_class_of_images_and_folders(tuned, pets, tmp_path, cap
     assert [row["class"] for row in rows] == ["owl"] * 8 + ["cat"]
     assert rows[-1]["path"] == str(pets / "cat" / "0.png") and 1 / 3 < float(rows[-1]["share"]) <= 1
     assert capsys.readouterr().out.count("owl\t") == 8
+    # a text is one path, not one for each of its characters
+    assert predict(tuned, str(pets / "cat" / "0.png")).names == (str(pets / "cat" / "0.png"),)
     assert main(["predict", str(tuned), str(pets / "gone.png")]) == 2
     assert "there is no file or folder" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lab import paths
 from vitlib.errors import UsageError, unknown
-from vitlib.files import first_line
+from vitlib.files import first_line, intact
 
 PUBLIC = "public"  # the profile of public weights, whose parts stand in no other's tables
 # Where trained parts are measured; exact ones are counted everywhere.
@@ -105,10 +105,11 @@ class Ledger:
 
     def recipe(self, part: Part, profile: str, arm: str) -> Mapping[str, object]:
         """What was fixed of an arm. Raises UsageError where nothing was."""
-        arms = self.recipes.get(profile, {}).get(part.notebook, {})
-        if arm not in arms:
-            raise unknown(f"arm of part {part.id} in {RECIPES} at profile {profile}:", arm, arms)
-        return arms[arm]
+        with intact(RECIPES):
+            arms = self.recipes.get(profile, {}).get(part.notebook, {})
+            if arm in arms:
+                return dict(arms[arm])
+        raise unknown(f"arm of part {part.id} in {RECIPES} at profile {profile}:", arm, arms)
 
     def hash(self, part: Part, profile: str) -> str:
         """Of everything that decides a verdict at a profile: arms, recipes, contrast, test, margin, n, checks."""
@@ -189,8 +190,8 @@ def tables_of(path: Path, content: bytes) -> dict:
     """Raises UsageError for what is not TOML."""
     try:
         return tomllib.loads(content.decode())
-    except ValueError as error:
-        raise UsageError(f"the ledger {path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the ledger {path} is not valid TOML: {first_line(error)}") from error
 
 
 def _part(name: str, table: Mapping[str, object]) -> Part:

@@ -40,7 +40,7 @@ from lab.runs.launch import launch
 from lab.runs.processes import cores
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError, unknown
-from vitlib.files import first_line, private_folder, sweep, write_whole
+from vitlib.files import first_line, intact, private_folder, sweep, write_whole
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what is wrong is said by NotebookFailed
 QUIET = ["--IPKernelApp.log_level=50"]  # or a kernel that is ended says so as if it were an error
@@ -118,7 +118,8 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
 
     papermill only warns about names and checks no type. Raises UsageError for an unknown name or a value of another type.
     """
-    known = {name: one["inferred_type_name"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
+    with intact(notebook):
+        known = {name: one["inferred_type_name"] for name, one in papermill.inspect_notebook(str(notebook)).items()}
     chosen = {name: value for name, value in defaults.items() if name in known}
     for name, _, value in (word.partition("=") for word in settings):
         if name in defaults:

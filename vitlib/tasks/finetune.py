@@ -65,8 +65,9 @@ def finetune(
     out, finished = Path(out), Path(out) / "result.json"
     if not finished.is_file():
         check_place(out, WRITTEN)
+    run = Run(strategy, lr or 0.0, seed)  # 0: searched
     job = prepare(folder, out / "runs", weights, [strategy], epochs, batch_size, image_size, labels, group, device, lr)
-    name = Run(strategy, lr or 0.0, seed).place(job).name  # 0: searched
+    name = run.place(job).name
     if finished.is_file():
         kept = read_record(Tuned, finished)
         if kept.job != name:

@@ -34,6 +34,7 @@ from vitlib.files import write_table
 PARTS = tuple(SPLITS)  # train, validation, test
 HELD_OUT = 0.15  # of each class: for validation, and again for test
 COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "category")}
+LONGEST = 255  # characters of a label, as of a folder's name
 # What is too large for memory is cropped anew in every epoch; its test view is the middle square, as in memory.
 WORKERS = min(4, os.cpu_count() or 1)  # that decode it
 STREAMED = Augment(crop_scale=(0.35, 1.0), test_crop=1.0, interpolation="bilinear")
@@ -173,6 +174,8 @@ def listed(folder: Path, path: Path, group: str | None) -> tuple[Found, list[str
             raise UsageError(f"{at} has no {empty[0]}")
         if not (folder / line[image]).is_file():
             raise UsageError(f"{at} names {line[image]}, which is not in {folder}")
+        if len(line[label]) > LONGEST:
+            raise UsageError(f"{at} has a label of {len(line[label]):,} characters: allowed are {LONGEST}")
         if line.get("part", "train") not in PARTS:
             raise UsageError(f"{at} has part {line['part']!r}: allowed are {', '.join(PARTS)}")
     paths, labels = [line[image] for line in lines], [line[label].strip() for line in lines]

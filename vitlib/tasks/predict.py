@@ -41,7 +41,7 @@ class Predictions:
 
 
 def predict(
-    model: Path | str, paths: Sequence[Path | str], csv: Path | str | None = None, device: str = "auto"
+    model: Path | str, paths: Sequence[Path | str] | Path | str, csv: Path | str | None = None, device: str = "auto"
 ) -> Predictions:
     """The class of each image; folders are searched for images. `csv`: a file with path, class and its softmax share.
 
@@ -50,7 +50,8 @@ def predict(
     if csv is not None:
         check_target(csv)
     tuned, device = classifier(model), resolve(device)
-    names = [name for path in map(Path, paths) for name in image_names(path)]
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    names = [name for path in map(Path, several) for name in image_names(path)]
     files = Files(Path(), pa.array(map(os.fsencode, names), pa.binary()), np.arange(len(names)))
     data, _, notes = read_images(Found(files, np.zeros(len(names), int), tuned.classes), tuned.seen, "images")
     for note in notes:

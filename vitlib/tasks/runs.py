@@ -28,6 +28,7 @@ from vitlib.errors import UsageError
 from vitlib.files import intact, write_whole
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import save
+from vitlib.records import check, whole
 from vitlib.tasks.images import PARTS, Task, View
 from vitlib.tasks.lora import add_adapters, merged
 from vitlib.tasks.trunk import Trunk, write_notes
@@ -93,6 +94,9 @@ class Run:
     strategy: str
     lr: float
     seed: int
+
+    def __post_init__(self) -> None:
+        check(self, {}, [("seed", whole(0), "are whole numbers from 0")])
 
     def place(self, job: Job) -> Path:
         data, recipe = (job.task.checksum, job.trunk.hash, job.view), (job.epochs, job.batch_size)
