@@ -16,7 +16,7 @@ from lab.cost import plan
 from lab.data.cards import source
 from lab.experiments import catalogue, imagenet, public
 from lab.experiments.profiles import profile
-from lab.runs import execute, launch, pretrained, store
+from lab.runs import execute, launch, store
 from lab.runs.results import hash_of, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
@@ -257,7 +257,7 @@ def test_a_file_takes_the_place_of_the_profiles_weights(monkeypatch, tmp_path):
     spec = arms["W64 flowers-102 2040 attn"].spec
     assert spec.weights == str(tmp_path / "mine.safetensors") and len(arms) == 12
     assert spec.model == replace(config, image_size=224, num_classes=102)
-    pretrained.check(spec)
+    spec.check_start()
     monkeypatch.setenv("VITLIB_WEIGHTS", "gone.pth")
     with pytest.raises(UsageError, match=r"the weights gone\.pth are not there"):
         public.transfer(P)

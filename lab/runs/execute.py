@@ -56,7 +56,7 @@ def execute(
     """
     switches = {name: getattr(spec, name) for name in ("precision", "accumulate", "compile", "checkpointing")}
     engine, protocol = Engine(resolve(spec.device), **switches, shard=this_shard()), PROTOCOLS[spec.protocol]
-    pretrained.check(spec)
+    spec.check_start()
     first = engine.shard.rank == 0
     with held(spec.hash, wait=engine.shard.world == 1) if first else nullcontext():
         engine.gather(None)  # the others look when the first one holds the lock

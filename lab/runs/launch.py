@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lab import paths
 from lab.data import published
-from lab.runs import execute, pretrained, store
+from lab.runs import execute, store
 from lab.runs.results import Result
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
@@ -84,7 +84,7 @@ def check(spec: RunSpec) -> None:
     resolve(spec.device)
     if spec.facts.image_size == 0 and os.sep not in spec.data and published.locate(spec.data) is None:
         raise published.absent(spec.data)
-    pretrained.check(spec)
+    spec.check_start()
 
 
 def gpus() -> list[str]:
@@ -256,7 +256,7 @@ def submit(
     )  # fmt: skip
     jobs: dict[RunSpec, Job] = {}
     for spec in store.missing(specs):
-        pretrained.check(spec)  # machines of a cluster may have no network
+        spec.check_start()  # machines of a cluster may have no network
         before = [jobs[need].job_id for need in spec.needs if need in jobs]
         waits = {"dependency": f"afterok:{':'.join(before)}"} if before else {}
         executor.update_parameters(slurm_additional_parameters=waits)

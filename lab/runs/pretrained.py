@@ -5,17 +5,12 @@ from __future__ import annotations
 import functools
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lab.runs.results import hash_of
 from vitlib.errors import UsageError
 from vitlib.files import sha256
 from vitlib.model import ViT, ViTConfig
 from vitlib.model.weights import downloaded, names_file
 from vitlib.tasks.trunk import read_trunk
-
-if TYPE_CHECKING:
-    from lab.runs.spec import RunSpec
 
 # Fields of a model that weights leave open; of depth and branches they fix the pairs, of LayerScale whether there is one.
 OPEN = ("image_size", "num_classes", "drop_path", "init_std", "head_scale", "shrink_deep", "depth", "branches")
@@ -49,17 +44,13 @@ def _read(source: str, checksum: str | None) -> ViT:
     return read_trunk(source).model
 
 
-def check(spec: RunSpec) -> None:
-    """Raises UsageError where a run cannot start from its weights: they are absent, changed, or of another model."""
-    if spec.weights is None:
-        return
-    theirs, ours = (_fixed(config) for config in (model_of(spec.weights).config, spec.model))
+def check(source: str, model: ViTConfig) -> None:
+    """Raises UsageError where these weights cannot be had, or are of another model, with what differs."""
+    theirs, ours = (_fixed(config) for config in (model_of(source).config, model))
     if differ := ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in ours if theirs[name] != ours[name]):
-        raise UsageError(f"the weights {spec.weights} are of another model than {spec.model.name}: {differ}")
-    if not spec.ready:
-        raise UsageError(f"timm keeps no file of the weights {spec.weights} on the Hub: download one and name it")
-    if hash_of(spec.record()) != spec.hash:
-        raise UsageError(f"the weights {spec.weights} have changed since the {spec} was named: name it again")
+        raise UsageError(f"the weights {source} are of another model than {model.name}: {differ}")
+    if identity(source)["sha256"] is None:
+        raise UsageError(f"timm keeps no file of the weights {source} on the Hub: download one and name it")
 
 
 def _fixed(config: ViTConfig) -> dict[str, object]:

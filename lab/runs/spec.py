@@ -115,6 +115,14 @@ class RunSpec:
             "model": asdict(self.model), "recipe": asdict(self.recipe),
         }  # fmt: skip
 
+    def check_start(self) -> None:
+        """Raises UsageError where it cannot start from its weights: they are absent, of another model, or have changed."""
+        if self.weights is None:
+            return
+        pretrained.check(self.weights, self.model)
+        if hash_of(self.record()) != self.hash:
+            raise UsageError(f"the weights {self.weights} have changed since the {self} was named: name it again")
+
     def with_seed(self, seed: int) -> RunSpec:
         """The same run, its parent and its tokenizer too, at another seed."""
         parent, tokenizer = (spec and spec.with_seed(seed) for spec in (self.parent, self.tokenizer))
