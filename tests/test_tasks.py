@@ -381,6 +381,12 @@ def test_wrong_words_are_one_sentence_before_anything_is_read_or_written(sentenc
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_name_of_control_characters_is_one_line(tmp_path, capsys):
+    class_folders(tmp_path / "data", ("a\nb\x1b[31m",))
+    assert main(["finetune", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith("data has one class, a\\nb\\x1b[31m: at least two are needed\n")
+
+
 NOTES = {
     "no JSON": "{",
     "a list": "[]",
@@ -827,6 +833,11 @@ def test_masked_pre_training_makes_a_trunk_that_fine_tuning_starts_from(monkeypa
     trunk = read_trunk(tmp_path / "pre")
     assert trunk.model.config.stem == "hmlp" and trunk.classes == () and trunk.model.config.num_classes == 0
     short(pets, tmp_path / "from", tmp_path / "pre", lr=1e-3, epochs=1)
+    # it is read when it is asked for again, and no other takes its place
+    monkeypatch.setattr(runs.loop, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    assert main([*map(str, words), "--batch-size", "8"]) == 0 and capsys.readouterr().out == said.out
+    assert main([*map(str, words), "--batch-size", "4"]) == 2
+    assert "pre holds another trunk: give another place with --out" in capsys.readouterr().err
     for wrong, sentence in ((("--targets", "dvae"), "need a tokenizer"), (("--stem", "hmpl"), "unknown stem 'hmpl'")):
         assert main([*map(str, words), *wrong]) == 2
         assert sentence in capsys.readouterr().err

@@ -10,6 +10,10 @@ from importlib.util import find_spec
 class UsageError(ValueError):
     """A mistake in what was asked for. The command line prints it as one sentence and exits with 2."""
 
+    def __str__(self) -> str:
+        """In one line, whatever is in the names of files and classes: control characters are written as \\n."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 def unknown(what: str, given: object, allowed: Iterable[object]) -> UsageError:
     """The one sentence for a name that does not exist: what was given, what is allowed, the nearest match."""

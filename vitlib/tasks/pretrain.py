@@ -16,11 +16,12 @@ from vitlib.data import DataSet
 from vitlib.data.read import files, images_in
 from vitlib.draws import order
 from vitlib.errors import UsageError
+from vitlib.files import read_metadata
 from vitlib.model import ViT, vit_config
 from vitlib.model.weights import save
 from vitlib.tasks.images import View, read_images
 from vitlib.tasks.runs import alone, check_place, computing, say
-from vitlib.tasks.trunk import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, write_notes
+from vitlib.tasks.trunk import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, read_notes, write_notes
 from vitlib.train import loop
 from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.engine import Engine, resolve
@@ -42,7 +43,8 @@ def pretrain(
 
     Where images are in folders, the name of an image's folder is what an online linear probe predicts from the mean of the
     patch tokens; a fifth of the images tests it. It says whether features get better, and trains nothing. Goes on where it
-    was interrupted. Raises UsageError for targets, a stem or a model that cannot be.
+    was interrupted, and reads what is finished. Raises UsageError for targets, a stem or a model that cannot be, and where
+    `out` holds another trunk.
     """
     folder, out = Path(folder), Path(out)
     check_place(out, ("trunk.safetensors", "checkpoint.pth"))
@@ -52,22 +54,28 @@ def pretrain(
     view = View(image_size, config.patch_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     recipe, engine = Recipe(epochs=epochs, batch_size=batch_size, lr=lr, min_lr=0.0), Engine(resolve(device))
     names = images_in(folder) if folder.is_dir() else []
-    if not names:
-        raise UsageError(f"there is no folder {folder} with images")
+    if len(names) < 2:
+        raise UsageError(f"there is no folder {folder} with images: allowed are two images and more")
     # an image's label is its folder
     kinds, labels = np.unique([os.path.dirname(name) for name in names], return_inverse=True)
     data, digests, _ = read_images(files(folder, names, labels, kinds), view, folder.resolve().name)
     masked = MaskedViT(config, (goal := make_targets(targets, data, config.patch_size, seed)).outputs, seed)
     rows, steps = np.arange(len(data)), loop.count_steps(recipe, len(data))
     told = json.dumps([asdict(config), asdict(recipe), targets, seed, digests])
-    checkpoints = Checkpoints(out / "checkpoint.pth", 60.0, run=hashlib.sha256(told.encode()).hexdigest()[:16])
-    said = "no probe: the images are in one folder"
+    run, trunk = hashlib.sha256(told.encode()).hexdigest()[:16], out / "trunk.safetensors"
+    if trunk.is_file():
+        notes = read_notes(read_metadata(trunk), trunk)
+        if notes.get("run") != run:
+            raise UsageError(f"{out} holds another trunk: give another place with --out")
+        return f"{trunk}: {config.name}, {notes['said']}"
+    checkpoints, probed = Checkpoints(out / "checkpoint.pth", 60.0, run=run), len(kinds) > 1 and len(data) >= 5
+    said = "no probe: the images are few, or in one folder"
     with tqdm(total=steps, desc=f"pre-training {config.name}", unit="step", disable=None, leave=False) as bar:
 
         def after(step: int, steps: int) -> None:
             nonlocal said
             bar.update(step - bar.n)
-            if len(kinds) > 1 and (step == steps or step % max(1, steps // PROBES) == 0):
+            if probed and (step == steps or step % max(1, steps // PROBES) == 0):
                 said = f"linear probe {probe(masked.vit, data, engine):.1f} % of {len(kinds)} folders"
                 loop.set_train_mode(masked)
                 say(f"  step {step} of {steps}: {said}")
@@ -75,9 +83,10 @@ def pretrain(
         loss = MaskedLoss(goal, seed, round(MASKED * config.grid**2))
         with computing(config, batch_size):
             history = loop.train(masked, recipe, data, rows, seed, loss, after, engine, checkpoints=checkpoints)
-    save(masked.vit.cpu(), out / "trunk.safetensors", write_notes(view, ()))
+    said = f"loss {history[0].loss:.2f} -> {history[-1].loss:.2f}, {said}"
+    save(masked.vit.cpu(), trunk, write_notes(view, (), run=run, said=said))
     checkpoints.remove()
-    return f"{out / 'trunk.safetensors'}: {config.name}, loss {history[0].loss:.2f} -> {history[-1].loss:.2f}, {said}"
+    return f"{trunk}: {config.name}, {said}"
 
 
 @torch.no_grad()
