@@ -56,7 +56,7 @@ ifneq ($(TORCH),$(CHOSEN))
 $(READY): FORCE
 endif
 
-.PHONY: FORCE help setup reproduce test check lab site refresh lint lock audit clean
+.PHONY: FORCE help setup reproduce test check browser lab site refresh lint lock audit clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
@@ -92,6 +92,9 @@ test: $(READY)  ## pytest and nbval, each with an empty temporary run store; ARG
 
 check: $(READY)  ## a subset under a minute: lint, imports, the project's rules, identities of the model
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PYTEST) -m check tests
+
+browser: $(READY)  ## the site and every notebook's "Run all" in headless Chromium, with axe-core from npm; ARGS= goes to pytest
+	@$(PYTEST) -m release tests/test_browser.py
 
 lab: $(READY)  ## JupyterLab on the page of all claims; ARGS= goes to it, e.g. ARGS=--no-browser
 	@$(PY) -m tools.jupyterlab

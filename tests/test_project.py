@@ -236,7 +236,7 @@ def test_environment_yml_leads_to_the_same_lock():
 
 def test_make_help_names_every_target():
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.M))
-    assert targets == set("help setup reproduce test check lab site refresh lint lock audit clean".split())
+    assert targets == set("help setup reproduce test check browser lab site refresh lint lock audit clean".split())
     shown = subprocess.run(["make", "-s"], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"  {target} " in shown for target in targets)
 

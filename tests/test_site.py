@@ -89,6 +89,13 @@ def test_every_picture_carries_its_text(pages):
         assert [picture["alt"] for picture in Page(pages[name]).pictures] == ['a < b & "c"'] * 2
 
 
+def test_what_scrolls_can_be_scrolled_by_keys(pages):
+    for text in pages.values():
+        wide = re.findall(r'<(?:pre|table|math[^>]* display="block")[^>]*>', text)
+        assert all('tabindex="0"' in tag for tag in wide) and text.count("tabindex") == len(wide)
+    assert 'tabindex="0"' in pages["31_fig1_branches"] and "<pre" in pages["index"]
+
+
 def test_the_page_of_executions_says_what_reproduce_wrote(tmp_path):
     notebook(tmp_path / "31_fig1_branches.ipynb", "Figure 1", "text")
     content = nbformat.read(tmp_path / "31_fig1_branches.ipynb", 4)
@@ -116,6 +123,7 @@ def test_jupyterlab_has_the_checkout_as_its_root_asks_nothing_and_takes_options(
     words = jupyterlab.command(["--no-browser", "--port=9999"])
     assert words[1:4] == ["-m", "jupyter", "lab"] and words[-2:] == ["--no-browser", "--port=9999"]
     assert f"--ServerApp.root_dir={paths.ROOT}" in words and not any("token" in w or "ip=" in w for w in words)
+    assert [w for w in jupyterlab.command(["--ServerApp.root_dir=."]) if "root_dir" in w] == ["--ServerApp.root_dir=."]
     settings = json.loads((tmp_path / "jupyterlab" / "overrides.json").read_text())
     assert settings["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
     monkeypatch.setattr("os.geteuid", lambda: 1000)

@@ -17,6 +17,8 @@ SETTINGS = {
     "@jupyterlab/apputils-extension:themes": {"adaptive-theme": True},
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "defer"},
 }
+EXTENSIONS = paths.ROOT / "tools" / "labextension"
+TRUST = (sys.executable, "-m", "jupyter", "trust")
 
 
 def command(words: Sequence[str]) -> list[str]:
@@ -28,17 +30,19 @@ def command(words: Sequence[str]) -> list[str]:
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     own = [
-        f"--ServerApp.root_dir={paths.ROOT}", f"--LabApp.app_settings_dir={settings}",
-        "--LabApp.default_url=/lab/tree/notebooks/00_claims.ipynb", "--LabApp.news_url=None",
+        f"--ServerApp.root_dir={paths.ROOT}", f"--LabApp.app_settings_dir={settings}", "--LabApp.news_url=None",
+        f"--LabApp.extra_labextensions_path={EXTENSIONS}", "--LabApp.default_url=/lab/tree/notebooks/00_claims.ipynb",
     ]  # fmt: skip
+    given = {word.partition("=")[0] for word in words}  # an option may be there once only
+    own = [word for word in own if word.partition("=")[0] not in given]
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # in a container
     return [sys.executable, "-m", "jupyter", "lab", *own, *root, *words]
 
 
 def start(words: Sequence[str]) -> int:
     """Trust this project's notebooks, so that what they show is shown, and start JupyterLab; its exit code."""
-    notebooks = [str(path) for path in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
-    subprocess.run([sys.executable, "-m", "jupyter", "trust", *notebooks], check=False, stdout=subprocess.DEVNULL)
+    notebooks = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+    subprocess.run([*TRUST, *notebooks], check=False, stdout=subprocess.DEVNULL)
     return subprocess.run(command(words), check=False).returncode
 
 

@@ -31,6 +31,9 @@ DOCS = ("own_images", "own_code", "judging", "scaling", "speed")
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.S)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 LINK = re.compile(r'(<a[^>]* href=")(?!#|https?:)(?:[^"#]*/)?([^"#./]*)(?:\.\w+)?((?:#[^"]*)?"[^>]*>(.*?)</a>)', re.S)
+SCROLLS = re.compile(
+    r'<(?:pre|table|math(?= [^>]*display="block"))\b'
+)  # what is wider than the page; keys scroll it too
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f1; --line: #d8d8d4; --link: #0b57a4; }
 @media (prefers-color-scheme: dark) {
@@ -45,7 +48,8 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 4px; font-size: .82rem; }
-code { background: var(--soft); } math { font-size: 1.05rem; } math[display=block] { overflow-x: auto; margin: 1rem 0; }
+code { background: var(--soft); } :not(pre, td) > code { overflow-wrap: anywhere; }
+math { font-size: 1.05rem; } math[display=block] { overflow-x: auto; margin: 1rem 0; }
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-block: 1rem; font-size: .85rem; }
 """
@@ -139,8 +143,9 @@ def _page(name: str, body: str, menu: Sequence[tuple[str, str]]) -> str:
     body = LINK.sub(link, body)
     current = {name: " aria-current=page"}
     links = "".join(f'<a href="{file}.html"{current.get(file, "")}>{html.escape(text)}</a>' for file, text in menu)
+    body = SCROLLS.sub(r'\g<0> tabindex="0"', body)
     words = html.escape(f"{title}: {TITLE}"[:155], quote=True)
-    highlight = HtmlFormatter().get_style_defs(".highlight")
+    highlight = HtmlFormatter(style="xcode").get_style_defs(".highlight")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><meta name="description" content="{words}"><link rel="icon" href="data:,">
