@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -240,6 +241,8 @@ PARAMETERS = """
 profile: str = "smoke"  # which
 size: int = 8  # side
 rate: float = 0.1  # of learning
+save: bool = False  # keep
+seeds: list = [1, 2]  # which
 """
 
 
@@ -263,6 +266,28 @@ def test_a_parameter_is_set_as_its_type(word, value, tmp_path):
     else:
         chosen = render._parameters(tmp_path / "n.ipynb", {}, [word])[name]
         assert chosen == value and type(chosen) is type(value)
+
+
+@pytest.mark.parametrize("word", ["save=True", "seeds=[3]"])
+def test_a_parameter_of_another_type_is_not_set(word, tmp_path):
+    cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "language": "python", "display_name": "Python"}
+    nbformat.write(new_notebook(cells=[cell], metadata={"kernelspec": kernel}), tmp_path / "n.ipynb")
+    with pytest.raises(UsageError, match=r"^parameter \w+ of n is of type .*: --set sets str, int, float alone$"):
+        render._parameters(tmp_path / "n.ipynb", {}, [word])
+
+
+def test_a_commit_is_that_of_this_checkout_or_unknown(monkeypatch, tmp_path):
+    commit = paths.commit.__wrapped__
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|unknown", commit())
+    # an unpacked archive inside of another repository
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "inside").mkdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(paths, "ROOT", tmp_path / "inside")
+        assert commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git
+    assert commit() == "unknown"
 
 
 def test_a_relative_store_is_the_same_folder_for_every_process(monkeypatch):

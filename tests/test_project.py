@@ -224,6 +224,29 @@ def test_a_set_up_that_was_killed_in_its_first_second_begins_anew(tmp_path):
     assert (venv / "made").exists() and (venv / "bin" / "pip").exists() and not (venv / "ready").exists()
 
 
+def test_a_set_up_goes_into_the_folder_of_the_checkout_whatever_uv_is_told_elsewhere(tmp_path):
+    """Python and uv are stand-ins that say what they were called with."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "made").touch()
+    for name in ("python", "uv"):
+        told = '"$UV_SYSTEM_PYTHON|$UV_PYTHON|$UV_BREAK_SYSTEM_PACKAGES|$PYTHONPATH" "$@"'
+        (venv / "bin" / name).write_text(f"#!/bin/sh\necho {told} >> {tmp_path}/{name}.log\n")
+        (venv / "bin" / name).chmod(0o755)
+    others = {
+        "UV_SYSTEM_PYTHON": "1",
+        "UV_PYTHON": "/usr/bin/python3",
+        "UV_BREAK_SYSTEM_PACKAGES": "1",
+        "PYTHONPATH": "/x",
+    }
+    command = ["make", "-s", "setup", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, env=os.environ | others)
+    assert done.returncode == 0 and (venv / "ready").exists(), done.stderr
+    calls = (tmp_path / "uv.log").read_text().splitlines()
+    assert len(calls) == 2 and all(f"--python {venv}/bin/python " in call for call in calls)
+    assert all(call.startswith("||| ") for call in calls + (tmp_path / "python.log").read_text().splitlines())
+
+
 def test_environment_yml_leads_to_the_same_lock():
     """It gives Python, make and pip and pins nothing of its own; `make setup` then reads requirements.lock."""
     environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text(encoding="utf-8"))

@@ -126,10 +126,13 @@ def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[
             raise UsageError(f"parameter {name} is set by --{name}, not by --set")
         if name not in known:
             raise unknown(f"parameter of {notebook.stem}", name, known)
+        if (kind := known[name]) not in READ:
+            raise UsageError(
+                f"parameter {name} of {notebook.stem} is of type {kind}: --set sets {', '.join(READ)} alone"
+            )
         try:
-            chosen[name] = READ[known[name]](value)
+            chosen[name] = READ[kind](value)
         except ValueError:
-            kind = known[name]
             raise UsageError(f"parameter {name} of {notebook.stem} is of type {kind}, which {value!r} is not") from None
     return chosen
 
