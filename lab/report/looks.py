@@ -26,7 +26,6 @@ from vitlib.errors import UsageError
 from vitlib.model import ViT
 from vitlib.model.weights import to_timm
 from vitlib.train import masked
-from vitlib.train.finetune import start_from
 
 FILTERS = 8  # so many of a stem's, those with the largest norms
 
@@ -67,7 +66,7 @@ def attention(runs: Runs) -> tuple[Figure, str]:
     """The class token's attention in an early and in the last layer, before and after `attn` tuned the trunk."""
     spec = next(iter(here(runs, "attn").values()))
     data, pixels = examples(spec, count=3)
-    both = {"before": start_from(store.weights(spec.parent), spec.model, spec.seed), "after": model_of(spec)}
+    both = {"before": execute.prepare(spec, data)[0].eval(), "after": model_of(spec)}
     seen = {when: class_attention(model, data.normalise(data.pixels())) for when, model in both.items()}
     early, last = spec.model.depth // 4, spec.model.depth - 1
     maps = {f"layer {i + 1}, {when}": m[i, :, 1:] for i in (early, last) for when, m in seen.items()}
