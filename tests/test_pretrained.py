@@ -16,13 +16,13 @@ from lab.cost import plan
 from lab.data.cards import source
 from lab.experiments import catalogue, imagenet, public
 from lab.experiments.profiles import profile
-from lab.runs import execute, launch, store
+from lab.runs import execute, launch, pretrained, store
 from lab.runs.results import hash_of, read_runs
 from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.files import sha256
 from vitlib.model import ViT, vit_config
-from vitlib.model.weights import downloaded, save
+from vitlib.model.weights import save
 from vitlib.train.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def test_weights_of_another_model_are_refused_before_data_is_read(file, monkeypa
 def test_absent_and_unknown_weights_are_one_sentence(tmp_path):
     with pytest.raises(UsageError, match=r"the weights .*gone\.safetensors are not there"):
         execute.execute(tuned(tmp_path / "gone.safetensors"))
-    with pytest.raises(UsageError, match=r"deit9_small is no file .* and no model of timm"):
+    with pytest.raises(UsageError, match="deit9_small is no file of weights and no model of timm"):
         execute.execute(tuned("deit9_small"))
     with pytest.raises(UsageError, match=r"timm has no weights deit_small_patch16_224\.fb"):
         execute.execute(tuned("deit_small_patch16_224.fb"))
@@ -160,7 +160,8 @@ def test_a_timm_name_has_a_hash_once_its_file_is_here(monkeypatch, tmp_path):
         return str(tmp_path / file)
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
-    assert downloaded(name) == tmp_path / "model.safetensors" and wanted == [(f"timm/{name}", "model.safetensors")]
+    assert pretrained.downloaded(name) == tmp_path / "model.safetensors"
+    assert wanted == [(f"timm/{name}", "model.safetensors")]
     record = spec.record()
     assert record["weights"] == {"name": name, "sha256": sha256(tmp_path / "model.safetensors")}
     assert spec.hash == hash_of(record) and child.record()["parent"] == spec.hash

@@ -6,10 +6,13 @@ import functools
 from dataclasses import fields
 from pathlib import Path
 
+import huggingface_hub
+from timm.models import get_pretrained_cfg, is_model
+
 from vitlib.errors import UsageError
-from vitlib.files import sha256
+from vitlib.files import first_line, sha256
 from vitlib.model import ViT, ViTConfig
-from vitlib.model.weights import downloaded, names_file
+from vitlib.model.weights import names_file
 from vitlib.tasks.trunk import read_trunk
 
 # Fields of a model that weights leave open; of depth and branches they fix the pairs, of LayerScale whether there is one.
@@ -27,6 +30,22 @@ def identity(source: str) -> dict[str, str | None]:
     if file and not file.is_file():
         raise UsageError(f"the weights {source} are not there: allowed are a file and a timm name")
     return named | {"sha256": file and _sha256(str(file), file.stat().st_size, file.stat().st_mtime_ns)}
+
+
+def downloaded(name: str) -> Path | None:
+    """The file of a timm name's weights in the Hub's cache; None where it is not there. Raises UsageError for another name."""
+    if not is_model(name):
+        raise UsageError(f"{name} is no file of weights and no model of timm: allowed are such a file and timm's names")
+    try:
+        known = get_pretrained_cfg(name)
+    except RuntimeError as fault:
+        raise UsageError(f"timm has no weights {name}: {first_line(fault)}") from fault
+    if not (known and known.hf_hub_id):
+        return None
+    repository, _, revision = known.hf_hub_id.partition("@")
+    names = [known.hf_hub_filename] if known.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    cached = functools.partial(huggingface_hub.try_to_load_from_cache, repository, revision=revision or None)
+    return next((Path(file) for file in map(cached, names) if isinstance(file, str)), None)
 
 
 @functools.lru_cache(maxsize=16)

@@ -352,37 +352,13 @@ _FOREIGN = {
 }
 
 
-def downloaded(name: str) -> Path | None:
-    """The file of a timm name's weights in the Hub's cache; None where it is not there. Raises UsageError for another name."""
-    from huggingface_hub import try_to_load_from_cache
-    from timm.models import get_pretrained_cfg
-
-    _check_name(name)
-    try:
-        known = get_pretrained_cfg(name)
-    except RuntimeError as fault:
-        raise UsageError(f"timm has no weights {name}: {first_line(fault)}") from fault
-    if not (known and known.hf_hub_id):
-        return None
-    repository, _, revision = known.hf_hub_id.partition("@")
-    names = [known.hf_hub_filename] if known.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    found = (try_to_load_from_cache(repository, file, revision=revision or None) for file in names)
-    return next((Path(file) for file in found if isinstance(file, str)), None)
-
-
-def _check_name(name: str) -> None:
+def _download(name: str) -> nn.Module:
+    """timm's model with its pre-trained weights, from timm's cache or the network."""
     import timm
 
     if not timm.is_model(name):
         allowed = "allowed are such a file and timm's names, for example deit3_small_patch16_224.fb_in1k"
         raise UsageError(f"{name} is no file in .safetensors, .pth, .pt or .bin and no model of timm: {allowed}")
-
-
-def _download(name: str) -> nn.Module:
-    """timm's model with its pre-trained weights, from timm's cache or the network."""
-    import timm
-
-    _check_name(name)
     # without a network it says of each retry that there is none
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
