@@ -48,8 +48,8 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 pre { overflow-x: auto; background: var(--soft); padding: .6rem .8rem; border-radius: 4px; font-size: .82rem; }
-code { background: var(--soft); } :not(pre, td) > code { overflow-wrap: anywhere; }
-math { font-size: 1.05rem; } math[display=block] { overflow-x: auto; margin: 1rem 0; }
+.highlight { background: none; } code { background: var(--soft); } :not(pre, td) > code { overflow-wrap: anywhere; }
+math { font-size: 1.05rem; } math[display=block] { overflow: auto hidden; padding-block: .4rem; margin: .6rem 0; }
 .jp-InputPrompt, .jp-OutputPrompt, .prompt, .anchor-link { display: none; }
 footer { border-top: 1px solid var(--line); margin-top: 3rem; padding-block: 1rem; font-size: .85rem; }
 """
