@@ -399,7 +399,6 @@ NOTES = {
     "no classes": {"classes": None},
     "classes that are numbers": {"classes": [0, 1, 2]},
     "a text for classes": {"classes": "abc"},
-    "a class twice": {"classes": ["a", "a", "b"]},
 }
 
 

@@ -88,9 +88,8 @@ def read_notes(metadata: Mapping[str, str], path: Path | str) -> dict[str, objec
     with intact(path):
         notes = json.loads(metadata.get("task", "{}"))
         classes, mean, std = (notes.get(name, []) for name in ("classes", "mean", "std"))
-        fine = all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
-        fine = fine and all(map(math.isfinite, [*mean, *std])) and min(std, default=1) > 0 and len(mean) == len(std)
-        if not fine or isinstance(classes, str):
+        fine = all(map(math.isfinite, [*mean, *std])) and min(std, default=1) > 0 and len(mean) == len(std)
+        if not fine or isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
             raise ValueError
     return notes
 
