@@ -16,6 +16,7 @@ from lab.cost import plan
 from lab.data.cards import source
 from lab.experiments import catalogue, imagenet, public
 from lab.experiments.profiles import profile
+from lab.report import counted, tables
 from lab.runs import execute, launch, pretrained, store
 from lab.runs.results import hash_of, read_runs
 from lab.runs.spec import RunSpec
@@ -223,6 +224,11 @@ def test_a_large_model_that_is_nearly_always_right_is_judged_all_the_same():
     assert found.label == "not worse by 0.3" and "fine-tuning seeds" in found.sentence
 
 
+def test_its_table_of_splits_needs_no_data():
+    splits = counted.splits(catalogue.arms_of(catalogue.small.transfer, P))
+    assert list(splits[splits["in"] == "this notebook"]["train"]) == [50_000, 50_000, 8144, 2040]
+
+
 def test_its_plan_needs_neither_weights_nor_data(capsys):
     assert main(["plan", "--profile", "public", "--device", "h100"]) == 0
     said = capsys.readouterr().out
@@ -276,8 +282,6 @@ def test_reproduce_names_the_notebooks_without_runs_once_and_renders_the_others(
 
 
 def test_a_finished_run_of_the_profile_has_its_row_in_table_6(monkeypatch, tmp_path):
-    from lab.report import tables
-
     config = vit_config("W32-1/16", image_size=32, num_classes=7)
     save(ViT(config), tmp_path / "mine.safetensors")
     monkeypatch.setenv("VITLIB_WEIGHTS", str(tmp_path / "mine.safetensors"))

@@ -16,7 +16,6 @@ from lab.claims import exact
 from lab.claims.ledger import ledger
 from lab.claims.statistics import prints_as
 from lab.cost import count
-from lab.data.cards import source
 from lab.experiments.catalogue import stem_model
 from lab.experiments.profiles import Arm, Profile
 from lab.experiments.small import STEM_ARMS
@@ -286,8 +285,8 @@ def splits(arms: Mapping[str, Arm]) -> pd.DataFrame:
         {"data": row.dataset, "in": "the paper", "train": row.train_images, "test": row.test_images, "classes": row.classes}
         for row in paper_numbers("table9").itertuples()
     ]  # fmt: skip
-    for name in dict.fromkeys(member.data for arm in arms.values() for member in arm.spec.family()):
-        facts = source(name).facts
+    known = {member.data: member.facts for arm in arms.values() for member in arm.spec.family()}
+    for name, facts in known.items():
         rows.append({"data": name, "in": "this notebook", **facts.sizes, "classes": facts.num_classes})
     counts = dict.fromkeys(("train", "validation", "test", "classes"), ",")
     return framed(rows, {"data set": "{data}"} | columns("in", **counts))
