@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vitlib.errors import UsageError
-from vitlib.model import HMLP, HMLPDecoder, HMLPStem, leakage, make_stem, vit_config
+from vitlib.model import HMLP, HMLPDecoder, HMLPStem, ViT, leakage, make_stem, vit_config
 from vitlib.model.stems import leak_map
 
 torch.set_num_threads(1)
@@ -150,3 +150,19 @@ def test_the_leak_map_is_the_tokens_change_over_their_mean_length():
     length = stem(images).detach().norm(dim=-1)
     expected = torch.tensor([length[:, 0].mean() / length.mean(), 0, 0, 0], dtype=torch.float64)
     torch.testing.assert_close(leak_map(stem, images, others, mask, 2), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stem", ["hmlp", "conv"])
+def test_one_image_has_the_gradients_of_the_same_image_twice(stem, training):
+    """Batch statistics and the mean loss are the same of both."""
+    model = ViT(vit_config("W32-2/8", image_size=32, in_chans=1, num_classes=10, stem=stem), seed=0)
+    model.double().train(training)
+    image = torch.randn(1, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(count: int) -> tuple[torch.Tensor, ...]:
+        loss = nn.functional.cross_entropy(model(image.expand(count, -1, -1, -1)), torch.full((count,), 3))
+        return torch.autograd.grad(loss, [*model.parameters()])
+
+    for one, two in zip(gradients(1), gradients(2), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)

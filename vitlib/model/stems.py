@@ -58,7 +58,10 @@ class Stem(nn.Sequential):
     """Convolutions, then flatten: (B, C, H, W) -> (B, N, D), patches in row-major order."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, grid * grid, D)
+        x = super().forward(images)
+        if x.requires_grad and x.shape[0] == 1:  # on CPU, PyTorch's batch norm misreads one image's transposed gradient
+            x.register_hook(Tensor.contiguous)
+        return x.flatten(2).transpose(1, 2)  # (B, D, grid, grid) -> (B, grid * grid, D)
 
 
 def linear_stem(config: Patches) -> Stem:
