@@ -86,9 +86,11 @@ def chromium(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chromium")
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server", "--remote-debugging-port=0"]
     with subprocess.Popen([CHROMIUM, *words, f"--user-data-dir={folder}"], stdout=DEVNULL, stderr=DEVNULL) as process:
-        told = until(lambda: (file := folder / "DevToolsActivePort").is_file() and file.read_text(), 120, CHROMIUM)
-        yield int(told.split()[0])
-        process.terminate()
+        try:
+            told = until(lambda: (file := folder / "DevToolsActivePort").is_file() and file.read_text(), 120, CHROMIUM)
+            yield int(told.split()[0])
+        finally:
+            process.terminate()
 
 
 # ------------------------------------------------------------------------------------------------------ the site
@@ -156,9 +158,11 @@ def lab(chromium, tmp_path_factory):
         subprocess.run([*jupyterlab.TRUST, *NOTEBOOKS], check=True, stdout=DEVNULL)
         process = subprocess.Popen(jupyterlab.command(words.split()), stdout=DEVNULL, stderr=DEVNULL)
     with process:
-        told = until(lambda: next((folder / "runtime").glob("jpserver-*.json"), None), 300, "JupyterLab")
-        yield folder, json.loads(told.read_text())
-        process.terminate()
+        try:
+            told = until(lambda: next((folder / "runtime").glob("jpserver-*.json"), None), 300, "JupyterLab")
+            yield folder, json.loads(told.read_text())
+        finally:
+            process.terminate()
 
 
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
