@@ -72,6 +72,12 @@ def test_what_was_looked_at_after_a_verdict_stands_beside_it_and_changes_no_labe
     assert reference.answers_block().rstrip().endswith("\nA1: Afterwards.")
 
 
+def test_what_holms_correction_left_open_says_what_it_was_without(study):
+    rows = answer.chosen("A1").assign(says="It is open.", note="level within 0.5 without Holm's correction")
+    assert "without Holm" not in answer.text(rows)
+    assert "; level within 0.5 without Holm's correction)" in answer.text(rows.assign(label="undecided"))
+
+
 @pytest.mark.parametrize("name, parts", [("F2-full", ["F2-full"]), ("F2", ["F2-full", "F2-attn"]), ("51", ["H1", "H2-ln", "H2-bn-eval", "H2-bn-train", "H2-conv"])])  # fmt: skip
 def test_a_claim_a_part_or_a_notebook_is_chosen_by_its_name(study, name, parts):
     assert list(answer.chosen(name)["part"]) == parts

@@ -118,7 +118,7 @@ def test_what_is_finished_of_a_study_is_copied_and_arms_that_are_not_whole_have_
     assert (kept / "about.txt").read_text().startswith("43 runs, 43.0 CPU hours")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "\nold\n" not in readme and "| A1 | Residual layers" in readme and "A1: not run" in readme
-    assert "the difference is +0.00 [+0.00, +0.00] points, n = 20." in readme
+    assert "difference is +0.00 [+0.00, +0.00] points, n = 20." in readme
     page = reference.PAGE.read_text(encoding="utf-8")
     assert "- **A1** " in page[page.index("### Not run") :]
 

@@ -107,8 +107,8 @@ def copy(p: Profile) -> list[Path]:
 AFTERWARDS = {
     "A1": (
         "31", "6x2+LS, rate of 12x1+LS", "12x1+LS",
-        "Afterwards, deciding nothing: in tuning two rates of two branches were level, of which the rule takes the lower, half "
-        "the rate of one branch. With the rate of one branch for both, the difference is",
+        "Afterwards, deciding nothing: two rates of two branches were level in tuning, and the rule takes the lower, half that of "
+        "one branch. At one rate for both the difference is",
     ),
 }  # fmt: skip
 

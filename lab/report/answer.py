@@ -100,8 +100,11 @@ def label(row) -> str:
 
 
 def details(row) -> str:
-    """In brackets: what was measured, and the note of a part that has no sentence for its outcome. Then what came afterwards."""
-    more = "; ".join(filter(None, [measured(row), "" if row.says or row.source == PILOT else row.note]))
+    """In brackets: what was measured, and the note of a part without a sentence for its outcome, or which Holm's correction left
+    open. Then what came afterwards.
+    """
+    told = row.source == PILOT or (row.says and row.label != judge.UNDECIDED)
+    more = "; ".join(filter(None, [measured(row), "" if told else row.note]))
     later = getattr(row, "afterwards", "")  # of the committed study alone
     return (f" ({more})" if more else "") + (f". {later}" if later else "")
 
