@@ -254,7 +254,7 @@ def show_(arguments) -> None:
         check_target(arguments.figure, (".png", ".svg"))
     rows = answer.chosen(arguments.name, arguments.study)
     print(f"{answer.plain(rows)}\n\n{answer.where(arguments.study)}")
-    if arguments.figure and (drawn := answer.figure(rows)) is not None:
+    if arguments.figure and (drawn := answer.figure(rows, answer.where(arguments.study))) is not None:
         drawn.savefig(arguments.figure, dpi=200)
         print(f"figure: {arguments.figure}")
 

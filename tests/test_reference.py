@@ -115,7 +115,7 @@ def test_what_is_finished_of_a_study_is_copied_and_arms_that_are_not_whole_have_
         ["31", later, 20],
         ["41", "trunk", 20],
     ]  # one run, two names
-    assert (kept / "about.txt").read_text().startswith("43 runs, 43.0 CPU hours")
+    assert (kept / "about.txt").read_text().startswith("43 runs on fashion-mnist, 43.0 CPU hours")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "\nold\n" not in readme and "| A1 | Residual layers" in readme and "A1: not run" in readme
     assert "difference is +0.00 [+0.00, +0.00] points, n = 20." in readme

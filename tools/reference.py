@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -63,6 +63,7 @@ def copy(p: Profile) -> list[Path]:
     kept.mkdir(parents=True, exist_ok=True)
     settings = experiments(p, notebooks)
     finished: dict[str, Result] = {}
+    data: dict[str, None] = {}  # the names, in order
     arms, accuracies = [], []
     for one in settings:
         for label in one.arms:
@@ -71,6 +72,7 @@ def copy(p: Profile) -> list[Path]:
             done = results[: results.index(None)] if None in results else results
             for spec, result in zip(specs, done, strict=False):
                 arms.append({"notebook": one.notebook.number, "arm": label, "seed": spec.seed, "run": result.hash})
+                data[spec.data] = None
                 finished |= {r.hash: r for member in spec.family() if (r := store.find(member)) is not None}
             if done and len(done) == len(specs):
                 row = {"notebook": one.notebook.number, "arm": label, **tables.summary(done)}
@@ -81,7 +83,7 @@ def copy(p: Profile) -> list[Path]:
     pd.DataFrame(accuracies, columns=["notebook", "arm", "mean", "sd", "n"]).to_csv(
         kept / "accuracies.csv", index=False
     )
-    (kept / "about.txt").write_text(about([*finished.values()]) + "\n", encoding="utf-8")
+    (kept / "about.txt").write_text(about([*finished.values()], data) + "\n", encoding="utf-8")
     for file in (LEDGER, RECIPES):  # as they were when these runs were judged
         shutil.copyfile(paths.PAPER / file, kept / file)
     write_afterwards(p, kept)
@@ -125,17 +127,15 @@ def write_afterwards(p: Profile, kept: Path) -> None:
         pd.DataFrame(rows).to_csv(kept / "afterwards.csv", index=False)
 
 
-def about(results: list[Result]) -> str:
-    """What the numbers were measured on: runs, hours, devices, dates."""
+def about(results: list[Result], data: Iterable[str]) -> str:
+    """What the numbers were measured on: runs, data, hours, devices, dates."""
     if not results:
         return "The second study is under way; until it is complete, the estimates of the first one stand here."
     devices = " and ".join(sorted({r.about["device"] for r in results}))
     kind, spent = ("GPU", "wall_s") if any("gpu_mem_mb" in r.about for r in results) else ("CPU", "cpu_s")
     hours = sum(r.about[spent] for r in results) / 3600
     when = tables.span(r.about["date"] for r in results)
-    return (
-        f"{len(results)} runs, {hours:.1f} {kind} hours, {devices}, {when}; 95 % intervals over seeds and test images."
-    )
+    return f"{len(results)} runs on {' and '.join(data)}, {hours:.1f} {kind} hours, {devices}, {when}; 95 % intervals over seeds and test images."
 
 
 def write_pages() -> list[Path]:
@@ -310,6 +310,7 @@ def three() -> Figure:
         answer.draw(panel, table.loc[[*parts]], names=[*parts.values()])
         panel.set(title=title, xlabel="points of top-1")
     answer.legend(drawn, table.loc[[part for parts in PANELS.values() for part in parts]])
+    answer.small_print(drawn, answer.where("study"))
     return drawn
 
 

@@ -162,10 +162,10 @@ def kind(row) -> str:
     return "against" if judge.is_contrary(part, row.label) else "open"
 
 
-def figure(rows: pd.DataFrame) -> Figure | None:
+def figure(rows: pd.DataFrame, about: str = "") -> Figure | None:
     """Every measured difference with its 95 % interval, filled; the paper's own, hollow; the margin as a band.
 
-    None where nothing was measured.
+    about: what was measured, in small print. None where nothing was measured.
     """
     import matplotlib.pyplot as plt
 
@@ -173,8 +173,10 @@ def figure(rows: pd.DataFrame) -> Figure | None:
     if shown.empty:
         return None
     drawn, axes = plt.subplots(figsize=(8, 0.9 + 0.36 * len(shown)), layout="constrained")
-    draw(axes, shown, names=[f"{r.part}: {r.contrast}" if len(r.contrast) < 32 else r.part for r in shown.itertuples()])
+    names = (f"{r.part}: {r.contrast}" if len(r.contrast) < 32 else r.part for r in shown.itertuples())
+    draw(axes, shown, [f"{name}, n = {n:.0f}" for name, n in zip(names, shown["n"], strict=True)])
     legend(drawn, shown)
+    small_print(drawn, about)
     return drawn
 
 
@@ -197,15 +199,20 @@ def draw(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
     axes.axvline(0, color="0.3", linewidth=0.8)
 
 
+def small_print(drawn: Figure, about: str) -> None:
+    """Data, seeds and device, at the lower right of a figure: they stay with it on a slide."""
+    drawn.supxlabel(about, x=0.99, ha="right", fontsize="xx-small", color="0.4")
+
+
 def legend(drawn: Figure, rows: pd.DataFrame) -> None:
-    """The marks of these rows, the paper's and the margin, below the figure."""
+    """The marks of these rows, the paper's and the margin, above the figure."""
     import matplotlib.pyplot as plt
 
     looks = [MARKS[name] for name in dict.fromkeys(map(kind, drawable(rows).itertuples()))]
     looks.append({"marker": "o", "color": "0.4", "markerfacecolor": "none", "label": "the paper, ImageNet"})
     marks = [plt.Line2D([], [], linestyle="none", **look) for look in looks]
     marks.append(plt.Rectangle((0, 0), 1, 1, color="0.5", alpha=0.18, label="margin"))
-    drawn.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize="small", frameon=False)
+    drawn.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
 
 
 def alt(rows: pd.DataFrame) -> str:
@@ -234,6 +241,6 @@ def answer(name: str, study: str = "study") -> None:
 
     theme()
     rows = chosen(name, study)
-    if (drawn := figure(rows)) is not None:
+    if (drawn := figure(rows, where(study))) is not None:
         display(picture(drawn, alt(rows), dpi=120, width=760))
     display(Markdown(f"{text(rows)}\n\n*{where(study)}*"))

@@ -80,13 +80,14 @@ class Page:
     def figure(self, figure: Figure, alt: str, name: str = "", caption: str = "") -> None:
         """Show a figure with alternative text and a caption; SVG and PNG go beside."""
         path = self._path("figures", name)
+        if self.experiment and not figure.get_supxlabel():
+            answer.small_print(figure, tables.about(self.profile, self.experiment.finished()))
         # A fixed salt and no date: the same figure is the same file.
         with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
             figure.savefig(draft, metadata={"Date": None})
-        picture = answer.picture(figure, alt, dpi=100)
         with write_whole(path.with_suffix(".png")) as draft:
-            draft.write_bytes(picture.data)
-        display(picture)
+            figure.savefig(draft, format="png", dpi=200, metadata={"Software": None})
+        display(answer.picture(figure, alt, dpi=100))
         if caption:
             say(f"*{caption}*")
 

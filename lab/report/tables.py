@@ -324,6 +324,14 @@ def span(days: Iterable[str]) -> str:
     return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 
+def about(p: Profile, runs: Runs) -> str:
+    """Profile, data, seeds and device of these runs in a few words, for the small print of a figure."""
+    results = [result for of_arm in runs.results.values() for result in of_arm]
+    devices = sorted({result.about["device"] for result in results})
+    n = [f"n = {max(map(len, runs.results.values()))}"] if results else []
+    return ", ".join([f"{p.name}: {card(p.data)['pretty_name']} at {p.image_size} pixels", *n, *devices])
+
+
 def provenance(runs: Runs) -> str:
     """Data, split, seeds, device and CPU time of these runs, in one sentence."""
     p = runs.experiment.profile
