@@ -309,6 +309,8 @@ def test_vitlib_has_a_command_line_of_its_own(capsys):
     with pytest.raises(SystemExit) as stop:
         vitlib_main.main(["--help"])
     assert stop.value.code == 0 and "check" in capsys.readouterr().out
+    settings = [settings for _, options in vitlib_main.COMMANDS.values() for _, settings in options]
+    assert all("(%(default)s)" in s["help"] for s in settings if s.get("default") is not None)
 
 
 def test_a_library_that_is_absent_is_one_sentence(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,7 +78,7 @@ def trunk_file(tmp_path_factory):
 def test_every_part_has_its_share_of_every_class_and_no_picture_is_in_two(tmp_path):
     (class_folders(tmp_path / "pets", images=20) / "cat" / "clip.gif").write_bytes(b"GIF89a")
     task = read_task(tmp_path / "pets", VIEW)
-    assert "1 files are left out, the first is clip.gif" in task.notes[0]
+    assert "files left out: 1, the first is clip.gif" in task.notes[0]
     labels = task.data.labels.numpy()
     counts = {part: np.bincount(labels[task.parts == part], minlength=3).tolist() for part in PARTS}
     assert counts == {"train": [14] * 3, "validation": [3] * 3, "test": [3] * 3}
@@ -243,7 +244,7 @@ def test_a_group_in_two_parts_is_refused(tmp_path):
 
 
 def test_colour_under_grey_weights_is_said(pets, tmp_path):
-    assert "24 images are in colour, and these weights see grey alone" in read_task(pets, GREY).notes[0]
+    assert "images in colour: 24; these weights see grey alone" in read_task(pets, GREY).notes[0]
     for path in pets.rglob("*.png"):
         Image.open(path).convert("L").save(path)
     assert read_task(pets, GREY).notes == ()
@@ -605,6 +606,15 @@ def test_each_task_alone_answers_exactly_as_its_own_model_and_a_mixed_batch_with
     assert len(bank.classes["cars"]) == 4
 
 
+def test_the_bank_of_the_page_runs_as_it_is_printed(pets, tmp_path, trunk_file, monkeypatch, capsys):
+    short(pets, tmp_path / "MODEL", trunk_file, lr=1e-3, epochs=1)
+    page = Path(__file__).parents[1].joinpath("docs", "own_images.md").read_text(encoding="utf-8")
+    code = re.search(r"^```python\n(.*?)^```$", page, re.M | re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("WEIGHTS", str(trunk_file)), said := {})
+    assert [len(row) for row in said["logits"]] == [3, 3] and "('cat', 'dog', 'owl')" in capsys.readouterr().out
+
+
 def test_a_delta_holds_what_differs_and_no_other_trunk_takes_it(bank, tmp_path):
     bank, whole = bank
     state, about = read_safetensors(tmp_path / "cars.safetensors")
@@ -815,7 +825,7 @@ def test_a_plan_counts_memory_and_time_for_a_gpu_that_is_not_here(pets, trunk_fi
     assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx4090"]) == 0
     full, attn, head, _ = capsys.readouterr().out.splitlines()
     most = [int(re.search(r"at most ([\d,]+) images", line)[1].replace(",", "")) for line in (full, attn, head)]
-    assert most[0] < most[1] < most[2] and "for a run on rtx4090" in full
+    assert most[0] < most[1] < most[2] and "full: 0:00:01 for a run on rtx4090" in full  # not in no time
     assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx409"]) == 2
     assert "unknown device 'rtx409'" in capsys.readouterr().err and not pets.with_name("runs").exists()
 

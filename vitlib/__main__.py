@@ -51,7 +51,7 @@ LABELS = option("--labels", "a CSV with columns path and label, in the place of 
 TASK = [
     FOLDER,
     option("--from", "weights: a file (ours, DeiT, DeiT III, timm, DINOv2, Hugging Face ViT, birder), a timm name; else the "
-           "small trunk that ships", dest="weights", metavar="WEIGHTS"),
+           "small trunk that ships, of grey images of 16 pixels: to try the commands", dest="weights", metavar="WEIGHTS"),
     LABELS,
     option("--group", "column of that CSV: images of one group stay in one part", metavar="COLUMN"),
     option("--epochs", "passes over the training part (%(default)s)", type=whole(1), default=10),
@@ -69,23 +69,24 @@ COMMANDS = {
     ]),
     "compare": ("is tuning attention alone enough on these images? Strategies side by side", [
         *TASK, DEVICE, OUT,
-        option("--strategies", "%(default)s, last-2 and the like, lora", type=words, default="full,attn,ffn,norm,bias,head"),
+        option("--strategies", "with commas: finetune's, and lora (%(default)s)", type=words, default="full,attn,ffn,norm,bias,head"),
         option("--seeds", "runs of each strategy (%(default)s)", type=whole(1), default=5),
         option("--margin", "points that do not matter (%(default)s)", type=float, default=1.0),
     ]),
     "predict": ("the class of each image, by a fine-tuned model", [
         MODEL, DEVICE,
         option("paths", "images and folders of images", nargs="+", metavar="PATHS"),
-        option("--csv", "write a table besides", metavar="FILE.csv"),
+        option("--csv", "write a table besides: path, class, share", metavar="FILE.csv"),
     ]),
     "evaluate": ("top-1 with its interval, per class, and the confusion matrix as a picture", [
         MODEL, FOLDER, LABELS, DEVICE,
-        option("--picture", "of the confusion matrix", metavar="FILE.png"),
+        option("--picture", "draw the confusion matrix: .png, .svg or .pdf", metavar="FILE.png"),
     ]),
     "plan": ("memory and minutes per strategy, before anything is trained", [
         *TASK,
-        option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100", default="auto"),
-        option("--strategies", "%(default)s and the like", type=words, default="full,attn,head"),
+        option("--device", "here (auto, cpu, cuda), or a GPU: a100, h100, h200, l4, l40s, rtx3090, rtx4090, t4, v100 (%(default)s)",
+               default="auto"),
+        option("--strategies", "with commas: finetune's (%(default)s)", type=words, default="full,attn,head"),
     ]),
     "pretrain": ("masked pre-training on unlabelled images, for finetune --from", [
         DEVICE, OUT,

@@ -92,7 +92,7 @@ def read_task(folder: Path | str, view: View, labels: Path | str | None = None, 
     data, digests, notes = read_images(found, view, folder.resolve().name)
     known = (*IMAGE_FILES, ".parquet", ".csv")
     if others := [p.name for p in folder.rglob("[!.]*") if p.is_file() and p.suffix.lower() not in known]:
-        notes.append(f"{len(others)} files are left out, the first is {others[0]}: read are {', '.join(IMAGE_FILES)}")
+        notes.append(f"files left out: {len(others)}, the first is {others[0]}; read are {', '.join(IMAGE_FILES)}")
     names = [found.rows.name(i).removeprefix(f"{folder}/") for i in range(len(digests))]
     check_content(digests, found, names)
     parts = split(given, [g or d for g, d in zip(groups, digests, strict=True)], found, bool(group), notes)
@@ -237,7 +237,7 @@ def read_images(found: Found, view: View, name: str) -> tuple[DataSet, list[str]
         return Streamed(name, "all", found, size, STREAMED, WORKERS, *statistics), digests, []
     notes = []
     if colour:
-        notes.append(f"{colour} images are in colour, and these weights see grey alone: name weights with --from")
+        notes.append(f"images in colour: {colour}; these weights see grey alone: give others to finetune, with --from")
     labels = torch.from_numpy(found.labels)
     return InMemory(name, "all", images, labels, found.classes, *statistics, ""), digests, notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,8 @@ def plan(
         else:
             seconds, most = measure(job, strategy).step_s, ""
         memory = f"{(fixed + batch_size * each) / 1e9:.2f} GB of memory"
-        lines.append(f"{strategy}: {timedelta(seconds=round(steps * seconds))} for a run on {device}, {memory}{most}")
+        time = timedelta(seconds=math.ceil(steps * seconds))
+        lines.append(f"{strategy}: {time} for a run on {device}, {memory}{most}")
     how = "one step, measured here" if device in HERE else f"{SHARE:.0%} of the maker's rate, assumed"
     about = f"hours:minutes:seconds from {how}; batches of {batch_size}, {epochs} epochs; a search of the rate is 3 runs or more"
     return "\n".join([*lines, about])
