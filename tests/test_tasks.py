@@ -257,6 +257,11 @@ def short(pets, out, trunk_file, **options):
     return finetune(pets, out, trunk_file, **{"epochs": 2, "batch_size": 8} | options)
 
 
+def test_a_run_of_one_step_says_nothing_of_timms_schedule(pets, tmp_path, trunk_file, caplog):
+    short(pets, tmp_path / "out", trunk_file, lr=1e-3, epochs=1, batch_size=32)
+    assert not caplog.records
+
+
 def test_fine_tuning_keeps_the_best_and_the_last_with_classes_and_preprocessing(pets, tmp_path, trunk_file, capsys):
     tuned = short(pets, tmp_path / "out", trunk_file, lr=1e-3)
     names = {path.name for path in (tmp_path / "out").iterdir()}

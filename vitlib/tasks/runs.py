@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -37,6 +38,8 @@ from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.engine import Engine, resolve
 from vitlib.train.finetune import freeze, start_from
 from vitlib.train.recipe import Recipe
+
+logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR)  # it warns of the rate of a single step
 
 VERSION = 1  # raised when the numbers that a run gives change
 # AdamW rates that the search starts around, for a ViT-S; others are scaled by width. What is small trains at higher rates.
