@@ -80,8 +80,8 @@ class Page:
     def figure(self, figure: Figure, alt: str, name: str = "", caption: str = "") -> None:
         """Show a figure with alternative text and a caption; SVG and PNG go beside."""
         path = self._path("figures", name)
-        if self.experiment and not figure.get_supxlabel():
-            answer.small_print(figure, tables.about(self.profile, self.experiment.finished()))
+        if self.experiment and not caption:  # which says it otherwise
+            answer.small_print(figure, tables.about(self.experiment.finished()))
         # A fixed salt and no date: the same figure is the same file.
         with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
             figure.savefig(draft, metadata={"Date": None})

@@ -324,12 +324,13 @@ def span(days: Iterable[str]) -> str:
     return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 
-def about(p: Profile, runs: Runs) -> str:
+def about(runs: Runs) -> str:
     """Profile, data, seeds and device of these runs in a few words, for the small print of a figure."""
     results = [result for of_arm in runs.results.values() for result in of_arm]
-    devices = sorted({result.about["device"] for result in results})
+    data = dict.fromkeys(card(arm.spec.data)["pretty_name"] for arm in runs.experiment.arms.values())
     n = [f"n = {max(map(len, runs.results.values()))}"] if results else []
-    return ", ".join([f"{p.name}: {card(p.data)['pretty_name']} at {p.image_size} pixels", *n, *devices])
+    devices = sorted({result.about["device"] for result in results})
+    return ", ".join([f"{runs.experiment.profile.name}: {'; '.join(data)}", *n, *devices])
 
 
 def provenance(runs: Runs) -> str:
