@@ -30,7 +30,7 @@ def untouched(monkeypatch, tmp_path):
 
 
 BAD = {
-    "a profile": (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': allowed are smoke, cpu, study, photos, imagenet; did you mean 'cpu'?"),
+    "a profile": (["reproduce", "--profile", "cpuu"], "unknown profile 'cpuu': allowed are smoke, cpu, study, photos, imagenet, public; did you mean 'cpu'?"),
     "a notebook": (["reproduce", "--notebook", "39"], "unknown notebook '39'"),
     "a notebook's nearest": (["run", "--notebook", "31_fig1_branch"], "did you mean '31_fig1_branches'?"),
     "a parameter": (["reproduce", "--set", "profil=cpu"], "unknown parameter of 00_claims 'profil'"),

@@ -464,6 +464,7 @@ def started(world: int, work, folder, *arguments) -> list:
         torch.save(work(Shard(rank, world), *arguments), folder / f"{rank}.pt")
         dist.destroy_process_group()
 
+    (folder / "meet").unlink(missing_ok=True)  # where processes that were killed had met
     processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -220,7 +220,7 @@ def test_the_arms_of_every_profile():
     strategies = dict.fromkeys(("trunk", "full", "attn", "ffn"))
     both = {f"{stem} {t}": None for t in ("supervised", "pretrained") for stem in ("linear", "hmlp", "conv")}
     expected = {
-        ("cpu", "31"): {"12x1+LS": None, "6x2+LS": None}, ("study", "31"): {"12x1+LS": None, "6x2+LS": None} | deep,
+        ("cpu", "31"): {"12x1+LS": None, "6x2+LS": None}, ("study", "31"): {"12x1+LS": None, "6x2+LS": None, "6x2+LS, rate of 12x1+LS": None} | deep,
         ("cpu", "33"): {}, ("study", "33"): {k: 10 for k in ("12x1", "6x2", "36x1", "18x2")},
         ("cpu", "32"): {}, ("study", "32"): {}, ("cpu", "35"): {}, ("study", "35"): {}, ("cpu", "34"): {}, ("cpu", "42"): {},
         ("study", "34"): {"12x1+LS": None, "6x2+LS": None} | deep,
@@ -399,7 +399,9 @@ def test_the_forms_have_few_runs_at_smoke_and_share_those_of_figure_1():
 @pytest.mark.parametrize(("number", "name"), [("31", "study"), ("32", "smoke"), ("33", "smoke"), ("34", "study")])
 def test_one_branch_and_two_of_one_form_start_from_identical_tensors_and_differ_in_their_rate_alone(number, name):
     twins = {}
-    for spec in specs_of(number, name).values():
+    for label, spec in specs_of(number, name).items():
+        if "rate of" in label:  # an arm that was added after a verdict
+            continue
         model = replace(spec.model, depth=spec.model.pairs, branches=1)
         twins.setdefault(replace(spec, model=model, recipe=replace(spec.recipe, lr=1.0)), []).append(spec)
     found = [forms for forms in twins.values() if len(forms) == 2]

@@ -808,9 +808,10 @@ def test_an_exported_model_answers_as_the_model_on_any_batch(form, pets, tmp_pat
     short(pets, tmp_path / "model", trunk_file, lr=1e-3, epochs=1)
     if form == "onnx":
         pytest.importorskip("onnxruntime")
-    assert main(["export-model", str(tmp_path / "model"), f"--{form}", str(tmp_path / "model.out")]) == 0
+    out = tmp_path / f"model.{'onnx' if form == 'onnx' else 'pt2'}"
+    assert main(["export-model", str(tmp_path / "model"), f"--{form}", str(out)]) == 0
     assert "logits within" in capsys.readouterr().out
-    notes = json.loads((tmp_path / "model.out.json").read_text())
+    notes = json.loads(Path(f"{out}.json").read_text())
     assert notes["classes"] == ["cat", "dog", "owl"] and notes["image_size"] == 16 and len(notes["mean"]) == 3
     assert main(["export-model", str(tmp_path / "model")]) == 2
     assert "writes one file: give --onnx FILE or --torch-export FILE" in capsys.readouterr().err
