@@ -130,7 +130,7 @@ def regrouping(p: Profile) -> list[Arm]:
     arms = []
     for scale in (LAYER_SCALE, None):
         trunk = _form(p, p.pairs, 1, scale)
-        n = REGROUPED_SEEDS if scale or p.exploratory else 2  # no other page of cpu has those without
+        n = REGROUPED_SEEDS if p.exploratory else 2
         arms.append(Arm(_name(p.pairs, 1, scale), trunk, _name(p.pairs, 1, scale), "trained", n))
         for k in (2, 3, 4, 6, 12) if p.exploratory else () if p.judged else (2,):
             model = replace(trunk.model, depth=p.pairs // k, branches=k)
