@@ -212,7 +212,7 @@ def legend(drawn: Figure, rows: pd.DataFrame) -> None:
     looks.append({"marker": "o", "color": "0.4", "markerfacecolor": "none", "label": "the paper, ImageNet"})
     marks = [plt.Line2D([], [], linestyle="none", **look) for look in looks]
     marks.append(plt.Rectangle((0, 0), 1, 1, color="0.5", alpha=0.18, label="margin"))
-    drawn.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
+    drawn.legend(handles=marks, loc="outside upper center", ncols=min(len(marks), 4), fontsize="small", frameon=False)
 
 
 def alt(rows: pd.DataFrame) -> str:
