@@ -15,8 +15,8 @@ from lab.experiments.catalogue import arms_of
 from lab.experiments.profiles import profile
 from lab.experiments.small import resolution
 from lab.runs import store
+from lab.runs.execute import trained_model
 from vitlib.errors import UsageError
-from vitlib.model import ViT
 from vitlib.model.weights import save
 from vitlib.tasks.images import View
 from vitlib.tasks.trunk import SHIPPED, write_notes
@@ -31,8 +31,7 @@ def main(words: list[str] | None = None) -> int:
         p = profile(chosen.profile)
         spec = arms_of(resolution, p)["trunk"].spec.with_seed(chosen.seed)
         result, facts = store.find(spec), source(p.data).facts
-        model = ViT(spec.model)
-        model.load_state_dict(store.weights(spec))
+        model = trained_model(spec)
     except UsageError as fault:
         parser.error(str(fault))
     view = View(spec.model.image_size, spec.model.patch_size, facts.mean, facts.std)

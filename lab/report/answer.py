@@ -42,7 +42,8 @@ def claims(study: str = "study") -> pd.DataFrame:
     with intact(path):
         table = pd.read_csv(path, dtype={"notebook": str, "runs": str})[list(judge.COLUMNS)]
     later = path.with_name("afterwards.csv")  # part -> what was looked at after its verdict, and decides nothing
-    said = pd.read_csv(later, index_col="part")["says"] if later.is_file() else {}
+    with intact(later):
+        said = pd.read_csv(later, index_col="part")["says"] if later.is_file() else {}
     table["afterwards"] = table["part"].map(said).fillna("")
     return table.fillna(dict.fromkeys(("note", "source", "says", "contains_paper", "contrast", "power", "checks"), ""))
 

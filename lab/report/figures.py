@@ -24,6 +24,7 @@ from lab.report.counted import LEAK_ROWS, bench_rows, leak_maps
 from lab.report.tables import TRAININGS, gap
 from lab.runs import execute, store
 from lab.runs.spec import RunSpec
+from vitlib.data import DataSet
 from vitlib.train import masked, tokenizers
 
 BOUNDS = ("points", "low", "high")
@@ -56,6 +57,11 @@ def pictures(rows: Mapping[str, Sequence[np.ndarray]], figsize: tuple[float, flo
 
 def channels_last(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
+
+
+def one_of_each(data: DataSet) -> np.ndarray:
+    """The first image of each class, by its row."""
+    return np.unique(data.labels.numpy(), return_index=True)[1]
 
 
 def images_figure(p: Profile, count: int) -> tuple[Figure, str]:
@@ -223,8 +229,8 @@ def masking_figure(p: Profile, count: int = 4) -> Figure:
     grid, side = spec.model.grid, spec.model.patch_size
     data = load_resized(spec.data, "train", spec.model.image_size)
     images = channels_last(data.images[:count]) / 255
-    masks = masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked).reshape(count, grid, grid)
-    hidden = np.kron(masks, np.ones((1, side, side), dtype=bool))[..., None]
+    masks = torch.from_numpy(masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked))
+    hidden = channels_last(masked.pixels(masks, grid, side))
     tokens = prototypes(spec.data, spec.model.image_size, side, spec.seed)
     decoded = channels_last(tokens.decode(tokens.tokens[0, :count]))
     rows = {"image": images, f"{spec.masked} of {grid**2} masked": np.where(hidden, GREY, images)}
@@ -237,7 +243,7 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
     Raises UsageError for a run that is not finished, has no weights here or reads its images from files.
     """
     data = load_resized(spec.data, spec.split, spec.model.image_size)
-    images = data.normalise(data.images[np.unique(data.labels.numpy(), return_index=True)[1]])
+    images = data.normalise(data.images[one_of_each(data)])
     with torch.no_grad():
         rows = {"image": images, "decoded": execute.trained_tokenizer(spec)(images)}
     pixels = {name: channels_last((batch * data.std + data.mean).clamp(0, 1)) for name, batch in rows.items()}

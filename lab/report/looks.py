@@ -17,8 +17,7 @@ from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 from lab.experiments.catalogue import Runs
-from lab.report.figures import GREY, channels_last, pictures, prototypes
-from lab.report.regrouped import model_of
+from lab.report.figures import GREY, channels_last, one_of_each, pictures, prototypes
 from lab.runs import execute, store
 from lab.runs.spec import RunSpec
 from vitlib.data import DataSet
@@ -47,7 +46,7 @@ def here(runs: Runs, column: str, weights: str = "weights") -> dict[str, RunSpec
 def examples(spec: RunSpec, count: int) -> tuple[DataSet, Tensor]:
     """The first image of each of `count` classes, of those that the run is measured on; and their pixels from 0 to 1."""
     data = execute.data_of(spec, spec.split)
-    data = data.take(np.unique(data.labels.numpy(), return_index=True)[1][:count])
+    data = data.take(one_of_each(data)[:count])
     return data, data.pixels() / 255
 
 
@@ -66,7 +65,7 @@ def attention(runs: Runs) -> tuple[Figure, str]:
     """The class token's attention in an early and in the last layer, before and after `attn` tuned the trunk."""
     spec = next(iter(here(runs, "attn").values()))
     data, pixels = examples(spec, count=3)
-    both = {"before": execute.prepare(spec, data)[0].eval(), "after": model_of(spec)}
+    both = {"before": execute.prepare(spec, data)[0].eval(), "after": execute.trained_model(spec)}
     seen = {when: class_attention(model, data.normalise(data.pixels())) for when, model in both.items()}
     early, last = spec.model.depth // 4, spec.model.depth - 1
     maps = {f"layer {i + 1}, {when}": m[i, :, 1:] for i in (early, last) for when, m in seen.items()}
@@ -90,9 +89,8 @@ def responses(stem: nn.Module, patch_size: int, in_chans: int) -> Tensor:
 
     The gradient at the mean image, which is 0; of a linear stem its filters.
     """
-    # Two images: on CPU PyTorch's batch norm has wrong gradients for one, where they come from a transposed map.
-    images = torch.zeros(2, in_chans, 3 * patch_size, 3 * patch_size)
-    return torch.autograd.functional.jacobian(lambda x: stem(x)[0, 4], images)[:, 0]
+    image = torch.zeros(1, in_chans, 3 * patch_size, 3 * patch_size)
+    return torch.autograd.functional.jacobian(lambda x: stem(x)[0, 4], image)[:, 0]
 
 
 def strongest(filters: Tensor) -> np.ndarray:
@@ -105,7 +103,7 @@ def filters(runs: Runs) -> tuple[Figure, str]:
     """Of each stem trained with labels alone: the kernels of its first convolution, and what a token answers to."""
     rows, side = {}, 0
     for name, spec in here(runs, "supervised").items():
-        stem, side = model_of(spec).stem, spec.model.patch_size
+        stem, side = execute.trained_model(spec).stem, spec.model.patch_size
         kernels = next(module.weight for module in stem.modules() if isinstance(module, nn.Conv2d))
         rows[f"{name}\n{kernels.shape[-1]}x{kernels.shape[-1]} kernels"] = strongest(kernels)
         rows[f"{name}\nwhole stem"] = strongest(responses(stem, side, spec.model.in_chans))

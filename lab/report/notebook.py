@@ -6,6 +6,7 @@ each goes to outputs/<profile>/tables (numbers as CSV, as printed in Markdown) a
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import textwrap
@@ -49,6 +50,11 @@ class Page:
     committed: Runs | None = None  # what the committed reference has of it
     changed: str = ""  # which of the profile's numbers a reader has changed
 
+    @functools.cached_property
+    def about(self) -> str:
+        """The small print of this page's figures: read once, when the first is drawn after the runs."""
+        return tables.about(self.experiment.finished())
+
     def sequential(self, runs: Runs, layer_scale: bool = False) -> str:
         """The arm of one branch, with LayerScale or without, of the profile's own width where there is one."""
         return tables.sequential(runs if runs.results else self.committed, self.profile.width, layer_scale)
@@ -81,7 +87,7 @@ class Page:
         """Show a figure with alternative text and a caption; SVG and PNG go beside."""
         path = self._path("figures", name)
         if self.experiment and not caption:  # which says it otherwise
-            answer.small_print(figure, tables.about(self.experiment.finished()))
+            answer.small_print(figure, self.about)
         # A fixed salt and no date: the same figure is the same file.
         with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
             figure.savefig(draft, metadata={"Date": None})

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from lab.experiments.catalogue import Runs
 from lab.report.tables import columns, framed, spread, spread_of, summary
 from lab.runs import store
-from lab.runs.execute import data_of
+from lab.runs.execute import data_of, trained_model
 from lab.runs.spec import RunSpec
-from vitlib.model import ViT, commutation_gap, regroup
+from vitlib.model import commutation_gap, regroup
 from vitlib.train import supervised
 
 IMAGES = 500  # that the gap is measured on
@@ -25,18 +25,12 @@ def trunks(runs: Runs) -> dict[str, list[RunSpec]]:
     return {a: [s for s in runs.experiment.seeds_of(a) if store.weights_path(s).is_file()] for a in trained}
 
 
-def model_of(spec: RunSpec) -> ViT:
-    model = ViT(spec.model)
-    model.load_state_dict(store.weights(spec))
-    return model.eval()
-
-
 def accuracies(runs: Runs) -> pd.DataFrame:
     """Top-1 of the trained weights by number of branches: as they are, after tuning everything or attention alone."""
     rows = []
     for label, specs in trunks(runs).items():
         for k in (k for k in range(1, 13) if specs and specs[0].model.pairs % k == 0):
-            as_is = [supervised.evaluate(regroup(model_of(s), k), data_of(s, s.split))[0]["top1"] for s in specs]
+            as_is = [supervised.evaluate(regroup(trained_model(s), k), data_of(s, s.split))[0]["top1"] for s in specs]
             form = f"{specs[0].model.pairs // k}x{k}{label[label.find('+') :] if '+' in label else ''}"
             row = {"form": form, "branches": k} | spread_of(as_is, "as is ")
             for strategy in ("full", "attn"):
@@ -52,7 +46,7 @@ def gaps(runs: Runs) -> pd.DataFrame:
     rows = []
     for label, specs in trunks(runs).items():
         for spec in specs:
-            data, model = data_of(spec, spec.split), model_of(spec)
+            data, model = data_of(spec, spec.split), trained_model(spec)
             for part, values in commutation_gap(model, data.normalise(data.images[:IMAGES])).items():
                 for i, value in enumerate(values.tolist(), start=2):
                     scale = getattr(model.layers[i - 1], part)[0].gamma

@@ -324,13 +324,18 @@ def span(days: Iterable[str]) -> str:
     return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
 
 
+def data_names(runs: Runs) -> str:
+    """The data sets of an experiment's arms."""
+    data = dict.fromkeys(arm.spec.data for arm in runs.experiment.arms.values())
+    return "; ".join(card(name)["pretty_name"] for name in data)
+
+
 def about(runs: Runs) -> str:
     """Profile, data, seeds and device of these runs in a few words, for the small print of a figure."""
     results = [result for of_arm in runs.results.values() for result in of_arm]
-    data = dict.fromkeys(card(arm.spec.data)["pretty_name"] for arm in runs.experiment.arms.values())
     n = [f"n = {max(map(len, runs.results.values()))}"] if results else []
     devices = sorted({result.about["device"] for result in results})
-    return ", ".join([f"{runs.experiment.profile.name}: {'; '.join(data)}", *n, *devices])
+    return ", ".join([f"{runs.experiment.profile.name}: {data_names(runs)}", *n, *devices])
 
 
 def provenance(runs: Runs) -> str:
@@ -340,9 +345,7 @@ def provenance(runs: Runs) -> str:
         return f"No runs at `{p.name}`: the committed reference is shown, where there is one."
     family = {member for spec in runs.experiment.specs() for member in spec.family()}
     results = [result for spec in family if (result := store.find(spec)) is not None]
-    data = dict.fromkeys(arm.spec.data for arm in runs.experiment.arms.values())
-    names = "; ".join(card(name)["pretty_name"] for name in data)
-    about = f"{names}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
+    about = f"{data_names(runs)}, {results[0].about['split']} images, seeds {', '.join(map(str, p.seeds))}"
     if not p.judged:
         return f"{about}. Too small to say anything about accuracy: it shows that the code runs."
     devices = ", ".join(sorted({r.about["device"] for r in results}))

@@ -28,6 +28,7 @@ from lab.runs.spec import RunSpec
 from lab.runs.store import checkpoint_path, find, held, keep, warn_of_other_files, weights, weights_path
 from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
+from vitlib.model import ViT
 from vitlib.model.regroup import regrouped
 from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
@@ -148,6 +149,13 @@ def prepare(spec: RunSpec, data: DataSet) -> tuple[torch.nn.Module, LossFunction
         state = regrouped(state, spec.model.branches)
     tokenizer = spec.tokenizer and trained_tokenizer(spec.tokenizer).to(resolve(spec.device))
     return PROTOCOLS[spec.protocol].start(spec, data, state, tokenizer)
+
+
+def trained_model(spec: RunSpec) -> ViT:
+    """The classifier of a finished run, or what pre-training kept, in eval mode."""
+    model = ViT(spec.model)
+    model.load_state_dict(weights(spec))
+    return model.eval()
 
 
 def trained_tokenizer(spec: RunSpec) -> DVAE:
