@@ -176,8 +176,8 @@ def by_seed(made: Planted, id: str) -> np.ndarray:
         ("A1", {"6x2+LS": 0.3}, 0.2, "study", "level within 0.5"),  # beyond 0 too: within the margin comes first
         ("A1", {"6x2+LS": -0.3}, 0.2, "study", "level within 0.5"),
         ("A1", {"6x2+LS": 0.35}, 0.8, "study", "undecided"),
-        ("H6-supervised", {"hmlp supervised": 0.1}, 0.1, "imagenet", "level within 0.3"),
-        ("H6-supervised", {"hmlp supervised": 0.3}, 0.8, "imagenet", "undecided"),
+        ("H6-supervised", {"hmlp supervised": 0.1, "linear supervised": -1.0}, 0.1, "imagenet", "level within 0.3"),
+        ("H6-supervised", {"hmlp supervised": 0.3, "linear supervised": -1.0}, 0.8, "imagenet", "undecided"),
         ("F5-digits", {"digits 100 attn": 1.0}, 0.5, "study", "not worse by 0.5"),
         ("F5-digits", {"digits 100 attn": -0.2}, 0.5, "study", "not worse by 0.5"),
         ("F5-digits", {"digits 100 attn": -0.4}, 1.0, "study", "undecided"),
@@ -198,8 +198,18 @@ def test_a_planted_difference_gets_its_label(id, points, sd, name, label):
 
 
 NUMBERED = [
-    ("H6-supervised", {"hmlp supervised": 1.0}, "imagenet", "different by {low:+.2f} to {high:+.2f}"),
-    ("H6-supervised", {"hmlp supervised": -1.0}, "imagenet", "different by {low:+.2f} to {high:+.2f}"),
+    (
+        "H6-supervised",
+        {"hmlp supervised": 1.0, "linear supervised": -1.0},
+        "imagenet",
+        "different by {low:+.2f} to {high:+.2f}",
+    ),
+    (
+        "H6-supervised",
+        {"hmlp supervised": -1.0, "linear supervised": -1.0},
+        "imagenet",
+        "different by {low:+.2f} to {high:+.2f}",
+    ),
     ("A1", {"6x2+LS": 1.0}, "study", "better by {low:.2f} to {high:.2f}"),
     ("A1", {"6x2+LS": -1.0}, "study", "worse by {least:.2f} to {most:.2f}"),
     ("P5", {"18x2+LS": 2.0}, "study", "better by {low:.2f} to {high:.2f}"),
@@ -481,7 +491,10 @@ def test_without_a_committed_tuning_no_rate_is_bracketed(tmp_path):
     assert evidence.tried(tmp_path) == {}
     assert not evidence.bracketed({"full": 1e-3}, {})
     found = verdict("F1", tried={"none": {1.0: {1000: 50.0, 1001: 50.1}}})
-    assert found.label == "check failed: rate of attn bracketed, rate of full bracketed"
+    assert (
+        found.label
+        == "check failed: rate of attn bracketed, rate of full bracketed, rate of full, fewer steps bracketed"
+    )
 
 
 def test_the_rate_of_what_an_arm_begins_with_must_be_bracketed_too():
@@ -1192,15 +1205,17 @@ def test_margins_seeds_and_scopes_are_those_of_the_rules():
     assert len(set(seeds)) == len(seeds) and max(seeds) < 1000 and not {*range(10, 15)} & {*seeds}  # the pilot's
 
 
-def test_every_family_has_a_positive_control_at_the_study():
+@pytest.mark.parametrize("name", ["study", "photos", "imagenet"])
+def test_every_family_has_a_positive_control(name):
     """An equivalence, or a part that is not worse, says nothing unless the same runs would have seen a difference."""
-    for part in TRAINED:
-        here = part.at_profile("study")
-        if "study" in part.n and part.kind != "superiority":
+    for part in (part for part in TRAINED if name in part.n):
+        here = part.at_profile(name)
+        if part.kind != "superiority":
             assert [check for check in here.checks if check.above == 0], part.id
         for check in here.checks:
             assert sum(check.contrast.values()) == pytest.approx(0)
-        assert not part.at_profile("cpu").checks and not part.at_profile("imagenet").checks
+            assert {*check.contrast} <= {*LEDGER.recipes.get(name, {}).get(part.notebook, check.contrast)}
+        assert not part.at_profile("cpu").checks
 
 
 def test_label_subsets_are_averaged_within_the_seed():

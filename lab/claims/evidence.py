@@ -19,7 +19,7 @@ import pandas as pd
 from lab import paths
 from lab.claims import judge
 from lab.claims.judge import Verdict
-from lab.claims.ledger import CHECKED, COMMITTED, PILOT, Ledger, Part, ledger, record_hash
+from lab.claims.ledger import COMMITTED, PILOT, Ledger, Part, ledger, record_hash
 from lab.claims.statistics import flat_part, middle
 from lab.data import DataAbsent
 from lab.experiments.profiles import PROFILES
@@ -100,8 +100,7 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
         if said := _fault(source, part, arm, runs, n[arm]):
             return replace(blank, note=said)
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
-    rates = {arm: recipes[arm]["rates"] for arm in here.contrast if name in CHECKED}
-    inside = {arm: bracketed(of_arm, source.tried) for arm, of_arm in rates.items()}
+    inside = {arm: bracketed(of_arm["rates"], source.tried) for arm, of_arm in recipes.items() if of_arm["rates"]}
     judged = judge.judge(here, name, correct, recipes[next(iter(here.contrast))]["classes"], inside)
     return replace(judged, runs=tuple(sorted(run.result.hash for runs in found.values() for run in runs)))
 

@@ -24,7 +24,7 @@ PUBLIC = "public"  # the profile of public weights, whose parts stand in no othe
 # Where trained parts are measured; exact ones are counted everywhere.
 PROFILES = ("cpu", "study", "photos", "imagenet", PUBLIC)
 COMMITTED = ("study", "photos", "imagenet", PUBLIC)  # whose judged runs come from a commit
-CHECKED = ("study", "photos")  # whose parts have checks, and arms whose rates were tuned
+CHECKED = ("study", "photos", "imagenet")  # whose parts have checks
 PILOT = "pilot"  # the first study, whose estimates stand where the second has none
 # Fixed by the hash, which a change of them voids; the others are prose, with a hash of their own that voids nothing.
 VALUES = ("kind", "metric", "contrast", "margin", "primary", "contrary", "expected", "device", "out_of_scope")

@@ -121,6 +121,7 @@ def _forms(p: Profile, forms: Iterable[tuple[str, int, int, float | None]]) -> l
 def branches(p: Profile) -> list[Arm]:
     """Figure 1: ViT-B36, and S36 and S60. Paper (chart): 82.9, 83.4, 82.6, 82.4."""
     forms = [("B", 36, k, None) for k in (1, 2, 3, 4)] + [("B", 36, k, LAYER_SCALE) for k in (1, 2)]
+    forms += [("B", 12, 1, LAYER_SCALE)]  # the control
     return _forms(p, forms + [("S", n, k, None) for n in (36, 60) for k in (1, 2, 3, 4)])
 
 
@@ -194,7 +195,9 @@ def resolution(p: Profile) -> list[Arm]:
                 spec = run_of(p, "finetune", model, recipe, parent=trunk, strategy=strategy)
                 label, row = f"{name} {strategy} {optimizer}".strip(), f"{name} {optimizer}".strip()
                 arms.append(Arm(label, spec, row, strategy))
-    return arms
+    full = arms[1].spec  # ViT-B with AdamW
+    fewer = replace(full, images=p.control_images)
+    return [*arms, Arm("full, fewer steps", fewer, "", "full, fewer steps")]
 
 
 # Table 6: no hyper-parameter, resolution or length is stated (A). Proxy: what the first author gives for DeiT, the
