@@ -16,6 +16,7 @@ from lab.data.cards import source
 from lab.experiments.profiles import LAYER_SCALE, MASKED_SHARE, Arm, Profile
 from lab.runs.spec import RunSpec
 from vitlib.model import ViTConfig, vit_config
+from vitlib.model.stems import STEMS
 from vitlib.train.dvae import DVAEConfig
 from vitlib.train.finetune import PAPER_STRATEGIES, STRATEGIES, at_image_size
 from vitlib.train.recipe import Recipe
@@ -210,6 +211,10 @@ STEM_ARMS: dict[str, dict[str, str]] = {
     "hmlp": {"stem": "hmlp"},
     "hmlp-ln": {"stem": "hmlp", "stem_norm": "ln"},
 }
+# Further rows, e.g. "mean": {"stem": "mean"}, which are trained at every profile and judged by no claim; at the linear stem's
+# rates, unless `RATES` has "mean supervised", "mean masked" and "mean pretrained".
+EXTRA_STEMS: dict[str, dict[str, str]] = {}
+STEM_ARMS |= EXTRA_STEMS
 PRIMARY_STEMS = ("linear", "hmlp", "conv")
 BLANKED = "conv blanked"  # H9: the convolutional stem that sees masked patches blanked in the pixels
 
@@ -228,7 +233,7 @@ def stem_pairs(name: str, pairs: int) -> int:
 def stem_model(p: Profile, name: str) -> ViTConfig:
     """A row of Table 7 at the profile's size. It reads the mean of the patch tokens, as BEiT does."""
     s = p.stems
-    hidden = {"stem_width": s.hidden} if STEM_ARMS[name]["stem"] == "hmlp" else {}
+    hidden = {"stem_width": s.hidden} if STEMS[STEM_ARMS[name]["stem"]].hidden else {}
     scale = replace(p, image_size=s.image_size, patch_size=s.patch_size)
     return _model(scale, stem_pairs(name, s.pairs), pool="mean", **STEM_ARMS[name], **hidden)
 
@@ -242,7 +247,8 @@ def tokenizer(p: Profile) -> RunSpec:
 
 
 def _masked(p: Profile, name: str, targets: str, blank: bool = False) -> RunSpec:
-    model, recipe = stem_model(p, name), replace(MASKED, epochs=p.stems.masked_epochs, lr=p.rate(f"{name} masked"))
+    rate = p.rate(f"{name} masked", "linear masked")
+    model, recipe = stem_model(p, name), replace(MASKED, epochs=p.stems.masked_epochs, lr=rate)
     return _spec(
         p, "masked", model, recipe, images=p.images, targets=targets, blank=blank,
         tokenizer=tokenizer(p) if targets == "dvae" else None, masked=round(MASKED_SHARE * model.grid**2),
@@ -253,7 +259,8 @@ def _stem_run(p: Profile, name: str, training: str, trunk: RunSpec | None = None
     """One cell of Table 7: trained with labels from the start, or after pre-training; on all labels, or on few."""
     s, few = p.stems, training.endswith(str(p.stems.few_labels))
     epochs = s.few_labels_epochs if few else s.finetune_epochs if trunk else s.supervised_epochs
-    recipe = Recipe(epochs=epochs, batch_size=32 if few else 64, lr=p.rate(f"{name} {training}"))
+    rate = p.rate(f"{name} {training}", f"linear {training}")
+    recipe = Recipe(epochs=epochs, batch_size=32 if few else 64, lr=rate)
     images = s.few_labels if few else p.images
     return _spec(p, "finetune" if trunk else "supervised", stem_model(p, name), recipe, images=images, parent=trunk)
 
@@ -264,7 +271,7 @@ def stems(p: Profile) -> list[Arm]:
     All stems of a seed predict the tokens of one discrete VAE. The control is the linear stem on few labels, pre-trained and
     from scratch. `BLANKED` takes the rates of the convolutional stem. `smoke` has one arm with those tokens.
     """
-    names = PRIMARY_STEMS if p.judged else ("linear", "hmlp")
+    names = (*(PRIMARY_STEMS if p.judged else ("linear", "hmlp")), *EXTRA_STEMS)
     few, trunks = p.stems.few_labels, {name: _masked(p, name, p.targets) for name in names}
     cells = [(name, "supervised", None) for name in names]
     cells += [(name, "pretrained", trunk) for name, trunk in trunks.items()]

@@ -104,11 +104,12 @@ def filters(runs: Runs) -> tuple[Figure, str]:
     rows, side = {}, 0
     for name, spec in here(runs, "supervised").items():
         stem, side = execute.trained_model(spec).stem, spec.model.patch_size
-        kernels = next(module.weight for module in stem.modules() if isinstance(module, nn.Conv2d))
-        rows[f"{name}\n{kernels.shape[-1]}x{kernels.shape[-1]} kernels"] = strongest(kernels)
+        kernels = [module.weight for module in stem.modules() if isinstance(module, nn.Conv2d)][:1]
+        rows |= {f"{name}\n{first.shape[-1]}x{first.shape[-1]} kernels": strongest(first) for first in kernels}
         rows[f"{name}\nwhole stem"] = strongest(responses(stem, side, spec.model.in_chans))
     figure = level_names(pictures(rows, (8, 0.85 * len(rows))))
-    for panel in np.reshape(figure.axes, (len(rows), FILTERS))[1::2].flat:
+    whole = [name.endswith("whole stem") for name in rows]
+    for panel in np.reshape(figure.axes, (len(rows), FILTERS))[whole].flat:
         panel.add_patch(plt.Rectangle((side - 0.5, side - 0.5), side, side, fill=False, edgecolor="C1"))
     return figure, (
         f"The {FILTERS} strongest filters of each stem trained with labels alone, each at its own scale: grey is 0, white "
