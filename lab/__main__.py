@@ -203,7 +203,7 @@ def reproduce_(arguments) -> None:
         specs = _specs(arguments)
         render.reproduce(p, arguments.notebook, specs, arguments.jobs, arguments.set, not arguments.finished)
     if absent:
-        raise UsageError(f"{len(absent)} data set(s) of profile {p.name} are not there, see above")
+        raise UsageError(f"a part of profile {p.name} could not be run, see above")
 
 
 def bench_(arguments) -> None:

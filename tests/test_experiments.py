@@ -519,6 +519,25 @@ def test_all_stems_predict_the_tokens_of_one_tokenizer_a_seed():
         assert sum(m.protocol == "tokenizer" for m in family) == number
 
 
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_further_stem_is_one_row_trained_everywhere_at_the_linear_stems_rates_and_changes_no_other_arm(
+    name, monkeypatch
+):
+    def specs() -> dict[str, RunSpec]:
+        return {label: arm.spec for label, arm in catalogue.arms_of(small.stems, profile(name)).items()}
+
+    before, row = specs(), {"stem": "hmlp", "stem_act": "none"}
+    for table in (small.STEM_ARMS, small.EXTRA_STEMS):
+        monkeypatch.setitem(table, "hmlp-plain", row)
+    after = specs()
+    plain = {label: after.pop(label) for label in (f"hmlp-plain {t}" for t in ("supervised", "pretrained"))}
+    assert after == before
+    for label, spec in plain.items():
+        linear, hmlp = (before[f"{stem} {label.split()[1]}"] for stem in ("linear", "hmlp"))
+        assert spec.recipe == linear.recipe and spec.model == replace(hmlp.model, stem_act="none")
+        assert (spec.parent and spec.parent.recipe) == (linear.parent and linear.parent.recipe)
+
+
 def test_the_extra_pair_costs_one_pair_and_the_rest_of_table_7_has_as_many_pairs_as_the_linear_stem():
     p = profiles.PROFILES["study"]
     models = {name: small.stem_model(p, name) for name in small.STEM_ARMS}

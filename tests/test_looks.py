@@ -62,6 +62,30 @@ def test_the_strongest_filters_come_first_at_a_scale_of_their_own_where_grey_is_
     assert np.array_equal(first[0, ..., 0], np.ones((2, 2))) and first[1, 0, 1, 0] == 0.5
 
 
+class Flat(torch.nn.Linear):
+    """A stem without convolutions."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.nn.functional.unfold(images, 8, stride=8).mT)
+
+
+def test_of_a_stem_without_convolutions_the_whole_stem_is_drawn_alone(monkeypatch):
+    config = vit_config("W32-1/8", image_size=32, in_chans=1, num_classes=10)
+    models = [ViT(config), ViT(config)]
+    models[0].stem = Flat(64, 32)
+    spec = RunSpec("supervised", config, "fashion-mnist", RECIPE)
+    monkeypatch.setattr(looks, "here", lambda *_: {"flat": spec, "linear": spec})
+    monkeypatch.setattr(execute, "trained_model", lambda _: models.pop(0))
+    figure, _ = looks.filters(Runs(None, {}))
+    rows = np.reshape(figure.axes, (3, looks.FILTERS))
+    assert [panel.get_ylabel() for panel in rows[:, 0]] == [
+        "flat\nwhole stem",
+        "linear\n8x8 kernels",
+        "linear\nwhole stem",
+    ]
+    assert [[len(panel.patches) for panel in row] for row in rows] == [8 * [1], 8 * [0], 8 * [1]]
+
+
 def test_tokens_of_k_means_are_drawn_as_their_prototypes(images):
     targets = PatchTokens(images.take(np.arange(40)), 4, seed=0, vocabulary=12)
     tokens = targets.tokens[0, :5]

@@ -141,6 +141,11 @@ def card(name: str) -> dict:
     return read_card(path)
 
 
+def title_of(name: str) -> str:
+    """What a page calls a data set: its card's `pretty_name`, or the folder's name."""
+    return Path(name).name if os.sep in name else card(name)["pretty_name"]
+
+
 def class_names(about: dict) -> list[str]:
     """The classes of a card, in the order of their labels."""
     features = {f["name"]: f for f in about["dataset_info"]["features"]}
@@ -197,7 +202,7 @@ def _signature(name: str) -> str:
     own = card(name)["vitlib"]
     parent = _signature(own["view_of"]) if "view_of" in own else ""
     files = [os.path.join(EMBEDDED, file) for file in own.get("files", {}).values()]
-    if "hub" in own and (folder := published.locate(name)):
+    if "sha256" not in own and (folder := published.locate(name)):
         files = [os.path.join(base, file) for base, _, names in os.walk(folder, followlinks=True) for file in names]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in sorted(files) if os.path.exists(path)]
     return _digest([json.dumps([name, parent, stats, own], sort_keys=True, default=str)])
@@ -247,6 +252,8 @@ def _found(name: str, own: dict, split: str) -> Found:
             )
         return read_parquet([path])
     folder, words = published.locate(name), own["splits"]["test" if split == "test" else "train"]
+    if folder is None and "hub" not in own:
+        raise published.absent(name)
     try:
         found = published.read_any(folder, words) if folder else published.read_hub(own["hub"], words)
     except UsageError as fault:

@@ -15,7 +15,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from lab.data.cards import card, load_resized, source
+from lab.data.cards import source, title_of
 from lab.experiments import small
 from lab.experiments.catalogue import Runs, arms_of
 from lab.experiments.profiles import PROFILES, Profile
@@ -71,7 +71,7 @@ def images_figure(p: Profile, count: int) -> tuple[Figure, str]:
     names = [data.classes[label] for label in data.labels[:count].tolist()]
     for panel, name in zip(figure.axes, names, strict=True):
         panel.set_title(name, fontsize="x-small")
-    about = f"{card(p.data)['pretty_name']}, the first test images at {p.image_size} pixels: {', '.join(names)}."
+    about = f"{title_of(p.data)}, the first test images at {p.image_size} pixels: {', '.join(names)}."
     return figure, about
 
 
@@ -219,7 +219,7 @@ GREY = 0.55  # of what is masked
 @functools.cache
 def prototypes(data: str, image_size: int, patch_size: int, seed: int) -> tokenizers.PatchTokens:
     """The k-means tokens of the training images."""
-    return tokenizers.make_targets("tokens", load_resized(data, "train", image_size), patch_size, seed)
+    return tokenizers.make_targets("tokens", source(data).open("train", image_size), patch_size, seed)
 
 
 def masking_figure(p: Profile, count: int = 4) -> Figure:
@@ -227,7 +227,7 @@ def masking_figure(p: Profile, count: int = 4) -> Figure:
     p = PROFILES["cpu"] if p.paper else p
     spec = arms_of(small.stems, p)["linear pretrained"].spec.parent.with_seed(p.seeds[0])
     grid, side = spec.model.grid, spec.model.patch_size
-    data = load_resized(spec.data, "train", spec.model.image_size)
+    data = source(spec.data).open("train", spec.model.image_size)
     images = channels_last(data.images[:count]) / 255
     masks = torch.from_numpy(masked.block_masks(spec.seed, 0, np.arange(count), grid, spec.masked))
     hidden = channels_last(masked.pixels(masks, grid, side))
@@ -242,13 +242,13 @@ def reconstruction_figure(spec: RunSpec) -> tuple[Figure, str]:
 
     Raises UsageError for a run that is not finished, has no weights here or reads its images from files.
     """
-    data = load_resized(spec.data, spec.split, spec.model.image_size)
+    data = source(spec.data).open(spec.split, spec.model.image_size)
     images = data.normalise(data.images[one_of_each(data)])
     with torch.no_grad():
         rows = {"image": images, "decoded": execute.trained_tokenizer(spec)(images)}
     pixels = {name: channels_last((batch * data.std + data.mean).clamp(0, 1)) for name, batch in rows.items()}
     return pictures(pixels, (0.8 * len(images), 1.8)), (
-        f"{card(spec.data)['pretty_name']}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
+        f"{title_of(spec.data)}, {spec.split} images, one of each class, at {spec.model.image_size} pixels, and "
         f"what the discrete VAE of seed {spec.seed} gives back from {spec.model.grid**2} tokens an image, of "
         f"{spec.model.vocabulary} that there are. The table has all {len(data):,} images."
     )

@@ -16,7 +16,7 @@ import pandas as pd
 from lab import paths
 from lab.claims import evidence, judge, tuning
 from lab.claims.judge import Verdict, verdict_table
-from lab.data.cards import card
+from lab.data.cards import title_of
 from lab.experiments.catalogue import Runs, notebook
 from lab.experiments.profiles import Profile
 from lab.report import answer
@@ -310,7 +310,7 @@ def legend(p: Profile, kept: str) -> str:
     """The scale of a profile, and what the three kinds of columns are, in a few sentences."""
     images = f", {p.images:,} of the training images" if p.judged and p.images else ""
     return (
-        f"**Profile `{p.name}`**: {card(p.data)['pretty_name']} at {p.image_size} pixels, patches of {p.patch_size}, width "
+        f"**Profile `{p.name}`**: {title_of(p.data)} at {p.image_size} pixels, patches of {p.patch_size}, width "
         f"{p.width}, {p.pairs} pairs unless an arm says otherwise, {p.epochs} epochs{images}, seeds "
         f"{', '.join(map(str, p.seeds))}.\n\n"
         f"Columns: *paper* is ImageNet as printed; *committed reference* is what this project measured ({kept}); *this run* is "
@@ -327,7 +327,7 @@ def span(days: Iterable[str]) -> str:
 def data_names(runs: Runs) -> str:
     """The data sets of an experiment's arms."""
     data = dict.fromkeys(arm.spec.data for arm in runs.experiment.arms.values())
-    return "; ".join(card(name)["pretty_name"] for name in data)
+    return "; ".join(map(title_of, data))
 
 
 def about(runs: Runs) -> str:
