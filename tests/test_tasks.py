@@ -34,6 +34,7 @@ from vitlib.tasks.lora import add_adapters, merged
 from vitlib.tasks.predict import evaluate, predict
 from vitlib.tasks.pretrain import pretrain, probe
 from vitlib.tasks.trunk import hash_of, read_trunk, write_notes
+from vitlib.train.engine import resolve
 from vitlib.train.finetune import freeze, start_from, trainable
 
 torch.set_num_threads(1)
@@ -834,6 +835,8 @@ def test_a_plan_counts_memory_and_time_for_a_gpu_that_is_not_here(pets, trunk_fi
     assert most[0] < most[1] < most[2] and "full: 0:00:01 for a run on rtx4090" in full  # not in no time
     assert main(["plan", str(pets), "--from", str(trunk_file), "--device", "rtx409"]) == 2
     assert "unknown device 'rtx409'" in capsys.readouterr().err and not pets.with_name("runs").exists()
+    assert main(["plan", str(pets), "--from", str(trunk_file)]) == 0
+    assert f"for a run on {resolve('auto')}, " in capsys.readouterr().out
 
 
 # --- pre-training ---

@@ -136,6 +136,7 @@ def test_two_stores_are_the_same_where_their_numbers_are(change, tmp_path, capsy
     assert said.startswith(
         f"{int(change != 'another run')} runs in both, {int(code and change != 'another run')} of them differ"
     )
+    assert ("| top1 | 1 | 1 | 0.5 | 0.01 |" in " ".join(said.split())) == (change == "a metric")
     assert same.main([str(tmp_path / "one")]) == same.main([str(tmp_path / "one"), str(tmp_path / "nowhere")]) == 2
 
 

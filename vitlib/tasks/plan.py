@@ -15,7 +15,7 @@ from vitlib.errors import unknown
 from vitlib.tasks.compare import measure, step_bytes
 from vitlib.tasks.finetune import prepare
 from vitlib.train import loop
-from vitlib.train.engine import HERE
+from vitlib.train.engine import HERE, resolve
 
 
 class Device(NamedTuple):
@@ -43,6 +43,7 @@ def plan(
         raise unknown("device", device, (*HERE, *DEVICES))
     here = device if device in HERE else "cpu"
     job = prepare(folder, Path("runs"), weights, strategies, epochs, batch_size, image_size, labels, group, here)
+    where = device if device in DEVICES else resolve(device)
     steps, lines = loop.count_steps(job.recipe(1.0), len(job.data["train"])), []
     for strategy in strategies:
         model = job.start(strategy, 0)
@@ -58,7 +59,7 @@ def plan(
             seconds, most = measure(job, strategy).step_s, ""
         memory = f"{(fixed + batch_size * each) / 1e9:.2f} GB of memory"
         time = timedelta(seconds=math.ceil(steps * seconds))
-        lines.append(f"{strategy}: {time} for a run on {device}, {memory}{most}")
+        lines.append(f"{strategy}: {time} for a run on {where}, {memory}{most}")
     how = "one step, measured here" if device in HERE else f"{SHARE:.0%} of the maker's rate, assumed"
     about = f"hours:minutes:seconds from {how}; batches of {batch_size}, {epochs} epochs; a search of the rate is 3 runs or more"
     return "\n".join([*lines, about])
