@@ -36,8 +36,8 @@ class ViTConfig:
     layer_scale: float | None = None  # initial value; None = off. Released code: 1e-4; the paper gives none
     drop_path: float = 0.0  # stochastic-depth rate, the same in every layer as in the released code
     stem: str = "linear"
-    # None = the stem's own (`stems.STEMS`), which is what an equal value becomes, so that one model is one record and
-    # replace(config, stem=...) has the new stem's norm and activation.
+    # None = the stem's default (`stems.STEMS`). A value equal to the default is stored as None, so that equal models are equal
+    # records, and replace(config, stem=...) takes the new stem's norm and activation.
     stem_norm: str | None = None
     stem_act: str | None = None
     stem_width: int | None = None  # hidden channels of the hMLP stem; None = width / 4
@@ -87,7 +87,7 @@ class ViTConfig:
     def name(self) -> str:
         """The canonical name, e.g. "B18x2/16" or "W64-12x1/4"; fused: "B18x1/16 with 24 heads and FFN 6144"."""
         inner, ffn = self.inner or self.width, self.ffn_width or 4 * self.width
-        heads = self.heads * self.width // inner  # of a model that is not wider than its name says
+        heads = self.heads * self.width // inner  # of one branch, before `fuse`
         sizes = {size: name for name, size in WIDTHS.items()}
         width = sizes.get((self.width, heads), f"W{self.width}-")
         wide = f" with {self.heads} heads and FFN {ffn}" if (inner, ffn) != (self.width, 4 * self.width) else ""

@@ -26,7 +26,7 @@ def take(x: Tensor, rows: Rows) -> Tensor:
 
 
 class Reads(NamedTuple):
-    """What attention is told besides x."""
+    """Attention's inputs besides x: a bias on its logits, and the tokens whose output is needed."""
 
     relative: Tensor | None = None  # (H, N, N), added to the logits: BEiT's relative positions
     rows: Rows = None  # the M tokens that are read after the layer: nothing is computed for the others
@@ -36,7 +36,7 @@ ALL = Reads()
 
 
 def is_plain(module: nn.Module, *kinds: type) -> bool:
-    """Whether `module`, of one of these classes, does what its class does, so that its weights may be read instead.
+    """Whether `module` is exactly one of these classes, without hooks: its weights may then be used in place of a call.
 
     Adapters (LoRA), quantized layers and parametrizations are other classes; old weight norms and user code are hooks,
     on the module or on all modules, or a `forward` of the instance; quantized weights may be tensor subclasses.
@@ -67,10 +67,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, reads: Reads = ALL) -> T
         relative = relative[:, rows]  # (H, M, N), or (H, B, M, N) where each image has rows of its own
         relative = relative if relative.ndim == 3 else relative.transpose(0, 1)
     if relative is None or q.is_cuda:
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=relative)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=relative)
     else:  # PyTorch's CPU kernel takes no bias that trains; what it falls back to is slower than this
-        heard = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + relative).softmax(-1) @ v
-    return heard.transpose(1, 2).flatten(2)
+        attended = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + relative).softmax(-1) @ v
+    return attended.transpose(1, 2).flatten(2)
 
 
 def kept(draws: Tensor, rate: float, dtype: torch.dtype) -> Tensor:

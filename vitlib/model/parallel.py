@@ -6,7 +6,7 @@ Sequential, eq. (1), two layers:                     Parallel, eq. (2), the same
     x'''    = x''    + mhsa_2(x'')
     x''''   = x'''   + ffn_2(x''')
 
-If each residual r is small, r'(x + r(x)) is close to r'(x), under which both forms agree. Any number of branches
+If each residual r is small, r'(x + r(x)) is close to r'(x), and both forms nearly agree. Any number of branches
 works; one branch is the plain ViT. Nothing is divided by the number of branches, and every branch has a norm, a
 LayerScale and a stochastic-depth draw of its own, so that parameters and multiply-adds are those of eq. (1).
 
@@ -14,10 +14,10 @@ Released code: models_v2.py, Block_paralx2 and Layer_scale_init_Block_paralx2 (t
 
 Two executions of one model (Table 4):
 seq   eq. (2) as written, one branch after the other: what the released code and timm do
-par   at once: the branches' tensors are laid side by side at each call, so that K branches are one wide MHSA and one
+par   at once: the branches' tensors are concatenated at each call, so that K branches are one wide MHSA and one
       wide FFN. The same function with the same gradients up to rounding, so it trains, too. A layer with a part that
       must be called (an adapter, a hook, a quantized matrix) runs as seq
-(`weights.fuse` lays them side by side for good, for inference and export.)
+(`weights.fuse` concatenates them once and for all, for inference and export.)
 
 Why `par` is exact: all branches read the same x, so they share LayerNorm's normalisation, and its affine part folds
 into the matrix after it; LayerScale folds into the matrix before it; and a sum of matrix products is one product of
@@ -41,7 +41,7 @@ EXECUTIONS = ("seq", "par")
 
 
 class ParallelLayer(nn.Module):
-    """One layer of K branches: eq. (2), with K = 1 half of eq. (1). (B, N, D) -> (B, M, D)."""
+    """One layer of K branches: eq. (2); with K = 1 a layer of the plain ViT. (B, N, D) -> (B, M, D)."""
 
     execution = "seq"
 
@@ -67,8 +67,8 @@ class ParallelLayer(nn.Module):
         # each branch has draws of its own, (B,)
         of_mhsa, of_ffn = ([None] * len(r) for r in (self.mhsa, self.ffn)) if draws is None else draws.unbind(1)
         # eq. (2)
-        heard = sum(r(x, draw, reads) for r, draw in zip(self.mhsa, of_mhsa, strict=True))
-        x = take(x, reads.rows) + heard
+        attended = sum(r(x, draw, reads) for r, draw in zip(self.mhsa, of_mhsa, strict=True))
+        x = take(x, reads.rows) + attended
         return x + sum(r(x, draw) for r, draw in zip(self.ffn, of_ffn, strict=True))
 
 
@@ -94,8 +94,8 @@ def at_once(layer: ParallelLayer, x: Tensor, draws: Tensor | None, reads: Reads)
     if reads.relative is not None:  # the same for the heads of every branch
         reads = reads._replace(relative=reads.relative.repeat(K, 1, 1))
     q, k, v = project(_normalised(x), *wide["qkv"], reads.rows)  # (B, N, K D) each
-    heard = attend(q, k, v, K * layer.mhsa[0].f.heads, reads)
-    x = take(x, reads.rows) + _sum(heard, *wide["proj"], keep[0])
+    attended = attend(q, k, v, K * layer.mhsa[0].f.heads, reads)
+    x = take(x, reads.rows) + _sum(attended, *wide["proj"], keep[0])
     hidden = F.gelu(F.linear(_normalised(x), *wide["fc1"]))  # (B, M, K F)
     return x + _sum(hidden, *wide["fc2"], keep[1])
 
@@ -149,9 +149,9 @@ PLAIN = (nn.LayerNorm, MHSA, FFN, nn.Linear)
 
 
 def obstacle(layer: ParallelLayer) -> str | None:
-    """Why the branches of a layer cannot be laid side by side, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can.
+    """Why the branches of a layer cannot be concatenated, e.g. "mhsa.0.f.qkv is a LoraLayer"; None: they can.
 
-    Asked at each call of `par`, so that nothing is missed that was put in since, and therefore quick.
+    Checked at each call of `par`, since an adapter or a hook may be added at any time; so it must be quick.
     """
     for part, branches in (("mhsa", layer.mhsa), ("ffn", layer.ffn)):
         for k, r in enumerate(branches):

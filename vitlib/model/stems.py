@@ -5,8 +5,8 @@ kernel equals its stride, so no pixel of one patch reaches another: masking a pa
 token after it is the same. The convolutional stem has 3x3 kernels with stride 2, which overlap, so masked pixels
 leak into visible tokens. In the local-transformer stem a small transformer works inside of each patch alone.
 
-A stem is a function (or class) of the configuration and one entry of `STEMS`, with its norm, its activation and what it
-refuses; `ViTConfig` asks there.
+A stem is a function (or class) of the configuration and one entry of `STEMS`, with its default norm and activation and the
+configurations that it refuses; `ViTConfig` looks them up there.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def hmlp_kernels(patch_size: int) -> tuple[int, int, int]:
 
     Paper: the text says it starts from 2x2 patches; Figure 5, Algorithm 1, the released code (for patches of 16 alone)
     and the printed 17.73 GFLOPs say 4, 2, 2. The last map then reads 2x2 places of D/4 channels, D numbers, and so it
-    does here at every P that 4 divides; at other even P it reads two places of two each.
+    does here at every even P; where 4 does not divide P, the second map is 1x1.
     """
     return (patch_size // 4, 2, 2) if patch_size % 4 == 0 else (patch_size // 2, 1, 2)
 
@@ -196,12 +196,12 @@ def local_refuses(config: Patches) -> str | None:
 
 
 class Kind(NamedTuple):
-    """A stem as a configuration knows it."""
+    """What `ViTConfig` needs to know of a stem."""
 
     make: Callable[[Patches], Stem]
     norm: str = "none"  # what it has unless told otherwise (Table 7)
     act: str = "none"
-    hidden: bool = False  # whether `stem_width` says something about it
+    hidden: bool = False  # whether it has hidden channels, whose number is `stem_width`
     refuses: Callable[[Patches], str | None] = lambda config: None  # why it cannot be built, in one sentence
 
 
@@ -219,7 +219,8 @@ def make_stem(config: Patches) -> Stem:
 
 @torch.no_grad()
 def leak_map(stem: nn.Module, images: Tensor, others: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """How far each token moves, over the mean token's length, when masked pixels become those of `others`: (N,), mean over images.
+    """How far each token moves, relative to the mean norm of a token, when masked pixels become those of `others`: (N,), mean
+    over images.
 
     mask: bool, in the shape of the grid, True = masked. 0 means equal to the last bit.
     """

@@ -31,8 +31,8 @@ class ViT(nn.Module):
     3x4 start from identical tensors, and arms with different stems from identical blocks.
     """
 
-    # The last layer computes only the tokens that are read after it, e.g. the class token: the same logits for up to
-    # 10/12 of a layer less. False: every token, as the paper's multiply-adds are counted.
+    # The last layer computes only the tokens that are read after it, e.g. the class token: the same logits, and up to 10/12
+    # of that layer's multiply-adds are saved. False: every token, as the paper's multiply-adds are counted.
     skip_unread = True
     # True: a layer's activations are not kept for the backward pass but computed again. Non-reentrant: the reentrant form
     # finds nothing to differentiate in the first layer when the stem and the positions are frozen.
@@ -152,7 +152,7 @@ class RelativeBias(nn.Module):
 
 @torch.no_grad()
 def initialise(model: ViT, seed: int) -> None:
-    """Fill every parameter of `model` in place; each tensor has its generator. On the meta device there is nothing to fill."""
+    """Fill every parameter of `model` in place; each tensor has its own random generator. On the meta device there is nothing to fill."""
     config = model.config
     if model.cls_token.is_meta:
         return

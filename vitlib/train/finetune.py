@@ -40,7 +40,7 @@ from vitlib.train.protocol import LossFunction, Protocol, State
 
 @dataclass(frozen=True)
 class Role:
-    """Layers that a strategy trains: their classes, and words in the name or class of what may be such a layer too."""
+    """The kind of layer that a strategy trains: its known classes, and the words in a name that make others suspect."""
 
     classes: tuple[type, ...]
     words: tuple[str, ...]
@@ -52,7 +52,7 @@ class Role:
         return theirs or isinstance(module, self.classes)
 
     def suspects(self, name: str, module: nn.Module) -> bool:
-        """By its name or class, `module` has this role, and is more than a list of layers that are known."""
+        """Whether `module` looks like this role by its name or class, and is no mere container of known layers."""
         text = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         # a list `attns`, or an AttentionBlock with norms beside its attention, is read by what it holds
         holds_known = any(map(self.is_of, module.modules()))
@@ -93,7 +93,7 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     kept = ids(heads(model, needed=strategy == "head"))
     kept |= {id(p) for name, p in named.items() if POSITIONS.search(name)}
     kept |= ids(m for m in model.modules() if isinstance(m, RelativeBias))
-    # what the strategy is called after
+    # what the strategy is named after
     if strategy in ("attn", "ffn", "fc1"):
         kept |= of_role(model, strategy, kept)
     elif last:
@@ -142,7 +142,7 @@ def norms(model: nn.Module) -> set[int]:
 def heads(model: nn.Module, needed: bool) -> list[nn.Module]:
     """The classifiers of a model: several in distilled ones. needed: they must have parameters."""
     model = unwrapped(model)
-    # what timm says, a tuple for distilled models, then what is called as heads are
+    # timm's own answer (a tuple for distilled models), then attributes with the names of heads
     given = model.get_classifier() if hasattr(model, "get_classifier") else ()
     found = [*(given if isinstance(given, tuple) else (given,)), *(getattr(model, name, None) for name in HEADS)]
     found = [module for module in found if isinstance(module, nn.Module)]
@@ -159,7 +159,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def freeze(model: nn.Module, strategy: str) -> list[str]:
-    """Set `requires_grad` as the strategy says; the names that stay trainable. Raises UsageError as `trainable`."""
+    """Set `requires_grad` as the strategy says; returns the names that train. Raises UsageError as `trainable`."""
     # DDP waits for the gradients of what trained when it was made
     if isinstance(model, nn.Module) and any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         raise UsageError("freeze the model before DistributedDataParallel wraps it: model.module is what it wraps")

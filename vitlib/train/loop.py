@@ -30,9 +30,9 @@ def train(
     on_step: Callable[[int, int], None] = lambda step, steps: None, engine: Engine = CPU, ema: ModelEmaV3 | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[Step]:  # fmt: skip
-    """Train `model` in place on the images `rows` of `data`; the history, one entry per step.
+    """Train `model` in place on the images `rows` of `data`; returns the history, one entry per step.
 
-    Bit for bit the same on one machine's CPU and one thread for the same seed, also where it goes on from a checkpoint.
+    Bit for bit the same on one machine's CPU and one thread for the same seed, also when it resumes from a checkpoint.
     `ema`, the moving average, follows every step. `on_step(step, steps)` is called after every step. Raises
     NonFiniteLoss at the first loss that is not finite.
     """
@@ -57,7 +57,7 @@ def train(
         for batch in data.epoch_batches(rows, seed, epoch, recipe, engine.shard, skip=done):
             # the learning rate of this step
             schedule.step_update(len(history))
-            # forward and backward, part by part; weighted by their images the parts' losses add up to the batch's mean
+            # forward and backward, part by part; weighted by their numbers of images the parts' losses add up to the batch's mean
             optimizer.zero_grad()
             total = torch.zeros((), device=engine.device)
             for part in engine.move(batch).parts(parts):  # images (B, C, H, W)

@@ -52,7 +52,7 @@ def block_masks(seed: int, epoch: int, index: np.ndarray, grid: int, masked: int
         if not len(todo):
             break
         area, aspect, top, left = proposal[:, todo]
-        # Between the smallest block and what is missing, whichever is larger: a last block may overlap others.
+        # An area between the smallest block and the number of missing patches, whichever of the two is larger.
         area = smallest + area * (missing[todo] - smallest)
         aspect = MIN_ASPECT ** (1 - 2 * aspect)  # log-uniform
         height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
