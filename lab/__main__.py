@@ -12,7 +12,7 @@ from pathlib import Path
 import lab
 from vitlib.__main__ import Parser, whole
 from vitlib.errors import UsageError, unknown
-from vitlib.files import check_target
+from vitlib.files import check_target, write_figure
 
 
 def main(words: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ SLURM = ("partition", "gpus", "nodes", "cpus", "memory_gb", "hours")  # what is 
 
 
 def parser() -> argparse.ArgumentParser:
-    top = Parser(prog="python -m lab", description=lab.__doc__.splitlines()[0])
+    top = Parser(prog="python -m lab", description=(lab.__doc__ or "lab").splitlines()[0])
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function, text: str, profile: str | None = None) -> argparse.ArgumentParser:
@@ -255,7 +255,7 @@ def show_(arguments) -> None:
     rows = answer.chosen(arguments.name, arguments.study)
     print(f"{answer.plain(rows)}\n\n{answer.where(arguments.study)}")
     if arguments.figure and (drawn := answer.figure(rows, answer.where(arguments.study))) is not None:
-        drawn.savefig(arguments.figure, dpi=200)
+        write_figure(arguments.figure, drawn, dpi=200)
         print(f"figure: {arguments.figure}")
 
 

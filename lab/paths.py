@@ -59,13 +59,16 @@ def _folder(variable: str, name: str) -> Path:
 @functools.cache
 def commit() -> str:
     """The commit of this checkout, with `+` where code or ledger was changed since; "unknown" outside git."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 10}
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+    }  # a hook's name its repository
+    options = {"cwd": ROOT, "env": own, "capture_output": True, "text": True, "timeout": 10}
     try:
         if not (ROOT / ".git").exists():  # inside of another repository
             return "unknown"
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "vitlib", "lab", "outputs/paper"], **options
+            ["git", "status", "--porcelain", "--untracked-files=normal", "vitlib", "lab", "outputs/paper"], **options
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

@@ -50,6 +50,12 @@ BAD = {
     "processes with SLURM": (["run", "--slurm", "jobs", "--processes", "2"], "are of this machine"),
     "GPUs without a device": (["plan", "--gpus", "2"], "--gpus says nothing without --device"),
     "a rate without a device": (["plan", "--rate", "2"], "--rate says nothing without --device"),
+    "a digit of another script": (["plan", "--jobs", "\u0663"], "argument --jobs: '\u0663' given, allowed are whole numbers"),
+    "two signs": (["plan", "--jobs=--3"], "argument --jobs: '--3' given, allowed are whole numbers"),
+    "a search without rates": (["tune", "--profile", "imagenet"], "unknown profile with rates to search: 'imagenet': allowed are"),
+    "a parameter that is no number": (["reproduce", "--profile", "smoke", "--notebook", "31", "--set", "lr=nan"], "parameter lr of 31_fig1_branches is of type float, which 'nan' is not"),
+    "a parameter without end": (["reproduce", "--profile", "smoke", "--notebook", "31", "--set", "lr=1e400"], "which '1e400' is not"),
+    "an export over a notebook": (["export", "notebooks/31_fig1_branches.ipynb"], "allowed is a file that ends in .jsonl"),
     "a number of restarts": (["bench", "branches", "--restarts", "-1"], "allowed are whole numbers from 0"),
     "a file to import": (["import", "nowhere.jsonl"], "there is no file nowhere.jsonl to read"),
     "a profile of claims": (["claims", "--profile", "Study"], "did you mean 'study'?"),
@@ -219,13 +225,19 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch):
     assert (paths.outputs(), paths.runs()) == (paths.ROOT / "outputs", paths.ROOT / "outputs" / "runs")
 
 
-@pytest.mark.parametrize("path", ["{0}", "{0}/nowhere/runs.jsonl", "{0}/file/runs.jsonl"])
+@pytest.mark.parametrize("path", ["{0}", "{0}/file/runs.jsonl", "{0}/pipe.jsonl", "{0}/runs.txt"])
 def test_a_file_that_export_cannot_write_is_one_sentence(path, capsys, tmp_path):
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.jsonl")
     assert main(["export", path.format(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "export writes a file, for example runs.jsonl" in said and said.count("\n") == 1
-    assert not (tmp_path / "nowhere").exists()
+    assert "allowed is a file that ends in .jsonl" in said and said.count("\n") == 1
+
+
+def test_a_folder_for_what_is_written_is_made(capsys, tmp_path):
+    assert main(["export", str(tmp_path / "new" / "runs.jsonl")]) == 0
+    assert main(["show", "F1", "--figure", str(tmp_path / "other" / "F1.png")]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["F1.png", "runs.jsonl"]
 
 
 def test_a_disk_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, tmp_path):
@@ -286,6 +298,9 @@ def test_a_commit_is_that_of_this_checkout_or_unknown(monkeypatch, tmp_path):
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(paths, "ROOT", tmp_path / "inside")
         assert commit() == "unknown"
+    here = commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # as in a hook of another repository
+    assert commit() == here
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert commit() == "unknown"
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -873,6 +874,109 @@ def test_cells_that_are_no_encoded_images_are_refused(what, tmp_path):
         read_folder(tmp_path, "train")
 
 
+def columns(*names, cells=None, classes=None):
+    """A table of two images; `classes` are written as `datasets` does."""
+    given = {"image": pa.array([encoded(1), encoded(2)]), "label": pa.array([0, 1])} | (cells or {})
+    about = {"huggingface": json.dumps({"info": {"features": {"label": {"names": classes}}}})} if classes else None
+    return pa.Table.from_arrays([given[name] for name in names], names, metadata=about)
+
+
+BOTH = ("image", "label")
+SHARDS = {
+    "images twice": ([columns("image", *BOTH)], "has the columns image, image, label: allowed are one of"),
+    "labels twice": ([columns(*BOTH, "label")], "has the columns image, label, label: allowed are one of"),
+    "classes in another order": ([columns(*BOTH, classes=names) for names in (["a", "b"], ["b", "a"])], "train-1.parquet has other"),
+    "labels of another type": ([columns(*BOTH), columns(*BOTH, cells={"label": pa.array(["a", "b"])})], "train-1.parquet has other"),
+    "a shard without labels": ([columns(*BOTH), columns("image")], "train-1.parquet has the columns image: allowed are"),
+    "two classes of one name": ([columns(*BOTH, classes=["a", "a"])], "and the like are called 'a': allowed is one name each"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHARDS)
+def test_shards_whose_labels_could_mean_something_else_are_refused(what, tmp_path):
+    tables, said = SHARDS[what]
+    for number, whole in enumerate(tables):
+        pq.write_table(whole, tmp_path / f"train-{number}.parquet")
+    with pytest.raises(UsageError, match=re.escape(said)) as error:
+        read_folder(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_class_folders_of_one_name_in_two_unicode_forms_are_refused(tmp_path):
+    for number, name in enumerate(("caf\u00e9", "cafe\u0301")):
+        write(tmp_path / "train" / name / "0.jpg", number)
+    with pytest.raises(UsageError, match="are called 'caf\u00e9': allowed is one name each"):
+        read_folder(tmp_path, "train")
+
+
+@pytest.mark.parametrize("place", ["n02", "n02/below"])
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(place, tmp_path, monkeypatch):
+    """Root may read every folder."""
+    write(class_folders(tmp_path) / "train" / "n02" / "below" / "9.jpg", 9)
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=rf"^folder \S*/{place} cannot be read \(Permission denied\)$"):
+        read_folder(tmp_path, "train")
+
+
+def test_a_link_that_leads_to_itself_is_no_class(tmp_path):
+    (class_folders(tmp_path) / "train" / "loop").symlink_to("loop")
+    assert read_folder(tmp_path, "train").classes == ("n01", "n02", "n03")
+
+
+def as_bytes(image, form, **options):
+    image.save(file := io.BytesIO(), form, **options)
+    return file.getvalue()
+
+
+ODD_IMAGES = {
+    "a program in PostScript": (lambda: as_bytes(picture(1), "EPS"), r"cannot be read \(UnidentifiedImageError\)"),
+    "a TIFF without its size": (lambda: as_bytes(picture(1), "TIFF").replace(b"\x00\x01\x04\x00", b"\xff\x01\x04\x00"), "cannot be read"),
+    "values of 32 bits": (lambda: as_bytes(Image.new("I", (9, 9), 70_000), "TIFF"), "has values from 70000 to 70000: allowed are 0 to 65535"),
+    "values below 0": (lambda: as_bytes(Image.new("I", (9, 9), -1), "TIFF"), "has values from -1 to -1"),
+    "a film": (lambda: as_bytes(picture(1), "PNG", save_all=True, append_images=[picture(2)]), "holds 2 images"),
+    "nothing": (lambda: b"", "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ODD_IMAGES)
+def test_what_is_called_an_image_and_is_none_that_can_be_read_is_named(what, tmp_path):
+    make, said = ODD_IMAGES[what]
+    (write(tmp_path / "train" / "a" / "x.jpg", 1)).write_bytes(make())
+    with pytest.raises(UsageError, match=rf"x\.jpg {said}"):
+        read.decode(read_folder(tmp_path, "train").rows, 0)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "a damaged copy", "no room"])
+def test_a_copy_of_large_tables_that_cannot_be_had_is_named(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "IN_MEMORY", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = read_folder(parquet(tmp_path / "a"), "train").rows
+    if fault == "no folder":
+        (tmp_path / "cache").touch()
+    else:
+        read.decode(rows, 0)
+        (copy,) = (tmp_path / "cache" / "vitlib").iterdir()
+        copy.write_bytes(copy.read_bytes()[:-50])
+    if fault == "no room":
+        copy.unlink()
+        monkeypatch.setattr(
+            read.pa.ipc, "new_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+    read._cells.cache_clear()
+    with pytest.raises(
+        UsageError, match=r"\.arrow'? (is damaged|cannot be written in)|^no room on disk for \S*\.arrow$"
+    ):
+        read.decode(rows, 0)
+    read._cells.cache_clear()
+
+
 METADATA = ("null", "[]", "{", '{"info": 5}', '{"info": {"features": []}}', "[" * 99_999,
             '{"info": {"features": {"label": {"names": 5}}}}', '{"info": {"features": {"label": {"names": [1]}}}}')  # fmt: skip
 
@@ -903,6 +1007,7 @@ MEMBERS = {
     "a label without end": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"9" * 4000)],
     "a label of 10^12": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"1000000000000")],
     "a label of 10^18": [("a.png", tarfile.REGTYPE, b"x"), ("a.cls", tarfile.REGTYPE, b"9999999999999999999")],
+    "two images of one name": [(f"a.{k}", tarfile.REGTYPE, b"0") for k in ("png", "jpg", "cls")],
     "nothing": [],
 }  # fmt: skip
 

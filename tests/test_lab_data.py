@@ -1061,6 +1061,9 @@ def test_an_odd_devkit_of_stanford_cars_is_one_sentence(content, tmp_path):
         "---\na: [\n---\n",
         "---\na: 1\n---\n",
         "---\n!!python/object/apply:os.getcwd []\n---\n",
+        "---\n\tvitlib: {}\n---\n",
+        "---\nvitlib: {mean: 1, mean: 2}\n---\n",
+        "---\na: &a [1, 1]\nvitlib: {b: [*a, *a]}\n---\n",
     ],
 )
 def test_a_broken_card_is_one_sentence(text, tmp_path):

@@ -44,18 +44,21 @@ def test_a_users_settings_do_not_reach_a_kernel(tmp_path, monkeypatch):
     long.mkdir()
     surroundings = {
         "MATPLOTLIBRC": tmp_path / "own.rc", "PYTHONSTARTUP": tmp_path / "startup.py", "JUPYTER_PATH": tmp_path / "data",
-        "JUPYTER_RUNTIME_DIR": long, "TMPDIR": long, "IPYTHONDIR": long,
+        "JUPYTER_RUNTIME_DIR": long, "TMPDIR": long, "IPYTHONDIR": long, "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2",
+        "MPLBACKEND": "module://a_backend_of_another_notebook",
     }  # fmt: skip
     for name, value in surroundings.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(files.tempfile, "tempdir", None)  # or it would be remembered
     before = dict(os.environ)
     shown = rendered(
-        tmp_path, "import sys, matplotlib as mpl, lab", "print(mpl.rcParams, sys.executable, lab.__file__)"
+        tmp_path,
+        "import sys, matplotlib as mpl, lab, matplotlib.pyplot",
+        "print(mpl.rcParams, sys.executable, lab.__file__, __debug__, sys.warnoptions)",
     )
     with mpl.rc_context(mpl.rcParamsDefault):
         assert f"lines.linewidth: {mpl.rcParams['lines.linewidth']}" in shown and "text.usetex: False" in shown
-    assert sys.executable in shown and str(paths.ROOT) in shown
+    assert sys.executable in shown and str(paths.ROOT) in shown and shown.endswith("True []\n")
     assert dict(os.environ) == before and os.listdir(long) == []
 
 

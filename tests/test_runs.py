@@ -356,7 +356,7 @@ def test_a_result_keeps_which_images_of_imagenet_v2_were_right_and_older_results
 
 def test_export_names_a_run_that_it_cannot_write_and_refuses_a_folder(run_store, tmp_path):
     execute.execute(TINY)
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="is there and is no file"):
         store.export_runs(tmp_path)
     (run_store / TINY.hash / "spec.json").write_text("{")
     with pytest.raises(UsageError, match=f"the run {TINY.hash} .* is not in the form of this version"):
@@ -409,6 +409,13 @@ POISON = {
     "metrics that are a list": lambda spec, result: (spec, TINY.hash, result | {"metrics": []}),
     "bits that are a number": lambda spec, result: (spec, TINY.hash, result | {"correct": 5}),
     "no bits for an image": lambda spec, result: (spec, TINY.hash, result | {"correct": {"images": 8, "bits": ""}}),
+    "an accuracy without bits": lambda spec, result: (spec, TINY.hash, result | {"correct": None}),
+    "seconds that are no number": lambda spec, result: (spec, TINY.hash, result | {"cpu_s": math.nan}),
+    "seconds without end": lambda spec, result: (spec, TINY.hash, result | {"wall_s": 10**400}),
+    "a truth for memory": lambda spec, result: (spec, TINY.hash, result | {"mem_mb": True}),
+    "an infinite loss": lambda spec, r: (spec, TINY.hash, r | {"metrics": r["metrics"] | {"loss": math.inf}}),
+    "checksums in a list": lambda spec, result: (spec, TINY.hash, result | {"sha256": []}),
+    "checksums that are numbers": lambda spec, result: (spec, TINY.hash, result | {"files": {"train": 5}}),
 }
 
 
@@ -423,6 +430,24 @@ def test_a_poisoned_line_is_not_imported(what, tmp_path, run_store, monkeypatch)
     with pytest.raises(UsageError, match=r"line 1 of runs\.jsonl is not a run"):
         store.import_runs(tmp_path / "runs.jsonl")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_is_there_twice_is_not_imported(tmp_path, run_store):
+    execute.execute(TINY)
+    store.export_runs(tmp_path / "runs.jsonl")
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write((tmp_path / "runs.jsonl").read_text().replace('"wall_s": ', '"wall_s": 1'))
+    with pytest.raises(UsageError, match=r"line 2 of runs\.jsonl is not a run \(ValueError: line 1 has the same one\)"):
+        store.import_runs(tmp_path / "runs.jsonl")
+
+
+@pytest.mark.parametrize("name", ["spec", "result"])
+def test_a_pipe_in_the_store_is_not_waited_for(name, run_store, tmp_path):
+    execute.execute(TINY)
+    (run_store / TINY.hash / f"{name}.json").unlink()
+    os.mkfifo(run_store / TINY.hash / f"{name}.json")
+    with pytest.raises(UsageError, match=rf"the run {TINY.hash} .* is not in the form of this version"):
+        store.export_runs(tmp_path / "runs.jsonl")
 
 
 def test_a_stored_spec_that_is_no_spec_stops_no_plan(run_store):

@@ -221,6 +221,7 @@ LABELS = {
     "2 images of .* have no label in .*, the first is 2.png": [("0.png", "a"), ("1.png", "b")],
     "line 2 of .* has a label of 9,999 characters: allowed are 255": [("0.png", "9" * 9999), ("1.png", "1")],
     "names 0.png more than once": [("0.png", "a"), ("0.png", "b")],
+    "names 1.png more than once": [("0.png", "a"), ("1.png", "b"), (".//1.png", "b")],
 }
 
 
@@ -356,11 +357,33 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(sentence, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+NUMBERS = {
+    compare: ({"seeds": "5"}, {"seeds": 2.5}, {"seeds": math.nan}, {"seeds": True}, {"margin": "1"}, {"margin": None}, {"margin": True}),
+    pretrain: ({"seed": math.nan}, {"seed": -1}, {"seed": True}, {"seed": np.int64(1)}, {"seed": "x"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=lambda command: command.__name__)
+def test_what_is_no_number_of_a_command_is_one_sentence(command, pets, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.loop, "train", lambda *_, **__: pytest.fail("something was trained"))
+    for given in NUMBERS[command]:
+        with pytest.raises(
+            UsageError, match=r"cannot be compared: allowed are|^seed is .*: allowed are whole numbers from 0"
+        ):
+            command(pets, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
 WORDS = {
     "a word is empty: give a value, or leave it out": ["predict", "", "x.png"],
     "--csv= is empty": ["predict", "{0}/model", "{0}/x.png", "--csv="],
     "--seed: '-1' given, allowed are whole numbers from 0 to 2,147,483,647": ["finetune", "{0}", "--out", "{0}/out", "--seed", "-1"],
     "--image-size: '0' given, allowed are whole numbers from 1 to 10,000": ["pretrain", "{0}", "--out", "{0}/out", "--image-size", "0"],
+    "--epochs: '\u0663' given": ["plan", "{0}", "--epochs", "\u0663"],
+    "--epochs: '--3' given": ["plan", "{0}", "--epochs=--3"],
+    "/ is there and holds something else": ["finetune", "{0}/pets", "--out", "/"],
+    "allowed is a file that ends in .csv": ["predict", "{0}/model", "{0}/pets", "--csv", "{0}/pets/cat/0.png"],
+    "allowed is a file that ends in .onnx": ["export-model", "{0}/model", "--onnx", "{0}/pets/cat/0.png"],
     "--seeds: '1000000000000' given": ["compare", "{0}", "--out", "{0}/out", "--seeds", "1" + "0" * 12],
     "--epochs: '1e3' given": ["plan", "{0}", "--epochs", "1e3"],
     "--lr: 'fast' given, allowed are auto and numbers above 0": ["finetune", "{0}", "--out", "{0}/out", "--lr", "fast"],
@@ -402,6 +425,10 @@ NOTES = {
     "a mean of texts": {"mean": ["a", "b", "c"]},
     "a mean that is not a number": {"mean": [math.nan] * 3},
     "a deviation of 0": {"std": [0.5, 0, 0.5]},
+    "a deviation of almost 0": {"std": [1e-300] * 3},
+    "a mean without end": {"mean": [1e300] * 3},
+    "truths for a mean": {"mean": [True] * 3},
+    "a class twice": {"classes": ["cat", "cat", "owl"]},
     "a short deviation": {"std": [0.5]},
     "no classes": {"classes": None},
     "classes that are numbers": {"classes": [0, 1, 2]},
@@ -446,6 +473,39 @@ def test_what_a_command_has_written_and_something_has_damaged_is_named(pets, tmp
         with pytest.raises(UsageError, match=r"test\.npy is damaged and cannot be read"):
             right_on_test(run, job)
     assert not Code.ran
+
+
+@pytest.mark.parametrize("name", ["result.json", "best.safetensors", "split.csv", "runs"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_trained(name, pets, tmp_path, trunk_file):
+    place = tmp_path / "out" / name
+    place.mkdir(parents=True) if name != "runs" else put(tmp_path / "out" / "x.png", 1).rename(place)
+    with pytest.raises(UsageError, match="is there and holds something else: give another place"):
+        finetune(pets, tmp_path / "out", trunk_file)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("names", [("C", "C++", "C#"), ("-1", "1", "1.0")])
+def test_classes_whose_names_differ_in_signs_are_classes(names, tmp_path):
+    assert sorted(read_task(class_folders(tmp_path / "data", names), VIEW).data.classes) == sorted(names)
+
+
+def test_a_name_that_is_not_utf8_is_printed_and_written(pets, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    save(ViT(vit_config("W32-1x1/4", image_size=16, num_classes=3)), path, write_notes(VIEW, ("a", "b", "c")))
+    (pets / "cat" / "0.png").rename(f"{pets}/cat/caf\udce9.png")
+    assert main(["predict", str(path), str(pets / "cat"), "--csv", str(tmp_path / "said.csv")]) == 0
+    for said in (capsys.readouterr().out, (tmp_path / "said.csv").read_text(encoding="utf-8")):
+        assert f"{pets}/cat/caf\\xe9.png" in said
+    with pytest.raises(UsageError, match="there is no image to look at"):
+        predict(path, [])
+
+
+def test_what_is_not_finite_is_not_predicted(pets, tmp_path):
+    model = ViT(vit_config("W32-1x1/4", image_size=16, num_classes=3))
+    model.head.weight.data[:] = 3e38
+    save(model, tmp_path / "model.safetensors", write_notes(VIEW, ("a", "b", "c")))
+    with pytest.raises(UsageError, match=r"says of these images is not finite: its weights cannot be right"):
+        predict(tmp_path / "model.safetensors", pets)
 
 
 def test_a_folder_of_something_else_is_not_written_into(pets, trunk_file):
@@ -585,7 +645,7 @@ def bank(request, tmp_path):
         with torch.no_grad():
             for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * k + i))
-        save_delta(model, bank.trunk, tmp_path / f"{name}.safetensors", write_notes(VIEW, ("x",) * (3 + k)))
+        save_delta(model, bank.trunk, tmp_path / f"{name}.safetensors", write_notes(VIEW, tuple(map(str, range(3 + k)))))
         bank.add(name, tmp_path / f"{name}.safetensors")
         whole[name] = model.requires_grad_(False)
     return bank, whole

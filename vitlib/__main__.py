@@ -21,7 +21,7 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
     """Reads a whole number from `least` to `most`."""
 
     def read(text: str) -> int:
-        if not (text.lstrip("-").isdecimal() and len(text) < 12 and least <= int(text) <= most):
+        if not (re.fullmatch(r"-?[0-9]{1,11}", text) and least <= int(text) <= most):
             raise argparse.ArgumentTypeError(f"{text[:40]!r} given, allowed are whole numbers from {least} to {most:,}")
         return int(text)
 
@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; its exit code. A mistake in what was asked for is one sentence and 2."""
-    top = Parser(prog="python -m vitlib", description=vitlib.__doc__.splitlines()[0])
+    top = Parser(prog="python -m vitlib", description=(vitlib.__doc__ or "vitlib").splitlines()[0])
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     text = "the installed versions; is the installation whole?"
     commands.add_parser("check", help=text, description=text).set_defaults(command=check)

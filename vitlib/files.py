@@ -8,6 +8,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import os
 import pathlib
 import platform
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 from vitlib.errors import UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from safetensors import safe_open
     from torch import Tensor
 
@@ -152,6 +154,13 @@ def write_table(path: Path | str, rows: Iterable[Sequence[object]]) -> None:
     """A CSV file, whole or not at all; the first row has the names of the columns."""
     with write_whole(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
+
+
+def write_figure(path: Path | str, figure: Figure, **options: object) -> None:
+    """A picture, whole or not at all, of the kind that the suffix names. Through memory: not every writer says that a disk is full."""
+    figure.savefig(picture := io.BytesIO(), format=Path(path).suffix[1:].lower(), **options)
+    with write_whole(path) as draft:
+        draft.write_bytes(picture.getvalue())
 
 
 def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -99,6 +99,9 @@ def _measured(source: Stored | Archived, part: Part, here: Part, blank: Verdict)
     for arm, runs in found.items():
         if said := _fault(source, part, arm, runs, n[arm]):
             return replace(blank, note=said)
+    sizes = {np.size(run.result.correct) for runs in found.values() for run in runs}  # 1 where there are no bits
+    if len(sizes) > 1 or 1 in sizes:
+        return replace(blank, note="its runs say of different numbers of images whether they are right")
     correct = {arm: np.stack([run.result.correct for run in runs]) for arm, runs in found.items()}
     inside = {arm: bracketed(of_arm["rates"], source.tried) for arm, of_arm in recipes.items() if of_arm["rates"]}
     judged = judge.judge(here, name, correct, recipes[next(iter(here.contrast))]["classes"], inside)

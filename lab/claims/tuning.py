@@ -17,7 +17,7 @@ from lab.claims.statistics import flat_part, middle
 from lab.data.cards import source
 from lab.experiments import small
 from lab.experiments.catalogue import Arms
-from lab.experiments.profiles import Profile, started
+from lab.experiments.profiles import PROFILES, Profile, started
 from lab.runs import store
 from lab.runs.spec import FIRST_TUNING_SEED, RunSpec
 from vitlib.errors import unknown
@@ -64,6 +64,8 @@ def _searches(few: int) -> Iterator[Search]:
 
 def searches(p: Profile, names: Sequence[str] = ()) -> dict[str, Search]:
     """The searches whose arms a profile has, or those of these names and the ones they come after."""
+    if not p.rates:
+        raise unknown("profile with rates to search:", p.name, [name for name, one in PROFILES.items() if one.rates])
     every = _searches(p.stems.few_labels)
     found = {one.rate: one for one in every if {*one.arms} <= {arm.label for arm in one.table(p)}}
     for name in names:

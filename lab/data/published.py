@@ -47,10 +47,24 @@ def read_card(path: Path) -> dict:
     return _parsed(path, path.stat().st_mtime_ns)
 
 
+class _Plain(yaml.SafeLoader):
+    """Without aliases, which grow without end, and without a key twice, of which the last would count."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        if len(found := super().construct_mapping(node, deep)) < len(node.value):
+            raise yaml.YAMLError(f"it has a key twice among {', '.join(map(str, found))}")
+        return found
+
+
 @functools.lru_cache(maxsize=64)
 def _parsed(path: Path, modified: int) -> dict:
     try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
+        card = _Plain(path.read_text(encoding="utf-8").split("---\n")[1]).get_single_data()
         if not isinstance(card["vitlib"], dict):
             raise TypeError("vitlib is no mapping")
         return card

@@ -167,11 +167,13 @@ LAYER_SCALE = 1e-4  # Released code: models_v2.py, init_scale; the paper states 
 def changed(p: Profile, seeds: int = 0, epochs: int = 0, pairs: int = 0, lr: float = 0.0, labels: int = 0) -> Profile:
     """A profile with a reader's own numbers in the place of its own; 0 changes nothing. lr: one rate for every arm.
 
-    Raises UsageError for a number below 0.
+    Raises UsageError for a number below 0, and for a fraction of what is counted.
     """
-    for name, value in {"seeds": seeds, "epochs": epochs, "pairs": pairs, "lr": lr, "labels": labels}.items():
-        if not 0 <= value < float("inf"):
-            raise UsageError(f"{name} is {value!r}: allowed are 0 (as the profile has it) and numbers above it")
+    for name, value in {"seeds": seeds, "epochs": epochs, "pairs": pairs, "labels": labels, "lr": lr}.items():
+        kinds = (int, float) if name == "lr" else (int,)
+        if type(value) not in kinds or not 0 <= value < float("inf"):
+            what = "" if name == "lr" else "whole "
+            raise UsageError(f"{name} is {value!r}: allowed are 0 (as the profile has it) and {what}numbers above it")
     stems = replace(p.stems, masked_epochs=epochs, supervised_epochs=epochs) if epochs else p.stems
     counts = {data: (labels,) for data in p.transfer_images} if labels else p.transfer_images
     return replace(

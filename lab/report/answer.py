@@ -73,7 +73,8 @@ def claim_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 def where(study: str) -> str:
     """On what the numbers were measured, as it was written with them."""
     path = paths.REFERENCE / study / "about.txt"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else "There is no committed study yet."
+    with intact(path):
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else "There is no committed study yet."
 
 
 # ---------------------------------------------------------------------------------------------------- words

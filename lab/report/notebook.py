@@ -33,7 +33,7 @@ from lab.report import answer, figures, tables
 from lab.runs import store
 from lab.runs.launch import launch
 from vitlib.errors import UsageError, unknown
-from vitlib.files import write_whole
+from vitlib.files import write_figure, write_whole
 
 
 def say(text: str) -> None:
@@ -89,10 +89,9 @@ class Page:
         if self.experiment and not caption:  # which says it otherwise
             answer.small_print(figure, self.about)
         # A fixed salt and no date: the same figure is the same file.
-        with mpl.rc_context({"svg.hashsalt": "vitlib"}), write_whole(path.with_suffix(".svg")) as draft:
-            figure.savefig(draft, metadata={"Date": None})
-        with write_whole(path.with_suffix(".png")) as draft:
-            figure.savefig(draft, format="png", dpi=200, metadata={"Software": None})
+        with mpl.rc_context({"svg.hashsalt": "vitlib"}):
+            write_figure(path.with_suffix(".svg"), figure, metadata={"Date": None})
+        write_figure(path.with_suffix(".png"), figure, dpi=200, metadata={"Software": None})
         display(answer.picture(figure, alt, dpi=100))
         if caption:
             say(f"*{caption}*")

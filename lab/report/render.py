@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -110,7 +111,13 @@ def reproduce(
         raise NotebookFailed("; ".join(failed))
 
 
-READ = {"str": str, "int": int, "float": float}  # the types of parameters, and what reads a text as one
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+READ = {"str": str, "int": int, "float": _finite}  # the types of parameters, and what reads a text as one
 
 
 def _parameters(notebook: Path, defaults: dict[str, object], settings: Sequence[str]) -> dict[str, object]:
@@ -254,7 +261,8 @@ def kernel_environment(**more: str):
             "PYTHONPATH": os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "VITLIB_PROGRESS": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **more,
         }  # fmt: skip
-        os.environ.pop("PYTHONSTARTUP", None)
+        for name in ("PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE", "PYTHONINSPECT", "MPLBACKEND"):
+            os.environ.pop(name, None)
         try:
             yield
         finally:

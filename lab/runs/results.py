@@ -11,6 +11,7 @@ import base64
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,13 @@ class Result:
         named = {name: about.pop(name) for name in ("hash", "metrics", "ledger")}
         packed = about.pop("correct"), about.pop("correct_v2", None)
         numbers = [*named["metrics"].values(), *(about[name] for name in NUMBERS)]
-        texts = [named["hash"], *named["ledger"].values(), *(about[name] for name in ABOUT if name not in NUMBERS)]
-        if not (all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)):
-            raise TypeError("a number or a text is of another type")
+        texts = [named["hash"], *(about[name] for name in ABOUT if name not in NUMBERS), *named["ledger"].values()]
+        texts += [text for name in ("files", "sha256") for text in about.get(name, {}).values()]
+        finite = all(type(n) in (int, float) and abs(n) <= sys.float_info.max for n in numbers)
+        if not (finite and all(isinstance(text, str) for text in texts)):
+            raise TypeError("a number or a text is of another type, or not finite")
+        if ("top1" in named["metrics"]) != (packed[0] is not None):
+            raise ValueError("an accuracy without its bits")
         correct, correct_v2 = map(_unpacked, packed, (named["metrics"],) * 2, ("top1", "top1_v2"))
         return cls(correct=correct, about=about, correct_v2=correct_v2, **named)
 
@@ -91,12 +96,15 @@ def parsed(run: dict) -> tuple[dict, Result]:
 
 def read_runs(path: str | Path) -> Iterator[tuple[dict, Result]]:
     """Each run of a `runs.jsonl`, as `parsed`. Raises UsageError for a line that is not a run."""
-    path = Path(path)
+    path, seen = Path(path), {}
     if not path.is_file():
         raise UsageError(f"there is no file {path} to read: a runs.jsonl is what `export` writes")
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            yield parsed(json.loads(line))
+            record, result = parsed(json.loads(line))
+            if seen.setdefault(result.hash, number) != number:
+                raise ValueError(f"line {seen[result.hash]} has the same one")
+            yield record, result
         except FAULTS as fault:
             raise UsageError(f"line {number} of {path.name} is not a run ({type(fault).__name__}: {fault})") from fault
 
@@ -122,8 +130,10 @@ class Archive:
         try:
             with table.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    self._arms.setdefault((row["notebook"], row["arm"]), {})[int(row["seed"])] = row["run"]
-        except (OSError, KeyError, ValueError) as fault:
+                    seed, runs = int(row["seed"]), self._arms.setdefault((row["notebook"], row["arm"]), {})
+                    if runs.setdefault(seed, row["run"]) != row["run"]:
+                        raise ValueError(f"arm {row['arm']!r} has two runs of seed {seed}")
+        except (OSError, csv.Error, *FAULTS) as fault:
             raise UsageError(f"{table} is no table of arms ({type(fault).__name__}: {fault})") from fault
         self.seeds = tuple(sorted({seed for by_seed in self._arms.values() for seed in by_seed}))
         for (notebook, arm), by_seed in self._arms.items():  # an arm may have fewer seeds than others, the first ones

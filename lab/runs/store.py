@@ -26,6 +26,7 @@ from lab.runs.spec import RunSpec
 from vitlib.errors import UsageError
 from vitlib.files import (
     abandoned,
+    check_target,
     draft_name,
     intact,
     no_room,
@@ -51,8 +52,11 @@ def folders() -> list[Path]:
 
 def read(folder: Path) -> tuple[dict, Result]:
     """What was trained (`RunSpec.record`), and the result. Raises UsageError for what is damaged or of another version."""
+    files = [folder / f"{name}.json" for name in ("spec", "result")]
     try:
-        run = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("spec", "result")}
+        if not all(file.is_file() for file in files):  # a pipe would be waited for
+            raise FileNotFoundError("spec.json or result.json is not there")
+        run = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
         record, result = parsed(run)
         if result.hash != folder.name:
             raise ValueError(f"it says {result.hash}")
@@ -171,9 +175,7 @@ def sweep_store() -> None:
 
 def export_runs(path: Path, names: Collection[str] | None = None) -> int:
     """Write every run of the store, or those of these hashes, to a `runs.jsonl`, by hash, without weights; how many."""
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        fault = "a folder" if path.is_dir() else "in no folder that is there"
-        raise UsageError(f"{path} is {fault}: export writes a file, for example runs.jsonl")
+    check_target(path, (".jsonl",))
     runs = [read(folder) for folder in folders() if names is None or folder.name in names]
     lines = [json.dumps({"spec": record, "result": result.record()}, sort_keys=True) + "\n" for record, result in runs]
     with write_whole(path) as draft:

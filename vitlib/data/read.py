@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 
 from vitlib.data.memory import held_out
 from vitlib.errors import UsageError
-from vitlib.files import intact, write_whole
+from vitlib.files import check_target, intact, no_room, write_whole
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}  # names on disk
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
@@ -42,7 +42,8 @@ NO_CLASS = ("@eaDir", "__MACOSX")  # what disks and archives add, beside names t
 ORIENTATION = 0x0112  # the EXIF tag of a photograph that was stored sideways
 IN_MEMORY = 2**30  # bytes of parquet files that are held as they are; larger ones are mapped from a copy
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # of one image, 89 million: a few bytes can claim to be gigabytes
-NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+# The content counts, whatever a file is called. Pillow knows forms besides that are programs (EPS)
+FORMS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 
 
 # ------------------------------------------------------------------------------------------------- images of a split
@@ -83,12 +84,12 @@ class Files(Rows):
         return os.fsdecode(self.paths[int(self.index[i])].as_py())
 
     def name(self, i: int) -> str:
-        return printable(self.folder / self.path(i))
+        return text(self.folder / self.path(i))
 
     def open(self, i: int) -> Image.Image:
         if not (self.folder / self.path(i)).is_file():  # a pipe would be waited for
             raise FileNotFoundError
-        return Image.open(self.folder / self.path(i))
+        return Image.open(self.folder / self.path(i), formats=FORMS)
 
     def listing(self) -> Iterator[tuple[str, int]]:
         for i in range(len(self)):
@@ -114,7 +115,7 @@ class Cells(Rows):
         encoded = cell["bytes"] if isinstance(cell, dict) else cell
         if encoded is None:
             raise UsageError(f"{self.name(i)} names a file and holds no image: allowed are images in the table itself")
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded), formats=FORMS)
 
     def listing(self) -> Iterator[tuple[str, int]]:
         chunks = (c.field("bytes") if pa.types.is_struct(c.type) else c for c in self.column().chunks)
@@ -136,7 +137,7 @@ class Members(Rows):
         shard, start, size = self.index[i].tolist()
         with self.shards[shard].open("rb") as file:
             file.seek(start)
-            return Image.open(io.BytesIO(file.read(size)))
+            return Image.open(io.BytesIO(file.read(size)), formats=FORMS)
 
     def listing(self) -> Iterator[tuple[str, int]]:
         return ((f"{i:08d}", size) for i, size in enumerate(self.index[:, 2].tolist()))
@@ -144,11 +145,21 @@ class Members(Rows):
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One split: rows, labels int64 (N,), and the names of the classes in the order of their labels."""
+    """One split: rows, labels int64 (N,), and the names of the classes in the order of their labels.
+
+    Raises UsageError for two classes of one name.
+    """
 
     rows: Rows
     labels: np.ndarray
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len({*self.classes}) < len(self.classes):
+            name = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise UsageError(
+                f"two classes of {self.rows.name(0)} and the like are called {name!r}: allowed is one name each"
+            )
 
     def take(self, index: np.ndarray) -> Found:
         return replace(self, rows=self.rows.take(index), labels=self.labels[index])
@@ -189,9 +200,14 @@ def _is_inside(path: object) -> bool:
     return False
 
 
+def text(name: object) -> str:
+    """A name that can be printed and written: bytes that are not UTF-8 are \\xe9."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
 def printable(name: object) -> str:
-    """A name as text in one Unicode form; bytes that are not UTF-8 are written as \\xe9."""
-    return unicodedata.normalize("NFC", os.fsencode(str(name)).decode("utf-8", "backslashreplace"))
+    """The same in one Unicode form, so that the names of classes compare."""
+    return unicodedata.normalize("NFC", text(name))
 
 
 def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
@@ -211,11 +227,16 @@ def decode(rows: Rows, i: int, mode: str = "RGB") -> Image.Image:
             if image.mode == "F":
                 raise UsageError(f"{rows.name(i)} has floating-point pixels: allowed are whole numbers of 8 or 16 bits")
             if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+                deep = np.asarray(image)
+                if not 0 <= deep.min() <= deep.max() <= 65535:
+                    raise UsageError(
+                        f"{rows.name(i)} has values from {deep.min()} to {deep.max()}: allowed are 0 to 65535"
+                    )
+                image = Image.fromarray((deep >> 8).astype(np.uint8))
             return image.convert(mode)
     except UsageError:
         raise
-    except NOT_AN_IMAGE as fault:
+    except Exception as fault:  # damaged bytes end in exceptions of every kind
         raise UsageError(f"{rows.name(i)} cannot be read ({type(fault).__name__}): replace or remove it") from fault
 
 
@@ -309,14 +330,21 @@ def read_class_folders(place: Path, numbered: bool = False) -> Found:
 
 def _folders_in(place: Path) -> list[str]:
     """Class folders, in the order of their numbers where all are numbers. Names count in one Unicode form."""
-    names = [entry.name for entry in os.scandir(place) if entry.is_dir() and _visible(entry.name)]
+    names = [name for name in os.listdir(place) if os.path.isdir(place / name) and _visible(name)]
     return sorted(names, key=int if all(name.isdecimal() for name in names) else printable)
 
 
 def images_in(place: Path) -> list[str]:
-    """Every image below a folder, by its path from there, in the order of folders, then names. Links are followed."""
+    """Every image below a folder, by its path from there, in the order of folders, then names. Links are followed.
+
+    Raises UsageError for a folder that cannot be read.
+    """
+
+    def unread(fault: OSError) -> None:
+        raise UsageError(f"folder {text(fault.filename)} cannot be read ({fault.strerror})") from fault
+
     walked, seen = [], set()
-    for base, folders, names in os.walk(place, followlinks=True):
+    for base, folders, names in os.walk(place, onerror=unread, followlinks=True):
         if (real := os.path.realpath(base)) in seen:  # a link to a folder above
             folders.clear()
             continue
@@ -356,18 +384,31 @@ def shards_of(folder: Path, split: str, suffix: str) -> list[Path]:
 def read_parquet(shards: Sequence[Path], known: Sequence[str] = ()) -> Found:
     """Images and labels of parquet files. Class names are in the files, as `datasets` writes them, or `known`, or numbers."""
     source = f"{shards[0]}" + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
-    with intact(shards[0]):
-        schema = pq.read_schema(shards[0])
-    image, label = image_and_label(schema.names, source)
-    names = _class_names(schema.metadata, label, source) or known
-    labels, classes = labelled(_column(shards, label), names, f"column {label} of {source}")
-    kind = schema.field(image).type
+    form, *others = map(_form, shards)
+    if odd := [path for path, other in zip(shards[1:], others, strict=True) if other != form]:
+        raise UsageError(f"{odd[0]} has other columns, types or names of classes than {shards[0]}: allowed is one form")
+    image, label, kind, _, names = form
+    labels, classes = labelled(_column(shards, label), names or known, f"column {label} of {source}")
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     if kind not in (pa.binary(), pa.large_binary()):
         raise UsageError(f"column {image} of {source} holds cells of type {kind}: allowed are encoded images, as bytes")
     rows = Cells(functools.partial(_cells, _stamps(shards), image), np.arange(len(labels)), source)
     return Found(rows, labels, classes)
+
+
+def _form(path: Path) -> tuple:
+    """The columns of images and labels of a parquet file with their types, and the names of the classes."""
+    with intact(path):
+        schema = pq.read_schema(path)
+    image, label = image_and_label(schema.names, str(path))
+    return (
+        image,
+        label,
+        schema.field(image).type,
+        schema.field(label).type,
+        _class_names(schema.metadata, label, str(path)),
+    )
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str, source: str) -> list[str]:
@@ -398,9 +439,13 @@ def _members(stamps: tuple[tuple[str, int, int], ...]) -> tuple[np.ndarray, pa.C
                 for member in tar:
                     stem, suffix = os.path.splitext(member.name)
                     if suffix.lower() in IMAGE_FILES and member.isfile():
+                        if (number, stem) in places:
+                            raise UsageError(f"{path} has two images {text(stem)}: allowed is one beside its .cls")
                         places[number, stem] = (number, member.offset_data, member.size)
                     elif suffix == ".cls" and member.isfile() and member.size < 20:
                         labels[number, stem] = int(tar.extractfile(member).read())
+        except UsageError:
+            raise
         except (tarfile.TarError, ValueError, OSError, EOFError) as fault:
             raise UsageError(f"{path} is damaged, or not an uncompressed .tar of images and .cls") from fault
     if places.keys() != labels.keys():
@@ -417,7 +462,7 @@ def _stamps(shards: Sequence[Path]) -> tuple[tuple[str, int, int], ...]:
 def image_and_label(columns: Sequence[str], source: str) -> tuple[str, str]:
     """The names of the two columns that are read."""
     image, label = (next((c for c in names if c in columns), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
-    if image is None or label is None:
+    if image is None or label is None or columns.count(image) + columns.count(label) > 2:
         allowed = " and ".join(f"one of {', '.join(names)}" for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
         raise UsageError(f"{source} has the columns {', '.join(columns)}: allowed are {allowed}")
     return image, label
@@ -456,8 +501,9 @@ def _batches(shards: Sequence[Path], name: str) -> Iterator[pa.RecordBatch]:
 
 def _column(shards: Sequence[Path], name: str) -> pa.ChunkedArray:
     with intact(shards[0]):
-        schema = pa.schema([pq.read_schema(shards[0]).field(name)])
-        return pa.Table.from_batches(_batches(shards, name), schema)[name]
+        return pa.chunked_array(
+            [batch[name] for batch in _batches(shards, name)], pq.read_schema(shards[0]).field(name).type
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -473,8 +519,10 @@ def _cells(stamps: tuple[tuple[str, int, int], ...], name: str) -> pa.ChunkedArr
     digest = hashlib.sha256(repr((stamps, name)).encode()).hexdigest()[:16]
     copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitlib" / f"{digest}.arrow"
     if not copy.is_file():
-        schema = pa.schema([pq.read_schema(paths[0]).field(name)])
-        with write_whole(copy) as draft, pa.ipc.new_file(str(draft), schema) as out:
+        check_target(copy)
+        schema = pa.schema([pa.field(name, pq.read_schema(paths[0]).field(name).type)])
+        with no_room(f"for {copy}"), write_whole(copy) as draft, pa.ipc.new_file(str(draft), schema) as out:
             for batch in _batches(paths, name):
-                out.write_batch(batch)
-    return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()[name]
+                out.write_batch(pa.record_batch([batch[name]], schema))
+    with intact(copy):
+        return pa.ipc.open_file(pa.memory_map(str(copy))).read_all()[name]

@@ -305,9 +305,12 @@ def read_checkpoint(source: str | Path, heads: int | None = None, pool: str = "c
         return from_timm(_download(str(source)))
     state = {}
     for name, tensor in _tensors(path, key).items():
-        # half precision is for storage; what DistributedDataParallel and torch.compile put before a name goes
-        exact = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-        state[re.sub(r"^((module|_orig_mod|model)\.)+", "", name)] = tensor.to(exact)
+        # what DistributedDataParallel and torch.compile put before a name goes
+        plain = re.sub(r"^((module|_orig_mod|model)\.)+", "", name)
+        if plain in state:
+            raise UsageError(f"{source} has {plain} twice, once as {name}: allowed is one model")
+        # half precision is for storage
+        state[plain] = tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
     return _ours(plain_names(state), str(source), heads, pool)
 
 
@@ -339,8 +342,10 @@ def plain_names(state: State) -> dict[str, Tensor]:
         renamed[name] = tensor
     q, k, v = (f"attention.attention.{part}." for part in ("query", "key", "value"))
     for name in [name for name in renamed if q in name]:
-        three = [renamed.pop(name.replace(q, part)) for part in (q, k, v)]
-        renamed[name.replace(q, "attn.qkv.")] = torch.cat(three)
+        three = [name.replace(q, part) for part in (q, k, v)]
+        # what does not fit together stays as it is, and is named where the state is read
+        if {*three} <= renamed.keys() and len({renamed[one].shape for one in three}) == 1:
+            renamed[name.replace(q, "attn.qkv.")] = torch.cat([renamed.pop(one) for one in three])
     return {name: tensor for name, tensor in renamed.items() if not _UNUSED.match(name)}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vitlib.errors import UsageError, need
-from vitlib.files import intact, write_table, write_whole
+from vitlib.files import intact, write_figure, write_table, write_whole
 from vitlib.model import ViT
 from vitlib.stats import Estimate, difference, interval
 from vitlib.tasks.finetune import prepare
@@ -134,9 +134,10 @@ def compare(
     which are read when asked for again. Raises UsageError as `finetune`, and for fewer than two strategies, no seed, and a
     margin that is not above 0.
     """
-    out, strategies = Path(out), list(dict.fromkeys(strategies))
-    if len(strategies) < 2 or seeds < 1 or not 0 < margin < math.inf:
-        given = f"{len(strategies)} strategies, {seeds} seeds and margin {margin:g}"
+    out, strategies = Path(out), list(dict.fromkeys(map(str, strategies)))
+    numbers = type(seeds) is int and type(margin) in (int, float)
+    if len(strategies) < 2 or not numbers or seeds < 1 or not 0 < margin < math.inf:
+        given = f"{len(strategies)} strategies, {seeds!r} seeds and margin {margin!r}"
         raise UsageError(f"{given} cannot be compared: allowed are 2 strategies, 1 seed, a margin above 0, and more")
     need("scipy", "own")
     need("matplotlib", "own")
@@ -167,8 +168,7 @@ def compare(
     mean_s = {strategy: float(np.mean(values)) for strategy, values in seconds.items()}
     result = Comparison({s: np.array(values) for s, values in correct.items()}, rates, mean_s, costs, margin)
     write_table(out / "compare.csv", result.rows())
-    with write_whole(out / "compare.png") as draft:
-        result.figure().savefig(draft, dpi=120)
+    write_figure(out / "compare.png", result.figure(), dpi=120)
     return result
 
 

@@ -25,7 +25,7 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
     """
     if (onnx is None) == (torch_export is None):
         raise UsageError("export-model writes one file: give --onnx FILE or --torch-export FILE")
-    check_target(path := Path(onnx or torch_export), () if onnx else (".pt2",))
+    check_target(path := Path(onnx or torch_export), (".onnx",) if onnx else (".pt2",))
     for package in ("onnx", "onnxscript", "onnxruntime") if onnx else ():
         need(package, "export")
     tuned = classifier(model)
@@ -35,7 +35,8 @@ def export_model(model: Path | str, onnx: Path | str | None = None, torch_export
     with write_whole(path) as draft:
         if onnx is None:
             program = torch.export.export(fused, (images,), dynamic_shapes=sizes)
-            torch.export.save(program, draft)
+            with draft.open("wb") as file:  # torch's own writer says nothing of a full disk
+                torch.export.save(program, file)
             run = torch.export.load(draft).module()
         else:
             run = to_onnx(fused, images, sizes, draft)

@@ -164,9 +164,10 @@ def listed(folder: Path, path: Path, group: str | None) -> tuple[Found, list[str
     except (OSError, UnicodeDecodeError, csv.Error) as fault:
         raise UsageError(f"{path} cannot be read as a CSV ({fault})") from fault
     image, label = (next((n for n in COLUMNS[c] if n in columns), None) for c in ("path", "label"))
-    if image is None or label is None or (group and group not in columns):
+    twice = [name for name in ("part", image, label, group) if columns.count(name) > 1]
+    if image is None or label is None or (group and group not in columns) or twice:
         wanted = " and ".join("/".join(names) for names in COLUMNS.values()) + (f" and {group}" if group else "")
-        raise UsageError(f"{path} has the columns {', '.join(columns) or 'of none'}: wanted are {wanted}")
+        raise UsageError(f"{path} has the columns {', '.join(columns) or 'of none'}: wanted are {wanted}, once each")
     read = [image, label, *(name for name in ("part", group) if name in columns)]
     for number, line in enumerate(lines, start=2):
         at = f"line {number} of {path}"
@@ -178,11 +179,10 @@ def listed(folder: Path, path: Path, group: str | None) -> tuple[Found, list[str
             raise UsageError(f"{at} has a label of {len(line[label]):,} characters: allowed are {LONGEST}")
         if line.get("part", "train") not in PARTS:
             raise UsageError(f"{at} has part {line['part']!r}: allowed are {', '.join(PARTS)}")
-    paths, labels = [line[image] for line in lines], [line[label].strip() for line in lines]
+    paths, labels = [str(Path(line[image])) for line in lines], [line[label].strip() for line in lines]
     if again := [name for name, n in Counter(paths).items() if n > 1]:
         raise UsageError(f"{path} names {again[0]} more than once: allowed is one label for each image")
-    known = {str(Path(name)) for name in paths}
-    if absent := [name for name in images_in(folder) if name not in known]:
+    if absent := sorted({*images_in(folder)} - {*paths}):
         raise UsageError(f"{len(absent)} images of {folder} have no label in {path}, the first is {absent[0]}")
     classes = sorted(set(labels), key=int if all(name.isdecimal() for name in labels) else None)
     found = files(folder, paths, [classes.index(name) for name in labels], classes)
@@ -198,8 +198,8 @@ def check_classes(classes: Sequence[str], where: object) -> None:
         raise UsageError(f"{where} has one class, {classes[0]}: at least two are needed")
     spelt: dict[str, str] = {}
     for name in classes:
-        plain = re.sub(r"[\W_]+", "", name.casefold())
-        plain = str(int(plain)) if plain.isdecimal() else plain or name
+        plain = re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", name.casefold())  # not the sign of -1, nor what C++ ends in
+        plain = str(int(plain)) if plain.isdecimal() else plain
         if plain in spelt:
             raise UsageError(f"{where} has classes {spelt[plain]!r} and {name!r}, two spellings of one: rename one")
         spelt[plain] = name

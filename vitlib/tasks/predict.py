@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 
 from vitlib.data import DataSet, Found
-from vitlib.data.read import Files, images_in
+from vitlib.data.read import Files, images_in, text
 from vitlib.errors import UsageError, need
-from vitlib.files import check_target, intact, write_table, write_whole
+from vitlib.files import check_target, intact, write_figure, write_table
 from vitlib.stats import wilson
 from vitlib.tasks.images import read_images, read_test
 from vitlib.tasks.runs import say
@@ -48,15 +48,17 @@ def predict(
     Raises UsageError for a model without class names, and for images that are not there or cannot be read.
     """
     if csv is not None:
-        check_target(csv)
+        check_target(csv, (".csv",))
     tuned, device = classifier(model), resolve(device)
     several = [paths] if isinstance(paths, (str, Path)) else paths
     names = [name for path in map(Path, several) for name in image_names(path)]
+    if not names:
+        raise UsageError("there is no image to look at: allowed are images and folders of images")
     files = Files(Path(), pa.array(map(os.fsencode, names), pa.binary()), np.arange(len(names)))
     data, _, notes = read_images(Found(files, np.zeros(len(names), int), tuned.classes), tuned.seen, "images")
     for note in notes:
         say(f"note: {note}")
-    predictions = Predictions(tuple(names), tuned.classes, shares_of(tuned, data, device))
+    predictions = Predictions(tuple(map(text, names)), tuned.classes, shares_of(tuned, data, device))
     if csv is not None:
         write_table(csv, [("path", "class", "share"), *predictions.rows()])
     return predictions
@@ -108,8 +110,7 @@ class Evaluation:
         axes.set(xlabel="predicted", ylabel="labelled", title=f"top-1 {self.top1:.1f} %")
         axes.set_xticks(range(len(self.classes)), self.classes, rotation=90)
         axes.set_yticks(range(len(self.classes)), self.classes)
-        with write_whole(path) as draft:
-            figure.savefig(draft, dpi=100)
+        write_figure(path, figure, dpi=100)
 
 
 def evaluate(
@@ -170,4 +171,6 @@ def shares_of(tuned: Trunk, data: DataSet, device: str) -> np.ndarray:
     """Softmax of the logits of each image, (N, K)."""
     model = tuned.model.to(device)
     logits = [model(batch.to(device).images).float().cpu() for batch in data.evaluation_batches(100)]
-    return torch.cat(logits).softmax(dim=1).numpy()
+    if not (shares := torch.cat(logits).softmax(dim=1)).isfinite().all():
+        raise UsageError(f"what {tuned.source} says of these images is not finite: its weights cannot be right")
+    return shares.numpy()

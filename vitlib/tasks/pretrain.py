@@ -19,6 +19,7 @@ from vitlib.errors import UsageError
 from vitlib.files import read_metadata
 from vitlib.model import ViT, vit_config
 from vitlib.model.weights import save
+from vitlib.records import whole
 from vitlib.tasks.images import View, read_images
 from vitlib.tasks.runs import alone, check_place, computing, say
 from vitlib.tasks.trunk import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, read_notes, write_notes
@@ -48,6 +49,8 @@ def pretrain(
     """
     folder, out = Path(folder), Path(out)
     check_place(out, ("trunk.safetensors", "checkpoint.pth"))
+    if not whole(0)(seed):
+        raise UsageError(f"seed is {seed!r}: allowed are whole numbers from 0")
     config = vit_config(model, image_size=image_size, num_classes=0, stem=stem, layer_scale=0.1)
     if config.grid < 2:
         raise UsageError(f"{image_size} pixels are one patch of {config.name}: allowed are 2x2 patches and more")

@@ -168,7 +168,7 @@ def alone(command: Callable) -> Callable:
     @functools.wraps(command)
     def locked(folder: Path | str, out: Path | str, *given: object, **options: object) -> object:
         place = Path(os.path.realpath(out))
-        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        lock = FileLock(place.parent / f".{place.name}.lock")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             held = lock.acquire(timeout=0)
@@ -187,7 +187,11 @@ def alone(command: Callable) -> Callable:
 
 def check_place(out: Path, written: Collection[str]) -> None:
     """Raises UsageError where `out` is there and holds something else than what a command has `written`."""
-    if out.exists() and not (out.is_dir() and all(entry.name in written for entry in out.iterdir())):
+
+    def ours(entry: Path) -> bool:
+        return entry.name in written and (entry.is_dir() if entry.name == "runs" else entry.is_file())
+
+    if out.exists() and not (out.is_dir() and all(map(ours, out.iterdir()))):
         raise UsageError(f"{out} is there and holds something else: give another place with --out")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,8 +87,10 @@ def read_notes(metadata: Mapping[str, str], path: Path | str) -> dict[str, objec
     with intact(path):
         notes = json.loads(metadata.get("task", "{}"))
         classes, mean, std = (notes.get(name, []) for name in ("classes", "mean", "std"))
-        fine = all(map(math.isfinite, [*mean, *std])) and min(std, default=1) > 0 and len(mean) == len(std)
-        if not fine or isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        shares = all(type(value) in (int, float) and 0 <= value <= 1 for value in [*mean, *std])  # of 255
+        if not shares or min(std, default=1) < 0.001 or len(mean) != len(std):
+            raise ValueError
+        if isinstance(classes, str) or len({*classes}) < len(classes) or not all(isinstance(c, str) for c in classes):
             raise ValueError
     return notes
 
