@@ -25,7 +25,17 @@ from torch import Tensor, nn
 
 from lab.cost import count
 from vitlib.errors import UsageError
-from vitlib.model import ParallelLayer, ViT, ViTConfig, fuse, make_stem, resize_positions, set_execution, vit_config
+from vitlib.model import (
+    ParallelLayer,
+    ViT,
+    ViTConfig,
+    fuse,
+    make_stem,
+    regroup,
+    resize_positions,
+    set_execution,
+    vit_config,
+)
 from vitlib.model.layers import EPS, Reads
 from vitlib.model.stems import STEMS, Kind, Stem, hmlp_kernels, leakage, norm
 from vitlib.model.vit import RelativeBias
@@ -954,7 +964,7 @@ def test_what_is_put_on_a_matrix_is_called_in_every_execution_and_never_fused_aw
         par(images()).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in getattr(par.layers[0], part)[1].f.parameters()), name
         with pytest.raises(
-            UsageError, match=rf"cannot be fused: in layer 0, {part}\.1\.f\.{name} is an adapter"
+            UsageError, match=rf"cannot be fused: layers\.0\.{part}\.1\.f\.{name} is an adapter"
         ) as refusal:
             fuse(par)
         assert "\n" not in str(refusal.value)
@@ -1059,8 +1069,99 @@ def test_par_agrees_with_seq_under_autocast():
 def test_a_model_whose_branches_are_not_those_of_its_configuration_is_not_fused():
     vit = model("W64-2x2/4")
     appended_branches(vit)
-    with pytest.raises(UsageError, match="cannot be fused: in layer 0, there are 3 and 3 branches, not 2"):
+    with pytest.raises(
+        UsageError, match=r"does not fit its configuration W64-2x2/4: layers\.0\.ffn\.2.*nothing was fused"
+    ):
         fuse(vit)
+
+
+class CosineHead(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+def another_class(vit):
+    head, vit.head = vit.head, CosineHead(64, 7).double()
+    vit.head.load_state_dict(head.state_dict())
+
+
+def another_eps(vit):
+    vit.norm.eps = 1.0
+
+
+def other_heads(vit):
+    for branch in vit.layers[0].mhsa:
+        branch.f.heads = 1
+
+
+def quantized(vit):
+    vit.head = torch.ao.nn.quantized.dynamic.Linear(64, 7)
+
+
+LOST = {  # what no tensor says, and what is said of it
+    "a hook on the head": (
+        lambda vit: vit.head.register_forward_hook(lambda *_: _[2] * 2),
+        "head is .* one with hooks",
+    ),
+    "a hook on a layer": (lambda vit: vit.layers[1].register_forward_hook(lambda *_: _[2] * 2), "layers.1 is .* hooks"),
+    "another forward": (lambda vit: setattr(vit.stem[0], "forward", lambda x: 0 * x), "stem.0 is .* one with hooks"),
+    "another class": (another_class, "head is .* of another class .*CosineHead"),
+    "another eps": (another_eps, "the settings of norm are not those of W64-2x2/4"),
+    "other heads": (other_heads, r"the settings of layers\.0\.mhsa\.0\.f are not"),
+    "a quantized head": (quantized, "head is an adapter, a quantized layer"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_no_tensor_says_is_refused_and_not_lost_on_the_way(what, tmp_path):
+    vit, (change, said) = model("W64-2x2/4").eval(), LOST[what]
+    change(vit)
+    for done in (fuse, partial(regroup, branches=1), to_timm):
+        with pytest.raises(UsageError, match=f"this model cannot be .*: {said}"):
+            done(vit)
+    if "hook" in what or "forward" in what:  # a file has weights and a configuration, and tools put hooks on models
+        save(vit, tmp_path / "vit.safetensors")
+    else:
+        with pytest.raises(UsageError, match=f"this model cannot be saved: {said}"):
+            save(vit, tmp_path / "vit.safetensors")
+
+
+def test_a_model_on_several_gpus_is_still_that_of_its_configuration(tmp_path):
+    vit = nn.SyncBatchNorm.convert_sync_batchnorm(model("W64-1x2/4", torch.float32, stem="hmlp").eval())
+    save(vit, tmp_path / "vit.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fuse(vit)(images(dtype=torch.float32)),
+            load(tmp_path / "vit.safetensors").eval()(images(dtype=torch.float32)),
+            rtol=0,
+            atol=1e-4,
+        )
+
+
+def test_a_bias_that_is_missing_beside_those_of_q_and_v_is_noticed():
+    par = set_execution(model("W64-1x2/4", key_bias=False).eval(), "par")
+    for branch in par.layers[0].mhsa:
+        branch.f.proj.bias = None
+    with torch.no_grad():
+        torch.testing.assert_close(par(images()), set_execution(par, "seq")(images()), rtol=0, atol=1e-11)
+    with pytest.raises(UsageError, match=r"layers\.0\.mhsa\.0\.f\.proj\.bias \(missing"):
+        fuse(par)
+
+
+def test_each_residual_function_has_a_rate_of_its_own_in_every_execution():
+    vit = model("W64-1x2/4").train()
+    plain = vit(images())
+    for branch in vit.layers[0].ffn:
+        branch.drop_path = 0.5
+    draws = torch.full((2, 2, 5), 0.25)  # below the FFNs' rate alone
+    dropped = vit(images(), draws)
+    torch.testing.assert_close(set_execution(vit, "par")(images(), draws), dropped, rtol=0, atol=1e-11)
+    assert (dropped - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        for branch in vit.layers[0].ffn:
+            branch.f.fc2.weight.zero_()
+            branch.f.fc2.bias.zero_()
+    torch.testing.assert_close(dropped, vit.eval()(images()), rtol=0, atol=1e-11)
 
 
 # --- any batch size, none included ---
@@ -1172,3 +1273,21 @@ def test_leakage_says_which_visible_tokens_a_stem_changes(stem, reach):
     down, right = (place[None] // 5 - place[:, None] // 5), (place[None] % 5 - place[:, None] % 5)
     near = (down >= 0) & (down <= reach) & (right >= 0) & (right <= reach) & ((down > 0) | (right > 0))
     assert torch.equal(leaks, near) and model.training
+
+
+def test_leakage_of_a_stem_without_parameters_is_measured_too():
+    class Pixels(nn.Module):
+        def forward(self, x):
+            return F.unfold(x, 4, stride=4).transpose(1, 2)
+
+    assert not leakage(Pixels(), 4).any()
+
+
+def test_every_stem_takes_images_that_are_not_square():
+    for name in STEMS:
+        stem = filled(make_stem(small("W64-1/4", stem=name)))
+        image = noise(1, 3, 8, 12)
+        tokens = stem(image)
+        assert tokens.shape == (1, 6, 64)
+        if name != "conv":  # whose patches are not apart: the first row alone
+            torch.testing.assert_close(stem(image[:, :, :4]), tokens[:, :3], rtol=0, atol=1e-12)

@@ -739,6 +739,21 @@ CALLS = {
 }  # fmt: skip
 
 
+def test_a_model_without_values_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        vit = ViT(vit_config("W32-1x2/4", image_size=8))
+    with pytest.raises(UsageError, match=r"x\.safetensors is not written: cls_token is on the meta device"):
+        save(vit, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parallel_block_of_one_branch_is_read():
+    theirs = small(block_fn=partial(ParallelThingsBlock, num_parallel=1))
+    ours = from_timm(theirs)
+    assert ours.config.branches == 1
+    assert_same_logits(ours, theirs)
+
+
 @pytest.mark.parametrize("what", CALLS)
 def test_what_is_no_model_is_refused_in_one_sentence(what):
     call, said = CALLS[what]

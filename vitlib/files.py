@@ -164,9 +164,14 @@ def write_figure(path: Path | str, figure: Figure, **options: object) -> None:
 
 
 def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors by name, and metadata, whole or not at all. Tensors that share memory are written one by one."""
+    """Tensors by name, and metadata, whole or not at all. Tensors that share memory are written one by one.
+
+    Raises UsageError for tensors without values.
+    """
     from safetensors.torch import save
 
+    if absent := [name for name, t in state.items() if t.is_meta]:
+        raise UsageError(f"{path} is not written: {absent[0]} is on the meta device and has no values")
     with write_whole(path) as draft:  # as bytes: the library's own writer says in its own words that a disk is full
         # each by itself, for the library refuses tensors that share memory
         alone = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}

@@ -48,13 +48,17 @@ class ParallelLayer(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         width, scale, drop = config.width, config.layer_scale, config.drop_path
-        self.drop_path = drop
         branches = range(config.branches)
         # Each branch owns its tensors: LAMB's trust ratio is per tensor, so stacking them would be another optimizer.
         self.mhsa = nn.ModuleList(
             Residual(MHSA(width, config.heads, config.inner, config.key_bias), width, scale, drop) for _ in branches
         )
         self.ffn = nn.ModuleList(Residual(FFN(width, config.ffn_width), width, scale, drop) for _ in branches)
+
+    @property
+    def drop_path(self) -> float:
+        """The highest rate of its residual functions, each of which has its own."""
+        return max(getattr(r, "drop_path", 0.0) for r in (*self.mhsa, *self.ffn))
 
     def forward(self, x: Tensor, draws: Tensor | None = None, reads: Reads = ALL) -> Tensor:
         """`draws` (K, 2, B): stochastic depth, uniform in [0, 1), [:, 0] for mhsa and [:, 1] for ffn."""
@@ -90,7 +94,10 @@ def at_once(layer: ParallelLayer, x: Tensor, draws: Tensor | None, reads: Reads)
     """`par`: eq. (2), all branches at once. (B, N, D) -> (B, M, D), arguments as in `ParallelLayer.forward`."""
     K, wide = len(layer.mhsa), side_by_side(layer)
     # stochastic depth: 0 or 1 / (1 - rate) for each sample and branch, (B, K), of mhsa and of ffn
-    keep = [None, None] if draws is None else [kept(u, layer.drop_path, x.dtype).T for u in draws.unbind(1)]
+    keep = [None, None]
+    if draws is not None:
+        rates = layer.mhsa[0].drop_path, layer.ffn[0].drop_path
+        keep = [kept(u, rate, x.dtype).T for u, rate in zip(draws.unbind(1), rates, strict=True)]
     if reads.relative is not None:  # the same for the heads of every branch
         reads = reads._replace(relative=reads.relative.repeat(K, 1, 1))
     q, k, v = project(_normalised(x), *wide["qkv"], reads.rows)  # (B, N, K D) each
@@ -162,8 +169,9 @@ def obstacle(layer: ParallelLayer) -> str | None:
                 if not is_plain(module, *PLAIN):
                     kind = f"{type(module).__module__}.{type(module).__qualname__}"
                     return f"{part}.{k}{name} is an adapter, a quantized layer or one with hooks ({kind})"
-            no_bias = getattr(r.f, "q_bias", None) is None and any(m.bias is None for m in r.f._modules.values())
-            if no_bias or r.norm.bias is None or r.norm.eps != EPS:
+            own = getattr(r.f, "q_bias", None) is not None  # biases of q and v in the place of qkv's
+            biases = [m.bias for name, m in r.f._modules.items() if not (own and name == "qkv")]
+            if None in biases or r.norm.bias is None or r.norm.eps != EPS:
                 return "a bias is missing or a norm is another one"
         if any(_form(r) != _form(branches[0]) for r in branches[1:]):
             return "the branches are not alike"

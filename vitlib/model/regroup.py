@@ -16,7 +16,7 @@ from torch import Tensor
 from vitlib.errors import UsageError
 from vitlib.model.parallel import set_execution
 from vitlib.model.vit import ViT
-from vitlib.model.weights import assemble
+from vitlib.model.weights import assemble, state_of
 
 LAYER = re.compile(r"layers\.(\d+)\.(mhsa|ffn)\.(\d+)\.")
 
@@ -24,15 +24,15 @@ LAYER = re.compile(r"layers\.(\d+)\.(mhsa|ffn)\.(\d+)\.")
 def regroup(model: ViT, branches: int) -> ViT:
     """A model with the same pairs in layers of so many branches, and weights of its own: pair l K + k is branch k of layer l.
 
-    Regrouping back gives the first model. Raises UsageError where the pairs cannot be shared equally.
+    Regrouping back gives the first model. Raises UsageError where the pairs cannot be shared equally, and as `state_of`.
     """
+    state = {name: tensor.clone() for name, tensor in state_of(model, "regrouped").items()}
     pairs = model.config.pairs
     if type(branches) is not int or branches < 1 or pairs % branches:
         raise UsageError(
             f"{pairs} pairs cannot be regrouped into layers of {branches!r} branches: allowed are its divisors"
         )
     config = replace(model.config, depth=pairs // branches, branches=branches)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     there = assemble(config, regrouped(state, branches), "this model")
     return set_execution(there, model.layers[0].execution).train(model.training)
 

@@ -155,13 +155,13 @@ class LocalStem(Stem):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images)  # (B, D/8, 4 grid, 4 grid)
-        grid = x.shape[-1] // 4
+        patches = x.shape[-2] // 4 * (x.shape[-1] // 4)
         # Rows and columns of the map are split into patches and places within: (B, grid, grid, 4, 4, D/8).
-        x = x.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).permute(0, 2, 4, 3, 5, 1)
+        x = x.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(0, 2, 4, 3, 5, 1)
         x = x.flatten(3, 4).flatten(0, 2)  # (B grid grid, 16, D/8): each patch is a sequence by itself
         x = self.layers(x + self.positions)
         # The 16 inner tokens together are the patch's: (B, grid * grid, 16 D/8) -> (B, N, D).
-        return self.proj(self.norm(x.flatten(1).unflatten(0, (-1, grid * grid))))
+        return self.proj(self.norm(x.flatten(1).unflatten(0, (-1, patches))))
 
 
 class InnerLayer(nn.Module):
@@ -239,7 +239,7 @@ def leakage(stem: nn.Module, patch_size: int, in_chans: int = 3, grid: int = 5, 
     blanked, in eval mode. dims: 1 for signals, 3 for volumes. The diagonal is left out: all False is a stem that commutes
     with masking.
     """
-    weight, training = next(stem.parameters()), stem.training
+    weight, training = next(stem.parameters(), torch.empty(0)), stem.training
     stem.eval()
     image = torch.rand(1, in_chans, *dims * [grid * patch_size], generator=torch.Generator().manual_seed(0)).to(weight)
     patches = torch.eye(grid**dims, dtype=torch.bool, device=weight.device)

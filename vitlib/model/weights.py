@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from vitlib.errors import UsageError
 from vitlib.files import first_line, read_pth, read_safetensors, write_safetensors
 from vitlib.model.config import WIDTHS, ViTConfig
-from vitlib.model.layers import EPS, MHSA
-from vitlib.model.parallel import obstacle, side_by_side
+from vitlib.model.layers import EPS, MHSA, is_plain
+from vitlib.model.parallel import side_by_side
 from vitlib.model.vit import ViT
 
 State = Mapping[str, Tensor]
@@ -40,13 +40,11 @@ Names = dict[str, str]  # our name inside of a layer -> theirs inside of a block
 def save(model: ViT, path: str | Path, notes: Mapping[str, str] = {}) -> None:
     """Weights and configuration in one safetensors file, with `notes` in its metadata.
 
-    Raises UsageError for a model that `load` would refuse: of another class, changed since its configuration, or with
-    values that are not finite.
+    Hooks are not part of it. Raises UsageError for what `load` would not give back: another class, parts that are not what the
+    configuration makes, and values that are absent or not finite.
     """
-    if not isinstance(model, ViT):
-        raise UsageError(f"{type(model).__name__} cannot be saved: allowed is a ViT")
-    state = _state(model)
-    _check_values(state, "this model")
+    state = state_of(model, "saved", hooks=True)
+    check_values(state, "this model")
     about = {"format": "pt", "kind": "vit", "vitlib": json.dumps(asdict(model.config))}
     write_safetensors(path, state, about | notes)
 
@@ -89,7 +87,7 @@ def assemble(config: ViTConfig, state: State, what: str, names: Names | None = N
     theirs = {name: their_name(name, names) if names else name for name in ours}
     if differ := differences({theirs[name]: tensor for name, tensor in ours.items()}, state):
         raise UsageError(f"{what} does not fit {config.name}: {differ}; nothing was loaded")
-    _check_values(state, what)
+    check_values(state, what)
     model.load_state_dict({name: state[other] for name, other in theirs.items()}, assign=True)
     return model
 
@@ -107,7 +105,7 @@ def _shape(tensor: Tensor) -> str:
     return shape if tensor.is_floating_point() else f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _check_values(state: State, what: str) -> None:
+def check_values(state: State, what: str) -> None:
     odd = [name for name, tensor in state.items() if not (tensor.is_meta or tensor.float().isfinite().all())]
     if odd:
         raise UsageError(f"{what} has values that are not finite: {', '.join(odd[:8])}{', ...' * (len(odd) > 8)}")
@@ -119,11 +117,32 @@ def _empty(config: ViTConfig) -> ViT:
         return ViT(config)
 
 
-def _state(model: ViT) -> dict[str, Tensor]:
-    """The model's tensors. Raises UsageError where they are not those of its configuration, e.g. with an adapter."""
-    state = model.state_dict()
-    if differ := differences(_empty(model.config).state_dict(), state):
-        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was saved")
+def state_of(model: ViT, done: str, hooks: bool = False) -> dict[str, Tensor]:
+    """The tensors of a model that is to be `done`, e.g. "fused", if they and its configuration say all that it computes.
+
+    Raises UsageError for what is no ViT, and for parts of another class, form or setting, e.g. an adapter, a quantized layer, or
+    another eps. hooks: they, and another `forward` of a part, do not matter.
+    """
+    if not isinstance(model, ViT):
+        raise UsageError(f"{type(model).__name__} cannot be {done}: allowed is a ViT")
+    twin, there = _empty(model.config), dict(model.named_modules())
+    pairs = [(name, there.get(name, made), made) for name, made in twin.named_modules()]
+    for name, module, made in pairs:
+        kinds = (
+            (type(module),) if module is model else (type(made), nn.SyncBatchNorm)
+        )  # which batch norm becomes on GPUs
+        if not (type(module) in kinds if hooks else is_plain(module, *kinds)):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            what = f"{name or 'it'} is an adapter, a quantized layer, one with hooks or of another class ({kind})"
+            raise UsageError(f"this model cannot be {done}: {what}")
+    if differ := differences(twin.state_dict(), state := model.state_dict()):
+        raise UsageError(f"this model does not fit its configuration {model.config.name}: {differ}; nothing was {done}")
+    for name, module, made in pairs:
+        one, other = ((m.extra_repr(), getattr(m, "heads", None)) for m in (module, made))
+        if one != other:
+            raise UsageError(
+                f"this model cannot be {done}: the settings of {name} are not those of {model.config.name}"
+            )
     return state
 
 
@@ -135,23 +154,16 @@ def fuse(model: ViT) -> ViT:
     are 1 and 0) and there is no LayerScale. In eval mode and frozen; `model` stays as it is. To train, use `par`: a
     fused model's matrices are other tensors, and per-tensor optimizers would take other steps.
 
-    Raises UsageError where a branch has a part that cannot be read, e.g. an adapter that is not merged.
+    Raises UsageError as `state_of`, e.g. for an adapter that is not merged.
     """
-    if not isinstance(model, ViT):
-        raise UsageError(f"{type(model).__name__} cannot be fused: allowed is a ViT")
+    whole = state_of(model, "fused")
     K, config = model.config.branches, model.config
-    for i, layer in enumerate(model.layers):
-        if reason := obstacle(layer):
-            raise UsageError(f"this model cannot be fused: in layer {i}, {reason}")
-        if {len(layer.mhsa), len(layer.ffn)} != {K}:
-            counts = f"{len(layer.mhsa)} and {len(layer.ffn)}"
-            raise UsageError(f"this model cannot be fused: in layer {i}, there are {counts} branches, not {K}")
     wide = replace(
         config, branches=1, heads=K * config.heads, inner=K * (config.inner or config.width),
         ffn_width=K * (config.ffn_width or 4 * config.width), layer_scale=None, drop_path=0.0,
         key_bias=True,  # the norm's
     )  # fmt: skip
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("layers.")}
+    state = {name: tensor.clone() for name, tensor in whole.items() if not name.startswith("layers.")}
     if "relative.table" in state:
         state["relative.table"] = state["relative.table"].repeat(1, K)
     for i, layer in enumerate(model.layers):
@@ -178,7 +190,11 @@ _LAYER = re.compile(r"layers\.(\d+)\.((?:mhsa|ffn)\.\d+\.(?:norm|f|gamma))(.*)")
 
 def timm_names(branches: int) -> Names:
     """timm's names: those of a plain block for one branch, of its parallel block for several."""
-    return _ONE if branches == 1 else _layout(*(_SEVERAL.format(k) for k in range(branches)))
+    return _ONE if branches == 1 else _several(branches)
+
+
+def _several(branches: int) -> Names:
+    return _layout(*(_SEVERAL.format(k) for k in range(branches)))
 
 
 def their_name(name: str, names: Names) -> str:
@@ -194,7 +210,7 @@ def find_names(state: State) -> tuple[Names, int]:
     """The layout of a checkpoint, and its branches: timm's for several, else DeiT's if a gamma or an attn1 says so."""
     parts = {".".join(name.split(".")[2:4]) for name in state if name.startswith("blocks.0.")}
     if several := sum(part.startswith("attns.") for part in parts):
-        return timm_names(several), several
+        return _several(several), several
     two = any(part.startswith("attn1.") for part in parts)
     return (_DEIT if two or "gamma_1" in parts else _ONE), (2 if two else 1)
 
@@ -208,7 +224,7 @@ def to_timm(model: ViT) -> nn.Module:
     from timm.layers import Attention
     from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
 
-    c, state = model.config, timm_state(model)
+    state, c = timm_state(model), model.config
 
     class Wide(Attention):  # timm's heads have size width / heads; a fused model's keep the size that they had
         __init__ = functools.partialmethod(Attention.__init__, attn_head_dim=(c.inner or c.width) // c.heads)
@@ -227,10 +243,10 @@ def to_timm(model: ViT) -> nn.Module:
 
 def timm_state(model: ViT) -> dict[str, Tensor]:
     """Copies of the weights of `model` under timm's names. Raises UsageError as `to_timm`."""
-    c = model.config
+    state, c = state_of(model, "written as timm's"), model.config
     if (c.stem, c.norm, c.act) != ("linear", "none", "none") or c.pos == "relative":
         raise UsageError(f"timm has no such model: stem {c.stem}, pos {c.pos}; allowed are linear, patches or all")
-    names, state = timm_names(c.branches), _state(model)
+    names = timm_names(c.branches)
     if not c.key_bias:  # timm's has one: zero there
         for prefix, module in model.named_modules():
             if isinstance(module, MHSA):
