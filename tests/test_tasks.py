@@ -697,6 +697,52 @@ def test_a_delta_holds_what_differs_and_no_other_trunk_takes_it(bank, tmp_path):
     assert list(bank.models) == ["birds", "flowers"]
 
 
+def test_no_images_have_no_answers(bank):
+    assert bank[0](torch.zeros(0, 3, 16, 16), []) == []
+
+
+def test_a_trunk_that_trains_still_does_when_its_deltas_are_read(bank, tmp_path):
+    trunk = bank[0].trunk.requires_grad_(True)
+    task = load_delta(tmp_path / "cars.safetensors", trunk)
+    assert all(p.requires_grad for p in trunk.parameters()) and not task.head.weight.requires_grad
+
+
+def test_tasks_that_differ_in_statistics_alone_are_told_apart_in_a_mixed_batch(bank, tmp_path):
+    trunk, images, whole = bank[0].trunk, torch.randn(2, 3, 16, 16), {}
+    for name, mean in (("light", 1.0), ("dark", -1.0)):
+        whole[name] = start_from(trunk.state_dict(), trunk.config).eval()
+        whole[name].stem[1].running_mean += mean
+        save_delta(whole[name], trunk, tmp_path / f"{name}.safetensors")
+        bank[0].add(name, tmp_path / f"{name}.safetensors")
+    for i, (name, row) in enumerate(zip(whole, bank[0](images, list(whole)), strict=True)):
+        torch.testing.assert_close(row, whole[name](images)[i], atol=1e-5, rtol=0)
+
+
+def test_what_load_delta_would_refuse_is_not_saved(bank, tmp_path):
+    trunk = bank[0].trunk
+    with torch.device("meta"):
+        empty = ViT(trunk.config)
+    adapted = start_from(trunk.state_dict(), trunk.config)
+    adapted.layers[0].mhsa[0].f.qkv = nn.Sequential(adapted.layers[0].mhsa[0].f.qkv, nn.Linear(96, 96))
+    nothing = start_from(trunk.state_dict(), trunk.config)
+    nothing.norm.weight.data[0] = float("nan")
+    for model, said in (
+        (empty, "no values"),
+        (adapted, r"mhsa\.0\.f\.qkv is an adapter"),
+        (nothing, "not finite: norm"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            save_delta(model, trunk, tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def test_a_model_in_half_precision_is_whole_though_its_trunk_is_not(bank, tmp_path):
+    bank, whole = bank
+    save_delta(whole["cars"].bfloat16(), bank.trunk, tmp_path / "half.safetensors")
+    again = load_delta(tmp_path / "half.safetensors", bank.trunk)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
 def test_a_delta_in_half_precision_has_half_the_size(bank, tmp_path):
     bank, whole = bank
     model, trunk = whole["cars"].bfloat16(), bank.trunk.bfloat16()

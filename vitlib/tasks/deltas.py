@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vitlib.errors import UsageError, unknown
 from vitlib.files import read_metadata, read_safetensors, write_safetensors
 from vitlib.model import ViT
-from vitlib.model.weights import assemble, read_config
+from vitlib.model.weights import assemble, check_values, read_config, state_of
 from vitlib.tasks.trunk import hash_of, read_notes
 
 PAPER_SAVING = 66  # percent; Paper: section 4, of attention-only fine-tuning
@@ -27,12 +27,19 @@ PAPER_SAVING = 66  # percent; Paper: section 4, of attention-only fine-tuning
 def save_delta(model: ViT, trunk: ViT, path: Path | str, notes: Mapping[str, str] | None = None) -> None:
     """The tensors of `model` that are not the trunk's, with the trunk's hash; `notes`, e.g. `trunk.write_notes`, beside.
 
-    In the precision of the two: half the size where both are in bfloat16.
+    In the precision of the two: half the size where both are in bfloat16. Raises UsageError for what is refused by
+    `weights.save`.
     """
-    base = trunk.state_dict()
-    kept = {n: t for n, t in model.state_dict().items() if n not in base or not torch.equal(t, base[n])}
+    base, state = trunk.state_dict(), state_of(model, "saved", hooks=True)
+    check_values(state, "this model")
+    kept = {n: t for n, t in state.items() if n not in base or not same(t, base[n])}
     about = {"kind": "delta", "vitlib": json.dumps(asdict(model.config)), "trunk": hash_of(base)}
     write_safetensors(path, kept, {"format": "pt", **about, **(notes or {})})
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """In values and precision."""
+    return not one.is_meta and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def load_delta(path: Path | str, trunk: ViT) -> ViT:
@@ -49,7 +56,11 @@ def load_delta(path: Path | str, trunk: ViT) -> ViT:
     config = read_config(about, path)
     delta = {name: tensor.to(trunk.cls_token.device) for name, tensor in delta.items()}
     shared = {n: t for n, t in base.items() if config.num_classes or not n.startswith("head.")}
-    return assemble(config, shared | delta, str(path)).eval().requires_grad_(False)
+    trained = [p for p in trunk.parameters() if p.requires_grad]
+    model = assemble(config, shared | delta, str(path)).eval().requires_grad_(False)
+    for parameter in trained:  # of a trunk that trains, which was switched off with what it shares
+        parameter.requires_grad = True
+    return model
 
 
 class TaskBank:
@@ -85,6 +96,8 @@ class TaskBank:
             raise UsageError(f"{len(images)} images have {len(tasks)} names of tasks: allowed is one for each")
         # images of one task side by side
         order, names = sorted(range(len(tasks)), key=lambda i: tasks[i]), sorted(set(tasks))
+        if not names:
+            return []
         models, sizes = [self[name] for name in names], [list(tasks).count(name) for name in names]
         if len({replace(model.config, num_classes=0) for model in models}) > 1 or self.trunk.relative is not None:
             raise UsageError("a batch of several tasks needs one image size, and positions that are not relative")
@@ -113,6 +126,6 @@ class TaskBank:
 def by_task(models: Sequence[ViT], sizes: Sequence[int], part: Callable[[ViT], Callable], x: Tensor) -> Tensor:
     """A part of each model on its images, side by side in `x`; once on all of them where the part's tensors are the same."""
     parts = [part(model) for model in models]
-    if isinstance(parts[0], nn.Module) and len({tuple(map(id, p.parameters())) for p in parts}) == 1:
+    if isinstance(parts[0], nn.Module) and len({tuple(map(id, (*p.parameters(), *p.buffers()))) for p in parts}) == 1:
         return parts[0](x)
     return torch.cat([f(own) for f, own in zip(parts, x.split(sizes), strict=True)])
