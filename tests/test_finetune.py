@@ -205,3 +205,35 @@ def test_first_matrices_norms_and_biases_are_picked_by_their_role_in_our_models_
         assert (
             len(norms) > 1 and {*trainable(model, "norm")} == {n for n in names if n.startswith(tuple(norms))} | fresh
         )
+
+
+def test_weights_that_no_optimizer_trains_are_refused():
+    parts = {"attn": "mhsa.0.f.proj", "ffn": "ffn.1.f.fc2", "last-1": "ffn.1.f.fc2", "bias": "ffn.1.f.fc2"}
+    for strategy, part in parts.items():
+        model = ViT(small())
+        model.layers[2].set_submodule(part, torch.ao.nn.quantized.dynamic.Linear(32, 32))
+        assert freeze(model, "attn" if strategy != "attn" else "ffn")  # the others are as they were
+        with pytest.raises(UsageError, match=r"a quantized layer \(.*\) cannot be trained"):
+            freeze(model, strategy)
+    model.layers[0].mhsa[0].f.qkv.weight = nn.Parameter(torch.zeros(96, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UsageError, match=r"layers\.0\.mhsa\.0\.f\.qkv\.weight is int8, which cannot be trained"):
+        freeze(model, "attn")
+
+
+def test_layers_in_two_lists_have_no_last_one_and_those_without_fc1_no_first_matrix():
+    with torch.device("meta"):
+        cait = timm.create_model("cait_xxs24_224")
+    with pytest.raises(UsageError, match="this Cait has 24 in blocks and 2 in blocks_token_only; known is one list"):
+        freeze(cait, "last-1")
+    kind = type("GatedMLP", (nn.Module,), {"__module__": "transformers.models.vit.modeling_vit"})
+    model = nn.Module()
+    model.mlp, model.classifier = kind(), nn.Linear(4, 2)
+    model.mlp.gate_proj = nn.Linear(4, 4)
+    assert freeze(model, "ffn") == [
+        "mlp.gate_proj.weight",
+        "mlp.gate_proj.bias",
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    with pytest.raises(UsageError, match="Module has a GatedMLP without fc1: allowed are those that have one"):
+        freeze(model, "fc1")

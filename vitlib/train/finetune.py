@@ -78,8 +78,8 @@ WRAPPERS = (DataParallel, DistributedDataParallel)
 def trainable(model: nn.Module, strategy: str) -> list[str]:
     """The exact names of the parameters that a strategy trains, in the model's order.
 
-    Raises UsageError for an unknown strategy, a model without a head, and layers of the strategy's role in a class
-    that is not known, because they would stay frozen without a word.
+    Raises UsageError for an unknown strategy, a model without a head, layers of the strategy's role in a class that is not
+    known, because they would stay frozen without a word, and quantized layers, which no optimizer trains.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"a {type(model).__name__} has no parameters to train: allowed is a model (torch.nn.Module)")
@@ -88,7 +88,7 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
         raise unknown("strategy", strategy, (*STRATEGIES, "last-1, last-2, ..."))
     named, kind = dict(model.named_parameters()), type(unwrapped(model)).__name__
     if strategy == "full":
-        return list(named)
+        return trained(named, ids([model]))
     # head and positions: timm's tables by their names, ours of relative positions by its class
     kept = ids(heads(model, needed=strategy == "head"))
     kept |= {id(p) for name, p in named.items() if POSITIONS.search(name)}
@@ -97,23 +97,47 @@ def trainable(model: nn.Module, strategy: str) -> list[str]:
     if strategy in ("attn", "ffn", "fc1"):
         kept |= of_role(model, strategy, kept)
     elif last:
-        layers = getattr(unwrapped(model), "layers", None) or getattr(unwrapped(model), "blocks", ())  # ours or timm's
-        if len(layers) < (k := int(last[1])):
-            raise UsageError(
-                f"strategy {strategy!r} is for models of {k} layers and more: this {kind} has {len(layers)}"
-            )
-        kept |= ids(layers[-k:])
+        kept |= ids(last_layers(unwrapped(model), int(last[1])))
     elif strategy in ("norm", "bias"):
-        biases = {id(p) for name, p in named.items() if BIAS.search(name)}
+        biases = ids([model]) & {id(p) for name, p in named.items() if BIAS.search(name)}
         if not (there := norms(model) if strategy == "norm" else biases):
             raise UsageError(f"{kind} has no {strategy} parameters that could be trained")
         kept |= there
-    return [name for name, p in named.items() if id(p) in kept]
+    return trained(named, kept)
+
+
+def trained(named: Mapping[str, nn.Parameter], kept: set[int]) -> list[str]:
+    """The names of those that are kept. Raises UsageError for integers, e.g. quantized weights, which have no gradient."""
+    names = [name for name, p in named.items() if id(p) in kept]
+    if whole := [name for name in names if not (named[name].is_floating_point() or named[name].is_complex())]:
+        raise UsageError(f"{whole[0]} is {str(named[whole[0]].dtype).removeprefix('torch.')}, which cannot be trained")
+    return names
 
 
 def ids(modules: Iterable[nn.Module]) -> set[int]:
-    """Their parameters, told apart by identity, because torch.compile and DataParallel change their names."""
+    """Their parameters, told apart by identity, because torch.compile and DataParallel change their names.
+
+    Raises UsageError where torch has packed weights, which are no parameters then.
+    """
+    modules = list(modules)
+    if packed := next((m for module in modules for m in module.modules() if hasattr(m, "_packed_params")), None):
+        kind = f"{type(packed).__module__}.{type(packed).__qualname__}"
+        raise UsageError(f"a quantized layer ({kind}) cannot be trained: freeze the model before it is quantized")
     return {id(p) for module in modules for p in module.parameters()}
+
+
+def last_layers(model: nn.Module, k: int) -> nn.Module:
+    """The last k layers. Raises UsageError where there are fewer, or more in another list, as in CaiT."""
+    lists = {
+        name: child for name, child in model.named_children()
+        if isinstance(child, (nn.Sequential, nn.ModuleList)) and (name == "layers" or "block" in name)
+    }  # fmt: skip
+    layers = lists.get("layers", lists.get("blocks", ()))  # ours or timm's
+    if len(lists) > 1 or len(layers) < k:
+        there = " and ".join(f"{len(child)} in {name}" for name, child in lists.items()) or "none"
+        allowed = f"models of {k} layers and more: this {type(model).__name__} has {there}; known is one list, layers or blocks"
+        raise UsageError(f"strategy 'last-{k}' is for {allowed}")
+    return layers[-k:]
 
 
 def of_role(model: nn.Module, strategy: str, kept: set[int]) -> set[int]:
@@ -130,6 +154,8 @@ def of_role(model: nn.Module, strategy: str, kept: set[int]) -> set[int]:
         if name and role.suspects(name, module) and not ids([module]) <= seen:
             unseen = f"{name} ({type(module).__name__})"
             raise UsageError(f"{kind}'s {unseen} would stay frozen with strategy {strategy!r}: known are {known}")
+    if strategy == "fc1" and (other := next((m for m in layers if not hasattr(m, "fc1")), None)):
+        raise UsageError(f"{kind} has a {type(other).__name__} without fc1: allowed are those that have one")
     return ids(layer.fc1 for layer in layers) if strategy == "fc1" else ids(layers)
 
 
