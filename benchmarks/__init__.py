@@ -17,7 +17,9 @@ from vitlib.errors import UsageError
 def main(bench: runner.Bench, text: str) -> None:
     """The command line of one benchmark."""
     command = argparse.ArgumentParser(prog=f"python -m benchmarks.{bench.name}", description=text)
-    command.add_argument("--profile", default="cpu", help="smoke, cpu, study, photos, imagenet or public (default: %(default)s)")
+    command.add_argument(
+        "--profile", default="cpu", help="smoke, cpu, study, photos, imagenet or public (default: %(default)s)"
+    )
     command.add_argument("--device", default="", help="cpu or cuda (default: cuda where there is a GPU)")
     command.add_argument(
         "--restarts", type=whole(0), default=0, help="fresh processes per case (0: each case's own number)"

@@ -645,7 +645,9 @@ def bank(request, tmp_path):
         with torch.no_grad():
             for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * k + i))
-        save_delta(model, bank.trunk, tmp_path / f"{name}.safetensors", write_notes(VIEW, tuple(map(str, range(3 + k)))))
+        save_delta(
+            model, bank.trunk, tmp_path / f"{name}.safetensors", write_notes(VIEW, tuple(map(str, range(3 + k))))
+        )
         bank.add(name, tmp_path / f"{name}.safetensors")
         whole[name] = model.requires_grad_(False)
     return bank, whole
