@@ -41,10 +41,13 @@ UV      := $(VENV)/bin/uv pip
 COMPILE := $(UV) compile -q --python $(PY) --universal --generate-hashes --no-header --no-annotate \
            --python-version 3.11 --extra lab --extra dev --extra export
 
-# A user's uv settings (Colab sets UV_SYSTEM_PYTHON) must not lead the set-up to another Python than $(VENV).
-unexport UV_SYSTEM_PYTHON UV_PYTHON UV_BREAK_SYSTEM_PACKAGES
-# Nor other Pythons' packages into this one.
-unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
+# A user's settings of uv and pip (Colab sets UV_SYSTEM_PYTHON) must not lead the set-up to another Python than $(VENV), nor
+# to other packages: what stays says where packages come from and how they are reached.
+REACHED := %INDEX %INDEX_URL %FIND_LINKS %HOST %CERT %CERTS %PROXY %CACHE_DIR %TIMEOUT %RETRIES %OFFLINE %KEYRING_PROVIDER \
+           %NATIVE_TLS %CONFIG_FILE UV_INDEX_% UV_CONCURRENT_% UV_LINK_MODE
+unexport $(filter-out $(REACHED),$(filter PIP_% UV_%,$(.VARIABLES)))
+# Nor other Pythons' packages into this one, nor its settings to what runs.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT MPLBACKEND
 export TOKENIZERS_PARALLELISM := false
 # Profiles of embedded data never ask a hub; photos, imagenet and public may.
 ifeq ($(filter photos imagenet public,$(PROFILE)),)

@@ -1279,7 +1279,8 @@ def test_a_malformed_entry_is_refused_in_one_sentence(tmp_path, old, new, says):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("margin = 0.3", "margn = 0.3"), ('claim = "P2"\n', ""), ('"36x1" = -1', '"36x1" = "x"'), ("[part.B1-Ti]\n", "[part]\nP9 = 3\n[part.B1-Ti]\n")],
+    [("margin = 0.3", "margn = 0.3"), ('claim = "P2"\n', ""), ('"36x1" = -1', '"36x1" = "x"'), ("[part.B1-Ti]\n", "[part]\nP9 = 3\n[part.B1-Ti]\n"),
+     ("subsets = 3", 'subsets = "3"'), ("primary = true", 'primary = "yes"'), ("imagenet = 5", 'imagenet = "5"'), ('claim = "P2"', "claim = 2")],
 )  # fmt: skip
 def test_an_entry_that_cannot_be_read_is_named_with_the_command_that_says_what_is_allowed(tmp_path, old, new):
     shutil.copy(paths.PAPER / "recipes.toml", tmp_path)

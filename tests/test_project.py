@@ -230,21 +230,27 @@ def test_a_set_up_goes_into_the_folder_of_the_checkout_whatever_uv_is_told_elsew
     (venv / "bin").mkdir(parents=True)
     (venv / "made").touch()
     for name in ("python", "uv"):
-        told = '"$UV_SYSTEM_PYTHON|$UV_PYTHON|$UV_BREAK_SYSTEM_PACKAGES|$PYTHONPATH" "$@"'
+        told = '"$UV_SYSTEM_PYTHON$UV_PYTHON$UV_TORCH_BACKEND$PIP_TARGET$PIP_PYTHON$PYTHONPATH|$PIP_INDEX_URL|$UV_CACHE_DIR" "$@"'
         (venv / "bin" / name).write_text(f"#!/bin/sh\necho {told} >> {tmp_path}/{name}.log\n")
         (venv / "bin" / name).chmod(0o755)
     others = {
         "UV_SYSTEM_PYTHON": "1",
         "UV_PYTHON": "/usr/bin/python3",
-        "UV_BREAK_SYSTEM_PACKAGES": "1",
+        "UV_TORCH_BACKEND": "cu118",
+        "PIP_TARGET": "/x",
+        "PIP_PYTHON": "/usr/bin/python3",
         "PYTHONPATH": "/x",
+        "PIP_INDEX_URL": "mirror",
+        "UV_CACHE_DIR": "/cache",
     }
     command = ["make", "-s", "setup", f"VENV={venv}", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True, env=os.environ | others)
     assert done.returncode == 0 and (venv / "ready").exists(), done.stderr
     calls = (tmp_path / "uv.log").read_text().splitlines()
     assert len(calls) == 2 and all(f"--python {venv}/bin/python " in call for call in calls)
-    assert all(call.startswith("||| ") for call in calls + (tmp_path / "python.log").read_text().splitlines())
+    assert all(
+        call.startswith("|mirror|/cache ") for call in calls + (tmp_path / "python.log").read_text().splitlines()
+    )
 
 
 def test_environment_yml_leads_to_the_same_lock():

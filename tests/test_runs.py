@@ -784,10 +784,17 @@ def test_an_archive_gives_the_results_by_arm_and_seed_and_the_runs_that_each_beg
 
 def test_an_archive_without_a_run_or_a_seed_of_an_arm_is_refused(tmp_path):
     execute.execute(TINY)
-    for seed, said in ((TINY, "has no run of arm 'linear' of notebook 52 at seed 1001"), (None, "is no table of arms")):
-        archived(tmp_path, [TINY, TINY.with_seed(1001)])
-        if seed is None:
-            (tmp_path / "arms.csv").write_text("arm,run\nlinear,0123\n")
+    columns, table = "notebook,arm,seed,run\n", archived(tmp_path, [TINY, TINY.with_seed(1001)]) / "arms.csv"
+    for content, said in (
+        (table.read_text(), "has no run of arm 'linear' of notebook 52 at seed 1001"),
+        ("arm,run\nlinear,0123\n", "is no table of arms"),
+        (f"{columns}52,linear\n", "is no table of arms"),
+        (f"{columns}52,{'x' * 200_000},1000,{TINY.hash}\n", r"is no table of arms \(Error: field larger"),
+        (f"{columns}52,linear,1000,{TINY.hash}\n52,linear,1000,0123\n", "arm 'linear' has two runs of seed 1000"),
+        (columns, "names no arm: it is written with the 1 runs beside it"),
+        ("", "names no arm"),
+    ):
+        table.write_text(content)
         with pytest.raises(UsageError, match=said):
             results.Archive(tmp_path)
     with pytest.raises(UsageError, match="there is no file"):

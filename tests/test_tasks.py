@@ -1,9 +1,11 @@
 """People's own images: what a folder may be, what comes of it, and what is refused in one sentence before time is spent."""
 
 import csv
+import io
 import json
 import math
 import re
+import runpy
 import sys
 from dataclasses import asdict, replace
 from importlib.machinery import ModuleSpec
@@ -498,6 +500,19 @@ def test_a_name_that_is_not_utf8_is_printed_and_written(pets, tmp_path, capsys):
         assert f"{pets}/cat/caf\\xe9.png" in said
     with pytest.raises(UsageError, match="there is no image to look at"):
         predict(path, [])
+
+
+def test_a_class_that_the_terminal_cannot_show_is_printed(pets, tmp_path, monkeypatch):
+    path, shown = tmp_path / "model.safetensors", io.BytesIO()
+    model = ViT(vit_config("W32-1x1/4", image_size=16, num_classes=3))
+    model.head.bias.data[1] = 99
+    save(model, path, write_notes(VIEW, ("a", "caf\u00e9", "c")))
+    monkeypatch.setattr(sys, "argv", ["vitlib", "predict", str(path), str(pets / "cat" / "0.png")])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vitlib", run_name="__main__")
+    sys.stdout.flush()
+    assert stop.value.code == 0 and b"\tcaf\\xe9\t" in shown.getvalue()
 
 
 def test_what_is_not_finite_is_not_predicted(pets, tmp_path):

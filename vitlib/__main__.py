@@ -182,4 +182,5 @@ def pair() -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a class may have a name that the terminal's encoding has not
     sys.exit(main())

@@ -133,10 +133,11 @@ def _elsewhere(part: Part) -> str:
 def pilot(part: Part) -> Verdict:
     """The first study's estimate under today's labels: its rules were others, and it decides nothing."""
     here, archive = part.at_profile(PILOT), committed(PILOT).archive
-    there = archive.results(part.notebook)
-    correct = {arm: np.stack([r.correct for r in there[arm]]) for arm in here.contrast}
-    first = archive.record(there[next(iter(here.contrast))][0].hash)
-    inside = {arm: held for arm, held in _inside_of_three().items() if arm in here.contrast}
+    with intact(archive.folder):
+        there = archive.results(part.notebook)
+        correct = {arm: np.stack([r.correct for r in there[arm]]) for arm in here.contrast}
+        first = archive.record(there[next(iter(here.contrast))][0].hash)
+        inside = {arm: held for arm, held in _inside_of_three().items() if arm in here.contrast}
     judged = judge.judge(replace(here, checks=()), PILOT, correct, first["model"]["num_classes"], inside)
     names = tuple(sorted(r.hash for arm in here.contrast for r in there[arm]))
     return replace(judged, profile="study", source=PILOT, note="of the pilot", runs=names)
@@ -158,8 +159,8 @@ def tried(folder: Path) -> dict[str, dict[float, dict[int, float]]]:
     with intact(path):
         for row in pd.read_csv(path).to_dict("records") if path.is_file() else ():
             seeds = {int(key.removeprefix("seed_")): row[key] for key in row if key.startswith("seed_")}
-            tops = {seed: value for seed, value in seeds.items() if not pd.isna(value)}
-            found.setdefault(row["rate_of"], {})[row["lr"]] = tops
+            tops = {seed: float(value) for seed, value in seeds.items() if not pd.isna(value)}
+            found.setdefault(row["rate_of"], {})[float(row["lr"])] = tops
     return found
 
 
@@ -303,8 +304,9 @@ class Archived:
         """Timings are not kept, only their mean, standard deviation and number in the claims table: t is over those."""
         if part.id not in self.claims.index or pd.isna(self.claims.loc[part.id, "ours"]):
             return None
-        row = self.claims.loc[part.id]
-        estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
+        with intact(self.folder / "claims.csv"):
+            row = self.claims.loc[part.id]
+            estimate = Estimate(math.log(row["ours"]), (row["sd"] ** 2, 0.0, 0.0), int(row["n"]), 1)
         return estimate, row["note"].removeprefix("on ")
 
 

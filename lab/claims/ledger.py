@@ -197,10 +197,23 @@ def tables_of(path: Path, content: bytes) -> dict:
 def _part(name: str, table: Mapping[str, object]) -> Part:
     try:
         at = {key: _values(value) for key, value in table.items() if key in (*PROFILES, PILOT)}
-        return Part(id=name, at=at, **_values({key: value for key, value in table.items() if key not in at}))
+        part = Part(id=name, at=at, **_values({key: value for key, value in table.items() if key not in at}))
+        for key in fields(Part):
+            value = getattr(part, key.name)
+            if not (value is None or _holds(value, key.type.removesuffix(" | None"))):
+                raise TypeError(f"{key.name} is {value!r}")
+        return part
     except (TypeError, ValueError, AttributeError) as fault:
         said = f"ledger entry {name} cannot be read ({first_line(fault)})"
         raise UsageError(f"{said}: python -m tools.ledger --check says what is allowed") from fault
+
+
+def _holds(value: object, kind: str) -> bool:
+    """Whether a value is of a type of `Part`'s fields; what is in a tuple is not looked at."""
+    if kind.startswith("Mapping[str, "):
+        inside = kind.removeprefix("Mapping[str, ").removesuffix("]")
+        return isinstance(value, Mapping) and all(_holds(one, inside) for one in value.values())
+    return isinstance(value, {"str": str, "int": int, "bool": bool, "float": float}.get(kind, object))
 
 
 def _values(table: Mapping[str, object]) -> dict[str, object]:

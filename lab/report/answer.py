@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # only figures need them
     from matplotlib.figure import Figure
 
 WIDE = 100  # columns of a terminal
+NAMED = ("part", "claim", "claim_title", "claim_verdict", "title", "notebook", "label")  # what every row has
 # kind of row -> its look and name in the legend, in seaborn's colours "colorblind"; what is not run is not drawn
 MARKS = {
     "held": {"marker": "o", "color": "#0173b2", "label": "as the paper says"},
@@ -41,6 +42,8 @@ def claims(study: str = "study") -> pd.DataFrame:
         raise UsageError(f"there is no {path.name} of {study} in outputs/reference: allowed are {', '.join(studies())}")
     with intact(path):
         table = pd.read_csv(path, dtype={"notebook": str, "runs": str})[list(judge.COLUMNS)]
+        if table.astype(judge.COLUMNS)[list(NAMED)].isna().any(axis=None):
+            raise ValueError
     later = path.with_name("afterwards.csv")  # part -> what was looked at after its verdict, and decides nothing
     with intact(later):
         said = pd.read_csv(later, index_col="part")["says"] if later.is_file() else {}

@@ -30,6 +30,7 @@ from vitlib.data import DataSet, held_out, subset
 from vitlib.errors import UsageError
 from vitlib.model import ViT
 from vitlib.model.regroup import regrouped
+from vitlib.model.weights import assemble
 from vitlib.train import PROTOCOLS, loop
 from vitlib.train.checkpoint import Checkpoints
 from vitlib.train.dvae import DVAE
@@ -153,9 +154,7 @@ def prepare(spec: RunSpec, data: DataSet) -> tuple[torch.nn.Module, LossFunction
 
 def trained_model(spec: RunSpec) -> ViT:
     """The classifier of a finished run, or what pre-training kept, in eval mode."""
-    model = ViT(spec.model)
-    model.load_state_dict(weights(spec))
-    return model.eval()
+    return assemble(spec.model, weights(spec), f"what is kept of the {spec}").eval()
 
 
 def trained_tokenizer(spec: RunSpec) -> DVAE:

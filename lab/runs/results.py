@@ -135,6 +135,8 @@ class Archive:
                         raise ValueError(f"arm {row['arm']!r} has two runs of seed {seed}")
         except (OSError, csv.Error, *FAULTS) as fault:
             raise UsageError(f"{table} is no table of arms ({type(fault).__name__}: {fault})") from fault
+        if self._runs and not self._arms:
+            raise UsageError(f"{table} names no arm: it is written with the {len(self._runs)} runs beside it")
         self.seeds = tuple(sorted({seed for by_seed in self._arms.values() for seed in by_seed}))
         for (notebook, arm), by_seed in self._arms.items():  # an arm may have fewer seeds than others, the first ones
             first = self.seeds[: len(by_seed)]
