@@ -744,6 +744,7 @@ def test_what_load_delta_would_refuse_is_not_saved(bank, tmp_path):
     nothing = start_from(trunk.state_dict(), trunk.config)
     nothing.norm.weight.data[0] = float("nan")
     for model, said in (
+        (ViT(replace(trunk.config, depth=1)), r"no task of the trunk: the trunk's layers\.1\..* is not in it"),
         (empty, "no values"),
         (adapted, r"mhsa\.0\.f\.qkv is an adapter"),
         (nothing, "not finite: norm"),

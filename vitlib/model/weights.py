@@ -128,9 +128,8 @@ def state_of(model: ViT, done: str, hooks: bool = False) -> dict[str, Tensor]:
     twin, there = _empty(model.config), dict(model.named_modules())
     pairs = [(name, there.get(name, made), made) for name, made in twin.named_modules()]
     for name, module, made in pairs:
-        kinds = (
-            (type(module),) if module is model else (type(made), nn.SyncBatchNorm)
-        )  # which batch norm becomes on GPUs
+        # a subclass of ViT may be; batch norm becomes another class on several GPUs
+        kinds = (type(module),) if module is model else (type(made), nn.SyncBatchNorm)
         if not (type(module) in kinds if hooks else is_plain(module, *kinds)):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             what = f"{name or 'it'} is an adapter, a quantized layer, one with hooks or of another class ({kind})"

@@ -32,6 +32,8 @@ def save_delta(model: ViT, trunk: ViT, path: Path | str, notes: Mapping[str, str
     """
     base, state = trunk.state_dict(), state_of(model, "saved", hooks=True)
     check_values(state, "this model")
+    if absent := [name for name in base if name not in state and not name.startswith("head.")]:
+        raise UsageError(f"this model is no task of the trunk: the trunk's {absent[0]} is not in it")
     kept = {n: t for n, t in state.items() if n not in base or not same(t, base[n])}
     about = {"kind": "delta", "vitlib": json.dumps(asdict(model.config)), "trunk": hash_of(base)}
     write_safetensors(path, kept, {"format": "pt", **about, **(notes or {})})
