@@ -27,7 +27,7 @@ from vitlib.errors import UsageError
 from vitlib.files import write_whole
 
 TITLE = "Three things everyone should know about Vision Transformers: are they true?"
-DOCS = ("own_images", "own_code", "judging", "scaling", "speed")
+DOCS = ("own_images", "own_code", "judging", "scaling", "speed", "robustness")
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.S)
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 LINK = re.compile(r'(<a[^>]* href=")(?!#|https?:)(?:[^"#]*/)?([^"#./]*)(?:\.\w+)?((?:#[^"]*)?"[^>]*>(.*?)</a>)', re.S)
