@@ -85,7 +85,8 @@ endif
 	$(UV) install -q --python $(PY) --no-deps --no-build-isolation -e .
 	@$(PY) -m lab check
 	@echo $(TORCH) > $(VENV)/torch
-	@touch $@
+	@# as new as they are, where a clock or an archive has dated them in the future
+	@touch $@; for file in $^; do [ "$$file" -nt $@ ] && touch -r "$$file" $@; done; true
 
 reproduce: $(READY)  ## train what is missing and render the notebooks (PROFILE=cpu by default)
 	@VITLIB_MAKE=$$PPID $(PY) -m lab reproduce --profile="$$PROFILE" $(CHOICE)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import lab
-from vitlib.__main__ import Parser, whole
+from vitlib.__main__ import Parser, shield, whole
 from vitlib.errors import UsageError, unknown
 from vitlib.files import check_target, write_figure
 
@@ -275,4 +275,5 @@ if __name__ == "__main__":
     from lab.runs.processes import end_cleanly
 
     end_cleanly()
+    shield()
     sys.exit(main())

@@ -253,6 +253,26 @@ def test_a_set_up_goes_into_the_folder_of_the_checkout_whatever_uv_is_told_elsew
     )
 
 
+def test_a_checkout_that_is_dated_in_the_future_is_set_up_once(tmp_path):
+    """As an archive from another time zone is, or after a clock was set back. Python and uv are stand-ins that count."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(paths.ROOT / name, tmp_path)
+        os.utime(tmp_path / name, (2**32, 2**32))
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "made").touch()
+    for name in ("python", "uv"):
+        (tmp_path / ".venv" / "bin" / name).write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\n")
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    calls = []
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", "setup", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        calls.append((tmp_path / "calls").read_text())
+    assert calls[0] == calls[1]
+
+
 def test_environment_yml_leads_to_the_same_lock():
     """It gives Python, make and pip and pins nothing of its own; `make setup` then reads requirements.lock."""
     environment = yaml.safe_load((paths.ROOT / "environment.yml").read_text(encoding="utf-8"))

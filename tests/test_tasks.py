@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -507,12 +508,13 @@ def test_a_class_that_the_terminal_cannot_show_is_printed(pets, tmp_path, monkey
     model = ViT(vit_config("W32-1x1/4", image_size=16, num_classes=3))
     model.head.bias.data[1] = 99
     save(model, path, write_notes(VIEW, ("a", "caf\u00e9", "c")))
+    monkeypatch.setenv("MPLBACKEND", "module://a_notebook_around_this")
     monkeypatch.setattr(sys, "argv", ["vitlib", "predict", str(path), str(pets / "cat" / "0.png")])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("vitlib", run_name="__main__")
     sys.stdout.flush()
-    assert stop.value.code == 0 and b"\tcaf\\xe9\t" in shown.getvalue()
+    assert os.environ["MPLBACKEND"] == "agg" and stop.value.code == 0 and b"\tcaf\\xe9\t" in shown.getvalue()
 
 
 def test_what_is_not_finite_is_not_predicted(pets, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -181,6 +182,12 @@ def pair() -> str:
     return f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
 
 
+def shield() -> None:
+    """For a command: figures are files, whatever a notebook around it shows them with; a name that stdout cannot show is \\xe9."""
+    os.environ["MPLBACKEND"] = "agg"
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a class may have a name that the terminal's encoding has not
+    shield()
     sys.exit(main())
