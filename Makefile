@@ -49,6 +49,8 @@ unexport $(filter-out $(REACHED),$(filter PIP_% UV_%,$(.VARIABLES)))
 # Nor other Pythons' packages into this one, nor its settings to what runs.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT MPLBACKEND
 export TOKENIZERS_PARALLELISM := false
+# Seconds to compile one file to bytecode: 60 are too few on a machine that is busy.
+export UV_COMPILE_BYTECODE_TIMEOUT := 600
 # Profiles of embedded data never ask a hub; photos, imagenet and public may.
 ifeq ($(filter photos imagenet public,$(PROFILE)),)
 export HF_HUB_OFFLINE := 1

@@ -778,6 +778,10 @@ def test_the_storage_of_a_task_is_said_beside_the_papers(bank):
     own = sum(p.numel() for p in freeze(whole["birds"], "attn") and whole["birds"].parameters() if p.requires_grad)
     saved = 100 * (1 - own / sum(p.numel() for p in whole["birds"].parameters()))
     assert f"{saved:.1f} % saved (paper: 66 %)" in bank.storage().splitlines()[0]
+    assert f"birds: {4e-6 * own:.2f} MB of " in bank.storage() and f"in bf16 {2e-6 * own:.2f} MB" in bank.storage()
+    for model in bank.models.values():
+        model.bfloat16()
+    assert f"birds: {2e-6 * own:.2f} MB of " in bank.storage() and f"in bf16 {2e-6 * own:.2f} MB" in bank.storage()
 
 
 # --- comparison ---

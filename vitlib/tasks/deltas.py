@@ -119,9 +119,10 @@ class TaskBank:
         """Megabytes per task, and what is saved of a whole model's, beside the paper's 66 %."""
         lines, shared = [], {id(p) for p in self.trunk.parameters()}
         for name, model in self.models.items():
-            own, whole = (4e-6 * sum(p.numel() for p in model.parameters() if id(p) not in s) for s in (shared, set()))
+            mine = [p for p in model.parameters() if id(p) not in shared]
+            own, whole = (sum(p.nbytes for p in of) / 1e6 for of in (mine, model.parameters()))
             saved = f"{100 * (1 - own / whole):.1f} % saved (paper: {PAPER_SAVING} %)"
-            lines.append(f"{name}: {own:.1f} MB of {whole:.1f} MB, {saved}; in bf16 {own / 2:.1f} MB")
+            lines.append(f"{name}: {own:.2f} MB of {whole:.2f} MB, {saved}; in bf16 {2e-6 * sum(p.numel() for p in mine):.2f} MB")
         return "\n".join(lines)
 
 
