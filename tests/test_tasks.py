@@ -854,7 +854,7 @@ def test_strategies_are_compared_on_the_same_seeds_and_more_seeds_cost_only_them
     with pytest.raises(UsageError, match=r"scipy is not installed: pip install 'vitlib\[own\]'"):
         compare(pets, tmp_path / "other", trunk_file)
     assert not (tmp_path / "other").exists()
-    with pytest.raises(UsageError, match="1 strategies, 5 seeds and margin 1 cannot be compared"):
+    with pytest.raises(UsageError, match=r"1 strategies, 5 seeds and margin 1\.0 cannot be compared"):
         compare(pets, tmp_path / "out", trunk_file, ["full"])
 
 
