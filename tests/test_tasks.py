@@ -323,14 +323,22 @@ def test_a_run_that_was_killed_ends_where_an_uninterrupted_one_ends(killed, monk
         assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[1])
 
 
-def test_a_second_process_that_writes_to_the_same_place_is_one_sentence(pets, tmp_path, trunk_file):
-    with FileLock(tmp_path / ".out.lock"):
-        for command in (finetune, compare, pretrain):
-            with pytest.raises(
-                UsageError, match=r"another process writes to \S*/out: wait for it, or give another --out"
-            ):
-                command(pets, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_second_process_waits_for_the_first(pets, tmp_path, trunk_file, monkeypatch):
+    first, said = FileLock(tmp_path / ".out.lock"), []
+
+    def end(sentence: str) -> None:
+        said.append(sentence)
+        assert not (tmp_path / "out").exists()
+        first.release()
+
+    monkeypatch.setattr(runs, "say", end)
+    for command in (finetune, compare, pretrain):
+        first.acquire()
+        with pytest.raises(UsageError, match="nowhere"):
+            command(pets, tmp_path / "out", "nowhere")
+    (sentence,) = set(said)
+    assert re.fullmatch(r"another process writes to \S*/out: waiting for it \(.*\)", sentence) and len(said) == 3
+    monkeypatch.undo()
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"nothing can be written to \S*/file/out \(.*\)"):
         finetune(pets, tmp_path / "file" / "out", trunk_file)

@@ -60,7 +60,7 @@ def finetune(
     result.json                          what `Tuned` says. The test part is read once, by the best model
 
     Goes on where it was interrupted; reads what is finished. Raises UsageError as `read_trunk` and `read_task`, and where
-    `out` holds something else or another process writes there.
+    `out` holds something else. Waits for another process that writes there.
     """
     out, finished = Path(out), Path(out) / "result.json"
     if not finished.is_file():

@@ -163,7 +163,7 @@ class Watch(Checkpoints):
 
 
 def alone(command: Callable) -> Callable:
-    """A command that writes to `out`, which no other process does meanwhile: UsageError where one is there."""
+    """A command that writes to `out`, which no other process does meanwhile: it waits for one that is there."""
 
     @functools.wraps(command)
     def locked(folder: Path | str, out: Path | str, *given: object, **options: object) -> object:
@@ -172,8 +172,9 @@ def alone(command: Callable) -> Callable:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             held = lock.acquire(timeout=0)
-        except Timeout as fault:
-            raise UsageError(f"another process writes to {out}: wait for it, or give another --out") from fault
+        except Timeout:
+            say(f"another process writes to {out}: waiting for it (or stop this one, and give another --out)")
+            held = lock.acquire()
         except OSError as fault:
             raise UsageError(f"nothing can be written to {str(out)[:200]} ({fault.strerror})") from fault
         with held:
