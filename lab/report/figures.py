@@ -170,11 +170,12 @@ def throughput_figure(p: Profile) -> Figure:
 def stem_figure(table: pd.DataFrame, name: str) -> Figure:
     """Figure 6's form, in points above the linear stem: across with labels alone, up after masked pre-training.
 
-    `table` is `tables.table7`, `name` its profile's. One point per stem: the paper's Table 7, then ours. Above the diagonal a
-    stem gains more by pre-training.
+    `table` is `tables.table7`, `name` its profile's. One point per stem that has both: the paper's Table 7, then ours. Above the
+    diagonal a stem gains more by pre-training.
     """
     table = with_columns(table, *(f"{training} {column}" for training in TRAININGS for column in ("paper", *BOUNDS)))
-    linear, stems = table[table["stem"] == "linear"].iloc[0], table[table["stem"] != "linear"]
+    both = [table[[f"{training} {c}" for training in TRAININGS]].notna().all(axis=1) for c in ("paper", "points")]
+    linear, stems = table[table["stem"] == "linear"].iloc[0], table[(table["stem"] != "linear") & (both[0] | both[1])]
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     colours = sns.color_palette("husl" if len(stems) > 10 else "colorblind", len(stems))
     for i, stem in enumerate(stems["stem"]):

@@ -67,7 +67,7 @@ def mean_gaps(table: pd.DataFrame) -> pd.DataFrame:
 
 def figure(table: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
     """Left: the gap over the layers. Right: what regrouping costs, by the number of branches."""
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
     sns.lineplot(table, x="layer", y="gap", hue="model", style="part", markers=True, errorbar="sd", ax=left)
     left.set(yscale="log", ylabel="|r'(y) - r'(x)| / |r'(x)|")
     left.legend(fontsize="x-small")
@@ -82,5 +82,5 @@ def figure(table: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
     right.set_xticks([1, 2, 3, 4, 6, 12], ["1", "2", "3", "4", "6", "12"])
     right.minorticks_off()
     right.set(xlabel="branches", ylabel="top-1, %")
-    right.legend(fontsize="x-small")
+    right.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return drawn
