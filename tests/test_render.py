@@ -110,6 +110,12 @@ def test_a_kernel_that_is_killed_is_one_sentence_that_names_the_notebook(when, t
     assert not (tmp_path / "out" / "tiny.ipynb").exists()
 
 
+def test_a_kernel_leaves_ctrl_c_to_the_command(tmp_path):
+    cell = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\nprint(dir())"
+    shown = rendered(tmp_path, cell)
+    assert "'signal'" in shown and "'kernel'" not in shown and "end_with" not in shown
+
+
 def test_a_notebook_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "out").write_text("a file in the folder's place")
     with pytest.raises(NotebookFailed, match=r"^tiny\.ipynb cannot be written: .*\(nothing of it is kept\)"):

@@ -243,18 +243,27 @@ class LocalKernel(AsyncKernelManager):
             time.sleep(0.1)
 
 
+# What a kernel begins with. It ends with its parent; an interrupt between two cells would lose the answer that is waited for.
+START = """
+from lab.runs.processes import end_with
+end_with({})
+kernel = get_ipython().kernel
+kernel.pre_handler_hook = kernel.post_handler_hook = lambda: None  # they turn Ctrl-C on
+del end_with, kernel
+"""
+
+
 @contextmanager
 def kernel_environment(**more: str):
     """For kernels: nothing of the user's start-up files, settings and paths, no progress bars in outputs.
 
-    A kernel ends with this process, however that one ends.
+    A kernel ends with this process, however that one ends, and heeds no Ctrl-C of its own.
     """
     with private_folder(SOCKET) as private:
         before = dict(os.environ)
         start = private / "profile_default" / "startup"
         start.mkdir(parents=True)
-        code = f"from lab.runs.processes import end_with\nend_with({os.getpid()})\ndel end_with\n"
-        (start / "end_with.py").write_text(code, encoding="utf-8")
+        (start / "begin.py").write_text(START.format(os.getpid()), encoding="utf-8")
         (private / "matplotlibrc").touch()
         os.environ |= {
             "IPYTHONDIR": str(private), "JUPYTER_RUNTIME_DIR": str(private), "MATPLOTLIBRC": str(private / "matplotlibrc"),
