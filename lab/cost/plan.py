@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SECONDS_PER_PAIR = 0.3e-3  # A, of one step: what a pair costs however small the batch
 SECONDS_PER_GMAC = 0.062  # B
 SECONDS_PER_RUN = 6.0  # C: data, evaluation, k-means
-MB_PER_WORKER = 900  # torch and timm, the data, one model
+MB_PER_WORKER = 1200  # torch and timm, one model, its steps: the most that a run of the study has taken
 SPANS = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 GB = 2**30
 
@@ -104,8 +104,16 @@ def cost(specs: Iterable[RunSpec], jobs: int) -> Cost:
     todo = store.missing(specs)
     seconds = [cpu_seconds(spec) for spec in todo]
     disk = sum(count.run_state(spec).weights + 20_000 for spec in todo) / 2**20
-    wall, memory = max(sum(seconds) / jobs, *seconds, 0.0), MB_PER_WORKER * min(jobs, max(len(todo), 1))
+    wall = max(sum(seconds) / jobs, *seconds, 0.0)
+    memory = (MB_PER_WORKER + round(max(map(_images_mb, todo), default=0))) * min(jobs, max(len(todo), 1))
     return Cost(len(family(specs)), len(todo), sum(seconds), wall, memory, disk)
+
+
+def _images_mb(spec: RunSpec) -> float:
+    """What a process keeps of the images, as they are and resized; those of many sizes are read anew in each epoch."""
+    sides = spec.facts.image_size, spec.model.image_size
+    pixels = sum(side**2 for side in dict.fromkeys(sides)) if all(sides) else 0
+    return sum(spec.facts.sizes.values()) * spec.facts.channels * pixels / 2**20
 
 
 def cpu_text(specs: Sequence[RunSpec], jobs: int = 0) -> str:

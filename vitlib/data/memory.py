@@ -241,12 +241,13 @@ def resize(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[-2:] == (size, size):
         return images
-    parts = [
-        F.interpolate(part.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-        for part in images.split(4096)  # float64 of all images at once would take eight times their memory
-    ]
-    # The small offset carries sums that rounding left just below a half over it.
-    return torch.cat(parts).add_(0.5 + 1e-6).floor_().clamp_(0, 255).to(torch.uint8)
+
+    def whole(part: Tensor) -> Tensor:
+        part = F.interpolate(part.double(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        # The small offset carries sums that rounding left just below a half over it.
+        return part.add_(0.5 + 1e-6).floor_().clamp_(0, 255).to(torch.uint8)
+
+    return torch.cat([whole(part) for part in images.split(512)])  # float64 takes eight times the memory
 
 
 def subset(data: DataSet, count: int | None, seed: int, number: int = 0) -> np.ndarray:
