@@ -122,7 +122,9 @@ class TaskBank:
             mine = [p for p in model.parameters() if id(p) not in shared]
             own, whole = (sum(p.nbytes for p in of) / 1e6 for of in (mine, model.parameters()))
             saved = f"{100 * (1 - own / whole):.1f} % saved (paper: {PAPER_SAVING} %)"
-            lines.append(f"{name}: {own:.2f} MB of {whole:.2f} MB, {saved}; in bf16 {2e-6 * sum(p.numel() for p in mine):.2f} MB")
+            lines.append(
+                f"{name}: {own:.2f} MB of {whole:.2f} MB, {saved}; in bf16 {2e-6 * sum(p.numel() for p in mine):.2f} MB"
+            )
         return "\n".join(lines)
 
 
