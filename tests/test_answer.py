@@ -132,7 +132,7 @@ WHOLE = (paths.REFERENCE / "study" / "claims.csv").read_bytes()
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"part,label\nF1,open\n", b'"part', b"\xff\xfe\x00", WHOLE[:3000], WHOLE.replace(b",counted,", b",,"), WHOLE.replace(b",20,", b",x,")],
+    [b"", b"part,label\nF1,open\n", b'"part', b"\xff\xfe\x00", WHOLE[: WHOLE.index(b"\nF2-full,") + 12], WHOLE.replace(b",counted,", b",,"), WHOLE.replace(b",20,", b",x,")],
     ids=["empty", "two columns", "a quote", "no text", "cut", "without verdicts", "a text for a number"],
 )  # fmt: skip
 def test_a_damaged_table_of_verdicts_is_one_sentence(content, monkeypatch, tmp_path, capsys):
