@@ -174,7 +174,8 @@ def test_a_notebook_whose_kernel_is_killed_is_named_left_as_it_was_and_the_other
     said = capsys.readouterr()
     assert said.err == "bad.ipynb stopped: its kernel died; it is left as it was\n" and "good.ipynb: " in said.out
     assert bad.read_text(encoding="utf-8") == before
-    with pytest.raises(render.NotebookFailed, match=r"n\.ipynb stopped: its kernel died"):
+    stopped = pytest.raises(render.NotebookFailed, match=r"n\.ipynb stopped: its kernel died")
+    with render.kernel_environment(), stopped:
         render._render(bad, tmp_path / "out" / "n.ipynb", {}, "key")
     assert [p.name for p in (tmp_path / "out").rglob("*.ipynb")] == ["n.ipynb"]
     assert (tmp_path / "out" / "failed" / "n.ipynb").is_file()

@@ -505,6 +505,13 @@ def test_a_damaged_or_missing_safetensors_file_is_one_sentence(tmp_path):
         read_checkpoint(tmp_path / "gone.safetensors")
 
 
+def test_a_models_tensors_lie_where_the_allocator_puts_them_and_not_at_the_files_offsets(tmp_path):
+    for length in range(8):  # of the header, which moves the offsets
+        save_file(deit().state_dict(), tmp_path / "deit.safetensors", {"x": length * "x"})
+        model = read_checkpoint(tmp_path / "deit.safetensors")
+        assert {tensor.data_ptr() % 64 for tensor in model.state_dict().values()} == {0}
+
+
 def test_a_name_is_read_through_timm_or_refused_in_one_sentence(monkeypatch):
     wanted = []
 

@@ -179,9 +179,12 @@ def write_safetensors(path: Path | str, state: Mapping[str, Tensor], metadata: M
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata. Raises UsageError for a file that is damaged or another one."""
+    """Tensors and metadata. Raises UsageError for a file that is damaged or another one.
+
+    Copies, which lie where the allocator puts them: at a file's own offsets matrix products round otherwise on some CPUs.
+    """
     with _safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
