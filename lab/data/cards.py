@@ -284,7 +284,8 @@ def _measured(name: str, signature: str, outputs: str) -> Facts:
         return Facts(**known | {key: tuple(known[key]) for key in ("mean", "std")})
     parts = {split: _arrays(name, split, signature) for split in SPLITS}
     images, _, classes = parts["train"]
-    counts, levels = np.bincount(images.ravel(), minlength=256), np.arange(256) / 255
+    # an image at a time: bincount takes eight bytes a pixel
+    counts, levels = sum(np.bincount(image.ravel(), minlength=256) for image in images), np.arange(256) / 255
     mean = float((counts * levels).sum() / counts.sum())
     std = float(np.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum()))
     measured = Facts(
