@@ -66,6 +66,16 @@ def test_the_committed_verdicts_are_those_of_the_committed_files(monkeypatch, tm
             assert row.low < row.ours < row.high and row.seed_se**2 * row.n == pytest.approx(row.sd**2)
 
 
+@pytest.mark.parametrize("study", answer.studies())
+def test_the_committed_verdicts_are_those_of_the_archive_which_needs_no_data(study):
+    again = {v.part.id: v for v in evidence.verdicts(evidence.committed(study))}
+    for row in answer.claims(study).itertuples():
+        if row.test != "ratio":
+            assert again[row.part].label == row.label, row.part
+            if not pd.isna(row.ours) and row.source == study:
+                assert again[row.part].ours == pytest.approx((row.ours, row.low, row.high), abs=1e-9)
+
+
 ABOUT = dict.fromkeys(results.ABOUT, "x") | dict.fromkeys(("cpu_s", "wall_s", "mem_mb"), 3600.0)
 
 
