@@ -110,10 +110,13 @@ def cost(specs: Iterable[RunSpec], jobs: int) -> Cost:
 
 
 def _images_mb(spec: RunSpec) -> float:
-    """What a process keeps of the images, as they are and resized; those of many sizes are read anew in each epoch."""
+    """What a process keeps of the images, as they are and resized, and a third of it more while it decodes and resizes.
+
+    Those of many sizes are read anew in each epoch.
+    """
     sides = spec.facts.image_size, spec.model.image_size
     pixels = sum(side**2 for side in dict.fromkeys(sides)) if all(sides) else 0
-    return sum(spec.facts.sizes.values()) * spec.facts.channels * pixels / 2**20
+    return 4 / 3 * sum(spec.facts.sizes.values()) * spec.facts.channels * pixels / 2**20
 
 
 def cpu_text(specs: Sequence[RunSpec], jobs: int = 0) -> str:
